@@ -1,0 +1,249 @@
+"""Checkpoints: read any of the three layouts into a `Reader`, write our own.
+
+Read: a Hugging Face T5/Flan-T5 directory or hub name, a facebookresearch/FiD directory, our own (config.json + model.safetensors +
+tokenizer.json). Weights are read as tensors only (`safetensors`, or `torch.load(weights_only=True)`); nothing is unpickled into code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .config import ReaderConfig, StackConfig
+from .model import Reader
+from .weights import HF_CROSS_BIAS, CheckpointError, is_wrapped, state_dict_from_weights, unwrapped_name
+
+MODEL_TYPE = "fid-reader"  # in config.json, tells our own layout from Hugging Face's
+WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
+FID_PASSAGE_LENGTH = 200  # facebookresearch/FiD's text_maxlength; its large readers were trained with 250
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read into memory.
+
+    Attributes:
+        reader: fp32, in eval mode.
+        tokenizer_json: the tokenizer in the `tokenizers` library's JSON.
+        source: where it came from, as given.
+        layout: "own", "hugging-face" or "facebookresearch/FiD".
+    """
+
+    reader: Reader
+    tokenizer_json: str
+    source: str
+    layout: str
+
+
+def load_checkpoint(
+    source: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    passage_length: int | None = None,
+    append_eos: bool | None = None,
+    cross_attention_bias: bool | None = None,
+) -> Checkpoint:
+    """Read a checkpoint of any known layout.
+
+    Args:
+        source: a directory, or a hub name such as google/flan-t5-base.
+        tokenizer: directory or file to take the tokenizer from; needed where the checkpoint has none (facebookresearch/FiD).
+        passage_length: tokens kept of each prompt, where the checkpoint does not say (default 200 for FiD's, 256 for T5).
+        append_eos: end each encoder input with `</s>`; default no for FiD's checkpoints, yes for Hugging Face's.
+        cross_attention_bias: apply the relative bias in cross-attention where the checkpoint holds one; default yes for FiD's, which
+            were trained with it, no for Hugging Face's, where it is an unused leftover that transformers drops too.
+
+    Raises:
+        CheckpointError: if anything is missing, extra, misshapen or unreadable.
+    """
+    directory = _directory_of(source)
+    fields = _config_fields(directory)
+    weights = _read_weights(directory)
+    if fields.get("model_type") == MODEL_TYPE:
+        layout, hugging_face = "own", False
+        config = own_config(fields)
+    else:
+        hugging_face = True
+        wrapped = is_wrapped(weights)
+        layout = "facebookresearch/FiD" if wrapped else "hugging-face"
+        weights = {unwrapped_name(name): tensor for name, tensor in weights.items()}
+        config = _hf_config(fields, weights, directory)
+        wants_bias = wrapped if cross_attention_bias is None else cross_attention_bias
+        if HF_CROSS_BIAS in weights and not wants_bias:
+            print(f"{directory}: leaving out the cross-attention bias (--cross-attention-bias applies it)", file=sys.stderr)
+            del weights[HF_CROSS_BIAS]
+        config = dataclasses.replace(
+            config,
+            cross_attention_relative_bias=HF_CROSS_BIAS in weights,
+            append_eos=not wrapped,
+            passage_length=FID_PASSAGE_LENGTH if wrapped else config.passage_length,
+        )
+    overrides: dict[str, Any] = {"passage_length": passage_length, "append_eos": append_eos}
+    config = dataclasses.replace(config, **{k: v for k, v in overrides.items() if v is not None})
+    state = state_dict_from_weights(config, weights, source=str(source), hugging_face=hugging_face)
+    with torch.device("meta"):
+        reader = Reader(config)
+    reader.load_state_dict(state, assign=True)
+    reader.requires_grad_(False)
+    return Checkpoint(reader.eval(), _tokenizer_json(Path(tokenizer) if tokenizer else directory), str(source), layout)
+
+
+def load_reader(source: str | Path) -> Reader:
+    """The reader of a checkpoint in our own layout, without its tokenizer."""
+    directory = Path(source)
+    config = own_config(_config_fields(directory))
+    state = state_dict_from_weights(config, _read_weights(directory), source=str(source), hugging_face=False)
+    with torch.device("meta"):
+        reader = Reader(config)
+    reader.load_state_dict(state, assign=True)
+    return reader.eval()
+
+
+def save_reader(
+    directory: str | Path,
+    reader: Reader,
+    tokenizer_file: str | Path,
+    dtype: torch.dtype = torch.float16,
+    notes: dict[str, Any] | None = None,
+) -> None:
+    """Write a reader in our own layout; an existing checkpoint there is replaced file by file, each in one step.
+
+    Args:
+        directory: created if need be.
+        reader: any device, any dtype.
+        tokenizer_file: a tokenizer.json to put beside the weights.
+        dtype: of the stored weights.
+        notes: kept in config.json under "notes": how the checkpoint came to be.
+
+    Raises:
+        CheckpointError: if a weight is not finite, or does not fit the range of `dtype`. Nothing is written then.
+    """
+    state = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in reader.state_dict().items()}
+    bad = sorted(name for name, weight in state.items() if not torch.isfinite(weight).all())
+    if bad:
+        raise CheckpointError(f"not saved, these weights are not finite in {dtype}: {', '.join(bad)}")
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    fields = {"model_type": MODEL_TYPE, **json.loads(reader.config.to_json()), "notes": notes or {}}
+    with tempfile.TemporaryDirectory(dir=target) as beside:
+        save_file(state, str(Path(beside, WEIGHTS_FILE)))
+        Path(beside, "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(tokenizer_file, Path(beside, TOKENIZER_FILE))
+        for name in (WEIGHTS_FILE, "config.json", TOKENIZER_FILE):
+            os.replace(Path(beside, name), target / name)
+
+
+def own_config(fields: dict[str, Any]) -> ReaderConfig:
+    """The configuration in our own config.json, without what the file says besides."""
+    return ReaderConfig.from_dict({k: v for k, v in fields.items() if k not in ("model_type", "notes")})
+
+
+def _directory_of(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+        raise CheckpointError(f"{source}: wanted a directory with config.json and weights, or a hub name such as google/flan-t5-base")
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "spiece.model"]
+        found = Path(snapshot_download(str(source), allow_patterns=wanted))
+        if not list(found.glob("*.safetensors")):
+            found = Path(snapshot_download(str(source), allow_patterns=[*wanted, "pytorch_model*.bin", "*.bin.index.json"]))
+        return found
+    except Exception as error:  # the hub's client raises errors of several libraries
+        raise CheckpointError(f"{source}: no such directory, and the hub did not give it: {error}") from error
+
+
+def _config_fields(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; a checkpoint directory holds config.json beside its weights") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(fields, dict) or fields.get("model_type", "t5") not in ("t5", MODEL_TYPE):
+        got = fields.get("model_type") if isinstance(fields, dict) else fields
+        raise CheckpointError(f"{path}: model_type: wanted t5 or {MODEL_TYPE}, got {got!r}")
+    return fields
+
+
+def _hf_config(fields: dict[str, Any], weights: dict[str, Tensor], directory: Path) -> ReaderConfig:
+    """ReaderConfig from transformers' T5Config, old (3.x) or new (5.x)."""
+    missing = [name for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads") if name not in fields]
+    if missing:
+        raise CheckpointError(f"{directory / 'config.json'}: missing {', '.join(missing)}")
+    heads = fields["num_heads"]
+
+    def stack(layers: int) -> StackConfig:
+        return StackConfig(fields["d_model"], fields["d_kv"], fields["d_ff"], layers, heads, heads)
+
+    # transformers 5 writes tie_word_embeddings=true for every T5 and says in scale_decoder_outputs what the flag used to say;
+    # whether the head is tied is then told by the weights alone
+    flag = fields.get("tie_word_embeddings", True)
+    head, shared = weights.get("lm_head.weight"), weights.get("shared.weight")
+    tied = flag if head is None or shared is None else head.shape == shared.shape and torch.equal(head, shared)
+    return ReaderConfig(
+        encoder=stack(fields["num_layers"]),
+        decoder=stack(fields.get("num_decoder_layers") or fields["num_layers"]),
+        vocab_size=fields["vocab_size"],
+        feed_forward_proj=fields.get("feed_forward_proj", "relu"),
+        tie_word_embeddings=tied,
+        scale_decoder_outputs=fields.get("scale_decoder_outputs", flag),
+        relative_attention_num_buckets=fields.get("relative_attention_num_buckets", 32),
+        relative_attention_max_distance=fields.get("relative_attention_max_distance", 128),
+        layer_norm_epsilon=fields.get("layer_norm_epsilon", 1e-6),
+        pad_token_id=fields.get("pad_token_id", 0),
+        eos_token_id=fields.get("eos_token_id", 1),
+        decoder_start_token_id=fields.get("decoder_start_token_id", fields.get("pad_token_id", 0)),
+    )
+
+
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
+    if not files:
+        raise CheckpointError(f"{directory}: no weights; wanted *.safetensors or pytorch_model*.bin")
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                weights.update(load_file(str(file)))
+            else:
+                weights.update(torch.load(file, map_location="cpu", weights_only=True))
+        except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{file}: cannot be read: {error}") from error
+        except Exception as error:  # pickle.UnpicklingError: the file holds more than tensors
+            raise CheckpointError(f"{file}: refused, it holds something other than tensors: {error}") from error
+    stray = sorted(name for name, value in weights.items() if not isinstance(value, Tensor))
+    if stray:
+        raise CheckpointError(f"{directory}: wanted tensors only, got other values under {', '.join(stray)}")
+    return weights
+
+
+def _tokenizer_json(place: Path) -> str:
+    """The tokenizer's JSON, converted from SentencePiece where only that is there."""
+    path = place if place.is_file() else place / TOKENIZER_FILE
+    if path.is_file() and path.suffix == ".json":
+        return path.read_text(encoding="utf-8")
+    pieces = place if place.is_file() else place / "spiece.model"
+    if not pieces.is_file():
+        raise CheckpointError(f"{place}: no tokenizer.json or spiece.model; give one with --tokenizer (t5-base's for FiD's readers)")
+    from transformers import T5TokenizerFast
+
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copyfile(pieces, Path(scratch, "spiece.model"))
+        return str(T5TokenizerFast.from_pretrained(scratch).backend_tokenizer.to_str())
