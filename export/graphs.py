@@ -36,6 +36,8 @@ def engine_sizes(config: ReaderConfig) -> EngineSizes:
 class Projection(nn.Module):
     """One or several bias-free linear layers of the same input as one product; outputs lie side by side."""
 
+    weight: Tensor
+
     def __init__(self, *linears: nn.Linear | nn.Embedding):
         super().__init__()
         self.register_buffer("weight", torch.cat([linear.weight.detach() for linear in linears]).t().contiguous())
@@ -47,6 +49,8 @@ class Projection(nn.Module):
 
 class GraphNorm(nn.Module):
     """RMSNorm written as x / sqrt(mean(x^2) + eps): the form that inference engines recognise and run as one kernel."""
+
+    weight: Tensor
 
     def __init__(self, source: RMSNorm):
         super().__init__()
@@ -78,6 +82,8 @@ class FusedFeedForward(nn.Module):
 
 class BiasTable(nn.Module):
     """A relative bias as a table by clamped distance: one Gather instead of the bucket arithmetic."""
+
+    table: Tensor
 
     def __init__(self, source: RelativeBias):
         super().__init__()
@@ -122,6 +128,8 @@ class EncoderGraphLayer(nn.Module):
 
 class EncoderGraph(nn.Module):
     """`encoder_tensors`: token ids and mask of passages -> their hidden states."""
+
+    embedding: Tensor
 
     def __init__(self, reader: Reader):
         super().__init__()
@@ -201,6 +209,9 @@ class DecoderStepLayer(nn.Module):
 class DecoderStepGraph(nn.Module):
     """`decoder_step_tensors`: one token for a batch of running answers."""
 
+    embedding: Tensor
+    is_eos: Tensor
+
     def __init__(self, reader: Reader):
         super().__init__()
         config = reader.config
@@ -243,6 +254,7 @@ class DecoderStepGraph(nn.Module):
 
         present: list[Tensor] = []
         for i, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderStepLayer)
             mixed, key, value = layer.self_attention(layer.self_attention_norm(x), past[2 * i], past[2 * i + 1], self_bias)
             present += [key, value]
             x = x + mixed

@@ -195,7 +195,7 @@ class Reader(nn.Module):
             input_ids: integer[batch, n_passages, passage_length].
             attention_mask: integer[batch, n_passages, passage_length], 1 = attend.
             max_new_tokens: tokens at most, the end token included.
-            min_new_tokens: the end token is not chosen before this many tokens.
+            min_new_tokens: tokens at least, the end token included.
         """
         hidden, mask = self.encode(input_ids, attention_mask)
         rows = len(input_ids)
@@ -204,7 +204,7 @@ class Reader(nn.Module):
         running = [True] * rows
         for step in range(max_new_tokens):
             logits = self.decode(so_far, hidden, mask)[:, -1].float()
-            if step < min_new_tokens:
+            if step < min_new_tokens - 1:
                 logits[:, self.config.eos_token_id] = float("-inf")
             best, chosen = torch.log_softmax(logits, -1).max(-1)
             for row, (token, log_prob) in enumerate(zip(chosen.tolist(), best.tolist(), strict=True)):

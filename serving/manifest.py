@@ -108,7 +108,9 @@ class Manifest:
             elif (found := sha256_of_file(directory / file)) != wanted:
                 faults.append(f"{file}: SHA-256 wanted {wanted[:16]}..., got {found[:16]}...")
         if faults:
-            raise ManifestError(f"{directory}: engine files do not match {MANIFEST_FILE}; `make export` makes them again:\n  " + "\n  ".join(faults))
+            raise ManifestError(
+                f"{directory}: engine files do not match {MANIFEST_FILE}; `make export` makes them again:\n  " + "\n  ".join(faults)
+            )
 
 
 def sha256_of_file(path: Path) -> str:

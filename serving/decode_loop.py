@@ -1,0 +1,183 @@
+"""The decode loop: answers in flight share every step, join between steps when a slot is free, and leave when they end.
+
+Comes in: encoded questions, from any thread. Goes out: tokens and the finished answer, through the question's callbacks, on the loop's
+thread. It knows neither Triton nor the engine behind `DecoderEngine`, so that a CPU engine, a GPU engine and a test's fake run the same.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+EOS_FORBIDDEN = -1e9  # added to the end token's logit while an answer must go on
+
+
+class DecoderEngine(Protocol):
+    """One token a step for the answers in slots 0 to batch-1; see OnnxDecoder for arguments and shapes."""
+
+    slots: int
+
+    def admit(self, slot: int, running: int, hidden: np.ndarray, encoder_positions: np.ndarray) -> None:
+        """Compute a question's cross-attention keys and values into a slot."""
+
+    def move(self, source: int, target: int) -> None:
+        """Give the answer in slot `source` the slot `target`."""
+
+    def step(self, tokens: np.ndarray, positions: np.ndarray, eos_penalty: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Next tokens and their log-probabilities for the first len(tokens) slots."""
+        ...
+
+
+class LoopError(RuntimeError):
+    """A question that was not taken, or not answered to its end."""
+
+
+class QueueFullError(LoopError):
+    """More questions wait than may."""
+
+
+class LoopStoppedError(LoopError):
+    """The loop was stopped before the answer ended."""
+
+
+@dataclasses.dataclass
+class Question:
+    """An encoded question and who wants to know.
+
+    Attributes:
+        hidden: float[encoder_sequence_length, d_model], valid hidden states of all passages, packed; dropped once admitted.
+        encoder_positions: int32[encoder_sequence_length].
+        on_token: called with each token and its log-probability, the end token included.
+        on_end: called once, last: with None, or with the reason why the answer did not reach its end.
+        cancelled: asked between steps; true frees the slot.
+    """
+
+    hidden: np.ndarray | None
+    encoder_positions: np.ndarray
+    max_new_tokens: int
+    min_new_tokens: int
+    on_token: Callable[[int, float], None]
+    on_end: Callable[[Exception | None], None]
+    cancelled: Callable[[], bool] = lambda: False
+    generated: int = 0
+    last_token: int = 0
+
+
+class DecodeLoop:
+    """Runs a decoder engine on a thread of its own."""
+
+    def __init__(self, engine: DecoderEngine, *, start_token: int, eos_token: int, max_waiting: int):
+        self._engine, self._start_token, self._eos_token, self._max_waiting = engine, start_token, eos_token, max_waiting
+        self._waiting: collections.deque[Question] = collections.deque()
+        self._slots: list[Question | None] = []  # the question in each slot; None where one has just left
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="decode-loop", daemon=True)
+        self._thread.start()
+
+    def submit(self, question: Question) -> None:
+        """Queue a question, first come first served.
+
+        Raises:
+            QueueFullError: if as many wait as may.
+            LoopStoppedError: after `stop`.
+        """
+        with self._changed:
+            if self._stopping:
+                raise LoopStoppedError("the server is shutting down")
+            if len(self._waiting) >= self._max_waiting:
+                raise QueueFullError(f"{len(self._waiting)} questions are waiting and no more may; try again later")
+            self._waiting.append(question)
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """End the loop; whatever has not ended is told LoopStoppedError."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._wait_for_work():
+            self._drop_cancelled()
+            self._admit_waiting()
+            self._close_gaps()
+            if self._slots:
+                self._step()
+        with self._changed:
+            left = [question for question in (*self._slots, *self._waiting) if question is not None]
+            self._waiting.clear()
+        for question in left:
+            question.on_end(LoopStoppedError("the server is shutting down"))
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._waiting or self._slots)
+            return not self._stopping
+
+    def _drop_cancelled(self) -> None:
+        for slot, question in enumerate(self._slots):
+            if question is not None and question.cancelled():
+                self._leave(slot, LoopError("cancelled"))
+
+    def _admit_waiting(self) -> None:
+        while (slot := self._free_slot()) is not None:
+            with self._changed:
+                if not self._waiting:
+                    return
+                question = self._waiting.popleft()
+            if question.cancelled():
+                question.on_end(LoopError("cancelled"))
+                continue
+            hidden, question.hidden = question.hidden, None
+            question.last_token = self._start_token
+            try:
+                assert hidden is not None
+                self._engine.admit(slot, len(self._slots), hidden, question.encoder_positions)
+            except Exception as error:
+                question.on_end(error)
+                continue
+            self._slots[slot : slot + 1] = [question]
+
+    def _free_slot(self) -> int | None:
+        if None in self._slots:
+            return self._slots.index(None)
+        return len(self._slots) if len(self._slots) < self._engine.slots else None
+
+    def _close_gaps(self) -> None:
+        """Move the last answers into slots that nobody took over: a step works on one block of slots."""
+        while None in self._slots:
+            gap, last = self._slots.index(None), len(self._slots) - 1
+            if self._slots[last] is not None:
+                self._engine.move(last, gap)
+                self._slots[gap] = self._slots[last]
+            self._slots.pop()
+
+    def _step(self) -> None:
+        running = [question for question in self._slots if question is not None]
+        tokens = np.array([q.last_token for q in running], np.int32)
+        positions = np.array([q.generated for q in running], np.int32)
+        eos_penalty = np.array([EOS_FORBIDDEN if q.generated < q.min_new_tokens - 1 else 0.0 for q in running], np.float32)
+        try:
+            next_tokens, log_probs = self._engine.step(tokens, positions, eos_penalty)
+        except Exception as error:  # the engine is shared: every answer in this step is lost, the loop is not
+            for slot in range(len(self._slots)):
+                self._leave(slot, error)
+            return
+        for slot, (question, token, log_prob) in enumerate(zip(running, next_tokens.tolist(), log_probs.tolist(), strict=True)):
+            question.last_token = token
+            question.generated += 1
+            question.on_token(token, log_prob)
+            if token == self._eos_token or question.generated >= question.max_new_tokens:
+                self._leave(slot, None)
+
+    def _leave(self, slot: int, error: Exception | None) -> None:
+        question = self._slots[slot]
+        self._slots[slot] = None
+        if question is not None:
+            question.on_end(error)

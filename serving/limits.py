@@ -1,0 +1,74 @@
+"""What a request may ask for and what the server sets aside: every bound in one place.
+
+They are written into config.pbtxt as `parameters` when the repository is rendered and read back from there inside Triton, so that what
+is deployed can be read, and changed, where Triton's own settings are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+class LimitsError(ValueError):
+    """A bound that is unknown, not a number, or contradicts another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Bounds of one served reader.
+
+    Attributes:
+        max_passages: passages a question may bring.
+        max_question_characters: longest question.
+        max_passage_characters: longest passage, and longest title. What exceeds the reader's passage_length in tokens is cut, not refused.
+        max_new_tokens: most tokens a request may ask for.
+        default_max_new_tokens: tokens generated at most where a request does not say.
+        slots: questions decoded together; more wait.
+        max_waiting: questions that may wait for a slot or their encoding; more are refused.
+        encode_threads: questions tokenized and encoded at the same time.
+        intra_op_threads: threads of one engine call on the CPU; 0 = one a core.
+    """
+
+    max_passages: int = 40
+    max_question_characters: int = 2_000
+    max_passage_characters: int = 50_000
+    max_new_tokens: int = 512
+    default_max_new_tokens: int = 32
+    slots: int = 16
+    max_waiting: int = 512
+    encode_threads: int = 8
+    intra_op_threads: int = 0
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{field.name}: wanted an integer of at least {0 if field.name == 'intra_op_threads' else 1}, got {value!r}"
+            for field in dataclasses.fields(self)
+            if not isinstance(value := getattr(self, field.name), int) or value < (0 if field.name == "intra_op_threads" else 1)
+        ]
+        if not faults and self.default_max_new_tokens > self.max_new_tokens:
+            faults.append(f"default_max_new_tokens: wanted at most max_new_tokens={self.max_new_tokens}, got {self.default_max_new_tokens}")
+        if faults:
+            raise LimitsError("limits:\n  " + "\n  ".join(faults))
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of all bounds."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any]) -> Limits:
+        """Read from the `parameters` of a model's configuration, {name: {"string_value": text}}; absent ones keep their default."""
+        values = {}
+        for name in cls.names():
+            if name in parameters:
+                text = parameters[name]["string_value"]
+                if not text.isdigit():
+                    raise LimitsError(f"parameter {name} in config.pbtxt: wanted a whole number, got {text!r}")
+                values[name] = int(text)
+        return cls(**values)
+
+    def to_parameters(self, names: tuple[str, ...] | None = None) -> dict[str, str]:
+        """The inverse of `from_parameters`, as name -> text, for the given names or all."""
+        return {name: str(getattr(self, name)) for name in names or self.names()}

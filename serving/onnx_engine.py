@@ -1,0 +1,197 @@
+"""Engines on ONNX Runtime's CPU provider: sessions over verified files, the encoder, and the decoder with its key/value slots.
+
+The decoder is what the decode loop drives (`DecoderEngine` in decode_loop.py): it owns the caches, the loop owns the order of things.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from .manifest import Manifest
+from .tensors import GraphTensors, cross_kv_tensors, decoder_step_tensors, encoder_tensors
+
+# A call with more tokens than this gains nothing more from batching on a CPU, but its activations outgrow the caches.
+MAX_TOKENS_PER_CALL = 4096
+# Rows of at least this share of a call's longest row are computed with it; shorter ones go to a call of their own.
+LENGTH_SHARE = 0.8
+SELF_LENGTH_START = 16
+
+
+class EngineError(RuntimeError):
+    """An engine that cannot be loaded, or does not have the tensors of its manifest."""
+
+
+class OnnxSession:
+    """One graph, loaded after its file was checked against the manifest."""
+
+    def __init__(self, directory: Path, manifest: Manifest, name: str, tensors: GraphTensors, threads: int):
+        file = f"{name}.onnx"
+        manifest.verify(directory, (file,))
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        # several processes share the cores: a thread that spins while it waits takes them from another engine
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        try:
+            self._session = ort.InferenceSession(str(directory / file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise EngineError(f"{directory / file}: ONNX Runtime cannot load it: {error}") from error
+        found = [i.name for i in self._session.get_inputs()], [o.name for o in self._session.get_outputs()]
+        wanted = [t.name for t in tensors.inputs], [t.name for t in tensors.outputs]
+        if found != wanted:
+            raise EngineError(f"{directory / file}: wanted tensors {wanted}, got {found}; `make export` makes it again")
+
+    def run(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """All outputs in the order of the tensor specs; contiguous inputs are not copied."""
+        return self._session.run(None, inputs)
+
+
+class OnnxEncoder:
+    """The encoder: passages of any lengths in, hidden states out, no time spent on padding beyond a fifth."""
+
+    def __init__(self, directory: Path, manifest: Manifest, threads: int = 0):
+        self.d_model = manifest.sizes.d_model_encoder
+        self._session = OnnxSession(directory, manifest, "encoder", encoder_tensors(manifest.sizes), threads)
+
+    def encode(self, batch: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+        """Encode the passages of several questions at once.
+
+        Args:
+            batch: (input_ids, attention_mask) a question, each int32[n_passages, passage_length]; valid tokens come first in a row.
+
+        Returns:
+            float32[n_passages, passage_length, d_model] a question; zero where the mask is.
+        """
+        outputs = [np.zeros((*ids.shape, self.d_model), np.float32) for ids, _ in batch]
+        rows = [(int(length), q, r) for q, (_, mask) in enumerate(batch) for r, length in enumerate(mask.sum(1))]
+        for group in grouped_by_length(rows):
+            width = group[0][0]
+            ids = np.zeros((len(group), width), np.int32)
+            for row, (length, q, r) in zip(ids, group, strict=True):
+                row[:length] = batch[q][0][r, :length]
+            mask = (np.arange(width)[None, :] < np.array([length for length, _, _ in group])[:, None]).astype(np.int32)
+            (hidden,) = self._session.run({"input_ids": ids, "attention_mask": mask})
+            for states, (length, q, r) in zip(hidden, group, strict=True):
+                outputs[q][r, :length] = states[:length]
+        return outputs
+
+
+def grouped_by_length(rows: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
+    """Split (length, question, row) triples into calls, longest first, so that little padding is computed. Empty rows are left out."""
+    groups: list[list[tuple[int, int, int]]] = []
+    for row in sorted((row for row in rows if row[0]), reverse=True):
+        group = groups[-1] if groups else []
+        if group and row[0] >= LENGTH_SHARE * group[0][0] and (len(group) + 1) * group[0][0] <= MAX_TOKENS_PER_CALL:
+            group.append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def cache_length(tokens: int, smallest: int = 64) -> int:
+    """Length to reserve for `tokens`: a quarter of the power of two below it is the step, so at most a fifth is reserved in vain."""
+    step = max(smallest, 1 << max(tokens.bit_length() - 3, 0))
+    return -(-tokens // step) * step
+
+
+class OnnxDecoder:
+    """cross_kv and decoder_step with their caches: running answers occupy slots 0 to count-1, one row of every cache each.
+
+    A step must see its rows as one contiguous block, so slots are kept without gaps (`move`), and the caches are as long as the longest
+    running question needs: a longer one lets them grow, and they shrink when it has left and at most half is still needed.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, slots: int, threads: int = 0):
+        sizes = manifest.sizes
+        self.sizes, self.slots = sizes, slots
+        self._cross_kv = OnnxSession(directory, manifest, "cross_kv", cross_kv_tensors(sizes), threads)
+        self._step = OnnxSession(directory, manifest, "decoder_step", decoder_step_tensors(sizes), threads)
+        parts = ("key", "value")
+        self._self_names = [f"past_key_values.{i}.decoder.{part}" for i in range(sizes.num_decoder_layers) for part in parts]
+        self._cross_names = [f"past_key_values.{i}.encoder.{part}" for i in sizes.cross_attention_layers for part in parts]
+        self._encoder_lengths = np.zeros(slots, np.int32)
+        self._self = self._empty(len(self._self_names), SELF_LENGTH_START)
+        self._cross = self._empty(len(self._cross_names), cache_length(1))
+        self._encoder_positions = np.zeros((slots, cache_length(1)), np.int32)
+
+    def _empty(self, tensors: int, length: int) -> list[np.ndarray]:
+        # zeros, not np.empty: what is masked still meets a weight of 0, and 0 * NaN is NaN
+        return [np.zeros((self.slots, self.sizes.num_kv_heads, length, self.sizes.d_kv), np.float32) for _ in range(tensors)]
+
+    def _resized(self, caches: list[np.ndarray], length: int, rows: int) -> list[np.ndarray]:
+        kept = min(length, caches[0].shape[2])
+        resized = self._empty(len(caches), length)
+        for new, old in zip(resized, caches, strict=True):
+            new[:rows, :, :kept] = old[:rows, :, :kept]
+        return resized
+
+    def kv_bytes(self) -> int:
+        """Bytes that the caches take now."""
+        return sum(cache.nbytes for cache in (*self._self, *self._cross))
+
+    def admit(self, slot: int, running: int, hidden: np.ndarray, encoder_positions: np.ndarray) -> None:
+        """Compute a question's cross-attention keys and values into a slot.
+
+        Args:
+            slot: free, at most `running`.
+            running: rows in use, whose caches are kept; `slot` may lie among them if its answer has ended.
+            hidden: float32[encoder_sequence_length, d_model], the valid hidden states of all passages, packed.
+            encoder_positions: int32[encoder_sequence_length].
+        """
+        length = len(hidden)
+        self._encoder_lengths[slot] = length
+        rows = max(running, slot + 1)
+        needed = cache_length(int(self._encoder_lengths[:rows].max()))
+        held = self._cross[0].shape[2]
+        if needed > held or needed * 2 <= held:
+            self._cross = self._resized(self._cross, needed, rows)
+            positions = np.zeros((self.slots, needed), np.int32)
+            kept = min(needed, held)
+            positions[:rows, :kept] = self._encoder_positions[:rows, :kept]
+            self._encoder_positions = positions
+        present = self._cross_kv.run({"encoder_hidden_states": hidden})
+        for cache, rows_of_slot in zip(self._cross, present, strict=True):
+            cache[slot, :, :length] = rows_of_slot
+        self._encoder_positions[slot, :length] = encoder_positions
+
+    def move(self, source: int, target: int) -> None:
+        """Give the answer in slot `source` the slot `target`."""
+        self._encoder_lengths[target] = self._encoder_lengths[source]
+        self._encoder_positions[target] = self._encoder_positions[source]
+        for cache in (*self._self, *self._cross):
+            cache[target] = cache[source]
+
+    def step(self, tokens: np.ndarray, positions: np.ndarray, eos_penalty: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One token for slots 0 to len(tokens)-1.
+
+        Args:
+            tokens: int32[batch], the last token of each answer (at position 0: the start token).
+            positions: int32[batch], tokens already in the self-attention cache.
+            eos_penalty: float32[batch], added to the end token's logit.
+
+        Returns:
+            int32[batch] next tokens and float32[batch] their log-probabilities.
+        """
+        batch = len(tokens)
+        needed = int(positions.max()) + 1
+        held = self._self[0].shape[2]
+        if needed > held or (held > SELF_LENGTH_START and needed * 4 <= held):
+            self._self = self._resized(self._self, max(SELF_LENGTH_START, 1 << (needed - 1).bit_length()), batch)
+        inputs = {
+            "decoder_input_ids": tokens,
+            "positions": positions,
+            "encoder_lengths": self._encoder_lengths[:batch],
+            "eos_penalty": eos_penalty,
+        }
+        if self.sizes.reads_encoder_positions:
+            inputs["encoder_positions"] = self._encoder_positions[:batch]
+        inputs |= {name: cache[:batch] for name, cache in zip(self._self_names, self._self, strict=True)}
+        inputs |= {name: cache[:batch] for name, cache in zip(self._cross_names, self._cross, strict=True)}
+        next_token, log_prob, *present = self._step.run(inputs)
+        rows = np.arange(batch)
+        for cache, new in zip(self._self, present, strict=True):
+            cache[rows, :, positions] = new
+        return next_token, log_prob

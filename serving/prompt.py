@@ -1,0 +1,106 @@
+"""Text in, token ids out, and back: FiD's prompt, truncation that spares the question, answers in whole characters.
+
+Comes in: a question with its passages. Goes out: `int32[n_passages, passage_length]` ids and mask. Knows nothing of Triton.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from .manifest import Manifest
+
+# Encoder rows are padded to a multiple of this, so that questions meet in one batch of the dynamic batcher more often.
+LENGTH_MULTIPLE = 16
+
+
+class PromptError(ValueError):
+    """A question that cannot be put to the reader."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderInput:
+    """A tokenized question.
+
+    Attributes:
+        input_ids: int32[n_passages, passage_length], padded to the longest passage of this question.
+        attention_mask: int32[n_passages, passage_length], 1 = attend; a row's valid tokens come first.
+        encoder_positions: int32[valid tokens], each valid token's place in the sequence that facebookresearch/FiD would have made, where
+            every passage takes the full passage_length.
+    """
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    encoder_positions: np.ndarray
+
+
+class PromptEncoder:
+    """The reader's tokenizer with its prompt. Safe to share between threads."""
+
+    def __init__(self, tokenizer: Tokenizer, manifest: Manifest):
+        tokenizer.no_truncation()  # tokenizer.json files carry such settings; the manifest's count here
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._prompt = manifest.prompt
+        self._pad, self._eos = manifest.pad_token_id, manifest.eos_token_id
+
+    def encode(self, question: str, passages: Sequence[str], titles: Sequence[str] | None = None) -> EncoderInput:
+        """Tokenize one question with its passages.
+
+        Args:
+            question: kept whole in every prompt.
+            passages: cut on the right where the prompt exceeds passage_length.
+            titles: one per passage; none means empty ones, as facebookresearch/FiD writes them.
+
+        Raises:
+            PromptError: if the question alone fills a prompt.
+        """
+        prompt, end = self._prompt, [self._eos] * self._prompt.append_eos
+        room = prompt.passage_length - len(end)
+        head = prompt.template[: prompt.template.index("{title}")].format(question=question)
+        head_tokens = len(self._tokenizer.encode(head, add_special_tokens=False).ids)
+        if head_tokens > room:
+            raise PromptError(f"question: {head_tokens} tokens with its prompt, but a passage holds {room}; ask it in fewer words")
+        titles = titles if titles is not None else [""] * len(passages)
+        texts = [prompt.template.format(question=question, title=t, context=p) for p, t in zip(passages, titles, strict=True)]
+        rows = [e.ids[:room] + end for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        lengths = np.array([len(row) for row in rows])
+        width = min(-(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, prompt.passage_length)
+        input_ids = np.full((len(rows), width), self._pad, np.int32)
+        for ids, row in zip(input_ids, rows, strict=True):
+            ids[: len(row)] = row
+        mask = np.arange(width)[None, :] < lengths[:, None]
+        passage, offset = np.nonzero(mask)
+        return EncoderInput(input_ids, mask.astype(np.int32), (passage * prompt.passage_length + offset).astype(np.int32))
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The answer that generated tokens spell, without special tokens."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+class TextPieces:
+    """Turns tokens into text as they come: the pieces, joined, are exactly the text of all tokens, and no character is split."""
+
+    def __init__(self, prompt_encoder: PromptEncoder):
+        self._encoder = prompt_encoder
+        self._tokens: list[int] = []
+        self._sent = ""
+
+    def add(self, token: int) -> str:
+        """The text that is certain now and was not before; may be empty."""
+        self._tokens.append(token)
+        text = self._encoder.text(self._tokens)
+        # a character whose bytes have not all come decodes to U+FFFD: keep it back
+        return self._send(text) if text.startswith(self._sent) and not text.endswith("\N{REPLACEMENT CHARACTER}") else ""
+
+    def rest(self) -> str:
+        """What was kept back, once the last token is in."""
+        text = self._encoder.text(self._tokens)
+        return self._send(text) if text.startswith(self._sent) else ""
+
+    def _send(self, text: str) -> str:
+        piece, self._sent = text[len(self._sent) :], text
+        return piece
