@@ -1,0 +1,59 @@
+"""`python -m serving`: run Triton on the repository until Ctrl-C. See --help."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from .server import LOOPBACK, TritonServer, models_of
+from .tritonserver import PROJECT, ServerError
+
+
+def main() -> int:
+    """Parse arguments, serve, stop cleanly; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m serving", description=__doc__)
+    parser.add_argument("--readers", nargs="+", default=["fid", "fido"], metavar="READER", help="readers to serve (default: fid fido)")
+    parser.add_argument("--stream", action="store_true", help="also load the streaming model of each reader")
+    parser.add_argument("--repository", type=Path, default=PROJECT / "model_repository")
+    parser.add_argument("--address", default=LOOPBACK, help="address to bind to (default: loopback only)")
+    parser.add_argument("--http-port", type=int, default=8000)
+    parser.add_argument("--grpc-port", type=int, default=8001)
+    parser.add_argument("--metrics-port", type=int, default=8002)
+    parser.add_argument("--log", type=Path, default=PROJECT / "build" / "tritonserver.log")
+    parser.add_argument("extra", nargs="*", help="after --: more arguments for tritonserver")
+    arguments = parser.parse_args()
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    server = TritonServer(
+        models_of(arguments.readers, stream=arguments.stream),
+        arguments.repository,
+        (arguments.http_port, arguments.grpc_port, arguments.metrics_port),
+        arguments.address,
+        arguments.log,
+        extra=arguments.extra,
+    )
+    try:
+        with server:
+            print(f"models    {' '.join(server.models)}")
+            print(f"gRPC      {server.grpc_url}")
+            print(f"HTTP      {server.http_url}/v2/models/{arguments.readers[0]}/generate")
+            print(f"metrics   {server.metrics_url}")
+            print(f"log       {server.log}")
+            print("ready; Ctrl-C stops", flush=True)
+            while not stop.wait(0.5):
+                if server.process is not None and server.process.poll() is not None:
+                    print(f"tritonserver ended by itself with code {server.process.returncode}; see {server.log}", file=sys.stderr)
+                    return 1
+            print("stopping", flush=True)
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
