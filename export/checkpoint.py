@@ -97,7 +97,7 @@ def load_checkpoint(
         reader = Reader(config)
     reader.load_state_dict(state, assign=True)
     reader.requires_grad_(False)
-    return Checkpoint(reader.eval(), _tokenizer_json(Path(tokenizer) if tokenizer else directory), str(source), layout)
+    return Checkpoint(reader.eval(), read_tokenizer(Path(tokenizer) if tokenizer else directory), str(source), layout)
 
 
 def load_reader(source: str | Path) -> Reader:
@@ -234,8 +234,8 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _tokenizer_json(place: Path) -> str:
-    """The tokenizer's JSON, converted from SentencePiece where only that is there."""
+def read_tokenizer(place: Path) -> str:
+    """The JSON of the tokenizer in a directory or file, converted from SentencePiece where only that is there."""
     path = place if place.is_file() else place / TOKENIZER_FILE
     if path.is_file() and path.suffix == ".json":
         return path.read_text(encoding="utf-8")

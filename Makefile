@@ -1,0 +1,98 @@
+# FiDO on Triton. `make` lists the targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+# What is exported and served: a directory of any known layout, or a hub name. Flags as `python -m export onnx --help` lists them.
+FID ?= checkpoints/fid
+FIDO ?= checkpoints/fido
+FID_FLAGS ?=
+FIDO_FLAGS ?=
+# Bounds written into the served models' configuration, as `python -m export repository --help` lists them.
+LIMITS ?=
+# What is served, and where.
+READERS ?= fid fido
+STREAM ?=
+SERVE_FLAGS ?=
+# For `make ask`.
+MODEL ?= fido
+QUESTION ?= what is the capital of France?
+PASSAGES ?= examples/passages.json
+
+CORPUS := build/corpus/heldout.jsonl
+SERVED := model_repository/fid/1/manifest.json model_repository/fido/1/manifest.json
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## make .venv and install what every other target needs
+
+$(INSTALLED): requirements.txt requirements-triton.txt requirements-export.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -r requirements-dev.txt
+	$(PY) -m pip install -q --no-deps -r requirements-triton.txt
+	@touch $@
+
+export: $(SERVED) ## checkpoints -> ONNX engines -> model repository (FID=... FIDO=... for your own)
+
+# One stamp a reader holds what it is made with; it changes only when that changes, so that `make export FID=other` exports again
+# and a second `make export` does nothing.
+build/engines/%.made-with: FORCE
+	@mkdir -p $(@D)
+	@echo '$($(shell echo $* | tr a-z A-Z)) $($(shell echo $* | tr a-z A-Z)_FLAGS)' | cmp -s - $@ || \
+	  echo '$($(shell echo $* | tr a-z A-Z)) $($(shell echo $* | tr a-z A-Z)_FLAGS)' > $@
+
+build/engines/limits.made-with: FORCE
+	@mkdir -p $(@D)
+	@echo '$(LIMITS)' | cmp -s - $@ || echo '$(LIMITS)' > $@
+
+EXPORT_CODE := $(wildcard export/*.py) serving/tensors.py serving/manifest.py serving/limits.py
+
+build/engines/fid/manifest.json: $(INSTALLED) $(EXPORT_CODE) build/engines/fid.made-with $(wildcard $(FID)/*.json $(FID)/*.safetensors $(FID)/*.bin)
+	$(PY) -m export onnx $(FID) $(@D) $(FID_FLAGS)
+
+build/engines/fido/manifest.json: $(INSTALLED) $(EXPORT_CODE) build/engines/fido.made-with $(wildcard $(FIDO)/*.json $(FIDO)/*.safetensors $(FIDO)/*.bin)
+	$(PY) -m export onnx $(FIDO) $(@D) $(FIDO_FLAGS)
+
+model_repository/%/1/manifest.json: build/engines/%/manifest.json build/engines/limits.made-with
+	$(PY) -m export repository $(<D) --reader $* $(LIMITS)
+	@touch $@
+
+serve: export ## run Triton on the repository until Ctrl-C (READERS="fid fido", STREAM=1 for the streaming models)
+	@exec $(PY) -m serving --readers $(READERS) $(if $(STREAM),--stream) $(SERVE_FLAGS)
+
+ask: $(INSTALLED) ## ask a running server: MODEL=fido QUESTION="..." PASSAGES=file.json
+	$(PY) -m clients ask --model $(MODEL) --question "$(QUESTION)" --passages $(PASSAGES)
+
+$(CORPUS): $(INSTALLED) $(wildcard training/*.py)
+	$(PY) -m training corpus
+	@touch $@
+
+demo: export $(CORPUS) ## start Triton, ask three questions of each demo reader, stop
+	$(PY) -m training.demo
+
+evaluate: export $(CORPUS) ## EM of all demo readers through Triton on held-out and human-written questions
+	$(PY) -m training.served
+
+bench: export $(CORPUS) ## through Triton, in process and PyTorch beside each other, on this machine
+	$(PY) -m perf.chain
+
+test: export $(CORPUS) ## all tests
+	$(PY) -m pytest
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy .
+
+clean: ## remove everything that was built, and the environment
+	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find model_repository -path '*/1/*' ! -name model.py -type f -delete
+
+FORCE:
+.PHONY: help setup export serve ask demo evaluate bench test lint clean FORCE

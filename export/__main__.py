@@ -1,0 +1,156 @@
+"""`python -m export`: from a checkpoint to engines and a model repository. See --help of each command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from serving.limits import Limits, LimitsError
+from serving.manifest import ManifestError
+
+from .config import FIDO_PERIOD, ConfigError, reader_preset
+
+if TYPE_CHECKING:  # torch is imported only by the command that needs it, so that --help is quick
+    from .checkpoint import Checkpoint
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m export", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    checkpoint = argparse.ArgumentParser(add_help=False)
+    checkpoint.add_argument("checkpoint", help="directory (ours, Hugging Face T5, facebookresearch/FiD) or hub name")
+    checkpoint.add_argument("--tokenizer", help="directory or file of the tokenizer, where the checkpoint has none")
+    checkpoint.add_argument("--passage-length", type=int, help="tokens kept of each prompt (FiD: 200, its large readers 250; T5: 256)")
+    flag = argparse.BooleanOptionalAction
+    checkpoint.add_argument("--append-eos", action=flag, help="end encoder inputs with </s> (default: no for FiD's own checkpoints)")
+    checkpoint.add_argument("--cross-attention-bias", action=flag, help="apply the relative bias in cross-attention (default: FiD's own)")
+
+    onnx = commands.add_parser("onnx", parents=[checkpoint], help="checkpoint -> ONNX engines and manifest")
+    onnx.add_argument("engines", type=Path, help="directory to write")
+    onnx.add_argument("--opset", type=int, default=None)
+
+    preset = commands.add_parser("preset", help="a reader of published size with random weights, for benchmarks -> ONNX engines")
+    preset.add_argument("name", help="base, large, ... or base-xl, large-xxl (encoder-decoder)")
+    preset.add_argument("engines", type=Path)
+    preset.add_argument("--fido", action="store_true", help=f"cross-attention every {FIDO_PERIOD} layers, one key/value head")
+    preset.add_argument("--period", type=int)
+    preset.add_argument("--num-kv-heads", type=int)
+    preset.add_argument("--passage-length", type=int, default=256)
+    preset.add_argument("--tokenizer", required=True, help="tokenizer.json or a directory with one")
+    preset.add_argument("--seed", type=int, default=0)
+
+    convert = commands.add_parser("convert", parents=[checkpoint], help="FiD -> FiDO, a start for up-training")
+    convert.add_argument("output", type=Path, help="directory to write, in our own layout")
+    convert.add_argument("--period", type=int, default=FIDO_PERIOD)
+    convert.add_argument("--num-kv-heads", type=int, default=1)
+
+    repository = commands.add_parser("repository", help="engines -> Triton model repository")
+    repository.add_argument("engines", type=Path)
+    repository.add_argument("--reader", choices=("fid", "fido"), required=True, help="name to serve under")
+    repository.add_argument("--repository", type=Path, default=Path("model_repository"))
+    for field in dataclasses.fields(Limits):
+        repository.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default, help="default: %(default)s")
+
+    compare = commands.add_parser("compare", parents=[checkpoint], help="each stage against the one before it")
+    compare.add_argument("engines", type=Path)
+    compare.add_argument("--json", action="store_true", help="a last line of JSON")
+    return parser
+
+
+def main() -> int:
+    """Run one command; faults of the input are told in a line each, not by a traceback."""
+    arguments = _parser().parse_args()
+    from .onnx_graph import ExportError
+    from .weights import CheckpointError
+
+    try:
+        return int(globals()[f"_{arguments.command}"](arguments))
+    except (CheckpointError, ConfigError, ExportError, LimitsError, ManifestError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _load(arguments: argparse.Namespace) -> Checkpoint:
+    from .checkpoint import load_checkpoint
+
+    return load_checkpoint(
+        arguments.checkpoint,
+        tokenizer=arguments.tokenizer,
+        passage_length=arguments.passage_length,
+        append_eos=arguments.append_eos,
+        cross_attention_bias=arguments.cross_attention_bias,
+    )
+
+
+def _onnx(arguments: argparse.Namespace) -> int:
+    from .onnx_graph import OPSET, export_reader
+
+    manifest = export_reader(_load(arguments), arguments.engines, arguments.opset or OPSET)
+    megabytes = sum((arguments.engines / file).stat().st_size for file in manifest.files) / 1e6
+    seconds = sum(manifest.provenance["export_s"].values())
+    print(f"{arguments.engines}: {manifest.reader}, {manifest.provenance['parameters']:,} parameters, {megabytes:.1f} MB, {seconds:.1f} s")
+    return 0
+
+
+def _preset(arguments: argparse.Namespace) -> int:
+    from .checkpoint import Checkpoint, read_tokenizer
+    from .model import Reader
+    from .onnx_graph import export_reader
+
+    config = reader_preset(arguments.name, fido=arguments.fido, period=arguments.period, num_kv_heads=arguments.num_kv_heads)
+    reader = Reader(dataclasses.replace(config, passage_length=arguments.passage_length))
+    reader.reset_parameters(arguments.seed)
+    checkpoint = Checkpoint(reader.eval(), read_tokenizer(Path(arguments.tokenizer)), f"random-{arguments.name}", "random weights")
+    manifest = export_reader(checkpoint, arguments.engines)
+    print(f"{arguments.engines}: {manifest.reader} {arguments.name}, {manifest.provenance['parameters']:,} random parameters")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .checkpoint import save_reader
+    from .convert import fido_from_fid
+
+    checkpoint = _load(arguments)
+    converted = fido_from_fid(checkpoint.reader, arguments.period, arguments.num_kv_heads)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = Path(scratch, "tokenizer.json")
+        tokenizer.write_text(checkpoint.tokenizer_json, encoding="utf-8")
+        notes = {"converted_from": Path(checkpoint.source).name, "needs": "up-training"}
+        save_reader(arguments.output, converted, tokenizer, torch.float32, notes)
+    print(
+        f"{arguments.output}: FiDO with period {arguments.period} and {arguments.num_kv_heads} key/value heads.\n"
+        "It needs up-training: until it is trained further, it answers much worse than the checkpoint it came from."
+    )
+    return 0
+
+
+def _repository(arguments: argparse.Namespace) -> int:
+    from .repository import repository_from_engines
+
+    limits = Limits(**{name: getattr(arguments, name) for name in Limits.names()})
+    repository_from_engines(arguments.engines, arguments.repository, arguments.reader, limits)
+    print(f"{arguments.repository}: {arguments.reader}, {arguments.reader}_encoder, {arguments.reader}_stream")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from .compare import compare_stages, table
+
+    errors = compare_stages(_load(arguments), arguments.engines)
+    print(table(errors))
+    ok = all(error.ok for error in errors)
+    if arguments.json:
+        print(json.dumps({"ok": ok, "errors": [dataclasses.asdict(error) for error in errors]}))
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""Each stage against the one before it: transformers -> our module -> graph in torch -> graph in ONNX Runtime.
+
+Comes in: a checkpoint and the engines made of it. Goes out: the worst absolute error of every output of every stage. What is served is
+compared with the torch reader by `make evaluate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from serving.manifest import Manifest, ManifestError
+from serving.tensors import GraphTensors
+
+from .checkpoint import Checkpoint
+from .graphs import engine_sizes
+from .model import Reader
+from .onnx_graph import GRAPHS, sample_inputs, sha256_of_weights
+from .weights import hf_name
+
+# By dtype of the engine: the largest difference that rounding explains. Logits of T5 are tens in size.
+TOLERANCE = {"float32": 1e-3}
+SHAPES = (
+    {"passages": 1, "passage_length": 16, "batch": 1, "past_length": 16, "encoder_sequence_length": 64},
+    {"passages": 5, "passage_length": 33, "batch": 4, "past_length": 17, "encoder_sequence_length": 150},
+    {"passages": 12, "passage_length": 96, "batch": 3, "past_length": 32, "encoder_sequence_length": 700},
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputError:
+    """Worst absolute error of one output of one stage against the stage before it.
+
+    `worst` counts differing tokens where the output is a token.
+    """
+
+    stage: str
+    output: str
+    worst: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within what rounding explains; a NaN is not."""
+        return self.worst <= self.allowed
+
+
+def compare_stages(checkpoint: Checkpoint, engines: Path) -> list[OutputError]:
+    """Compare all stages that this checkpoint has.
+
+    Raises:
+        ManifestError: if the engines are damaged or were made of other weights.
+    """
+    manifest = Manifest.load(engines)
+    manifest.verify(engines, tuple(manifest.files))
+    weights = sha256_of_weights(checkpoint.reader)
+    if manifest.weights_sha256 != weights:
+        raise ManifestError(f"{engines}: made of weights {manifest.weights_sha256[:16]}..., but {checkpoint.source} has {weights[:16]}...")
+    allowed = TOLERANCE[manifest.precision]
+    found: list[OutputError] = []
+    if checkpoint.layout == "hugging-face":
+        found.append(OutputError("module vs transformers", "logits", module_against_transformers(checkpoint.reader), allowed))
+    found += graphs_against_module(checkpoint.reader, allowed)
+    for name, (_, tensors_of) in GRAPHS.items():
+        found += onnx_against_graph(checkpoint.reader, name, tensors_of(engine_sizes(checkpoint.reader.config)), engines, allowed)
+    return found
+
+
+def random_question(reader: Reader, rng: np.random.Generator, n_passages: int, passage_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64[1, n_passages, passage_length] ids and mask with passages of random lengths."""
+    ids = torch.from_numpy(rng.integers(2, reader.config.vocab_size, (1, n_passages, passage_length)))
+    lengths = rng.integers(1, passage_length + 1, (1, n_passages, 1))
+    mask = torch.from_numpy((np.arange(passage_length) < lengths).astype(np.int64))
+    return ids * mask, mask
+
+
+@torch.no_grad()
+def module_against_transformers(reader: Reader) -> float:
+    """Worst error of the logits of one passage against T5ForConditionalGeneration with the same weights."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config, stack = reader.config, reader.config.encoder
+    theirs = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=config.vocab_size,
+            d_model=stack.d_model,
+            d_kv=stack.d_kv,
+            d_ff=stack.d_ff,
+            num_layers=stack.num_layers,
+            num_decoder_layers=config.decoder.num_layers,
+            num_heads=stack.num_heads,
+            relative_attention_num_buckets=config.relative_attention_num_buckets,
+            relative_attention_max_distance=config.relative_attention_max_distance,
+            layer_norm_epsilon=config.layer_norm_epsilon,
+            feed_forward_proj=config.feed_forward_proj,
+            tie_word_embeddings=config.scale_decoder_outputs,
+            pad_token_id=config.pad_token_id,
+            eos_token_id=config.eos_token_id,
+        )
+    ).eval()
+    if not config.tie_word_embeddings:
+        theirs.lm_head.weight = torch.nn.Parameter(torch.empty_like(theirs.shared.weight))
+    state = {hf_name(name): weight for name, weight in reader.state_dict().items()}
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    copies = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
+    assert not unexpected and set(missing) <= copies, (missing, unexpected)
+    ids, mask = random_question(reader, np.random.default_rng(0), 1, 40)
+    targets = torch.randint(2, config.vocab_size, (1, 9), generator=torch.Generator().manual_seed(0))
+    logits = theirs(input_ids=ids[0], attention_mask=mask[0], decoder_input_ids=targets).logits
+    return _worst(logits.numpy(), reader(ids, mask, targets).numpy())
+
+
+@torch.no_grad()
+def graphs_against_module(reader: Reader, allowed: float) -> Iterator[OutputError]:
+    """The graphs, run in torch, against the full pass: hidden states, then a greedy answer through cross_kv and decoder_step."""
+    encoder, cross_kv, step = (module_of(reader).eval() for module_of, _ in GRAPHS.values())
+    stack, steps = reader.config.decoder, 12
+    worst_states = worst_log_prob = differing = 0.0
+    for seed, (n_passages, passage_length) in enumerate(((1, 20), (3, 33), (8, 64))):
+        ids, mask = random_question(reader, np.random.default_rng(seed), n_passages, passage_length)
+        states = encoder(ids[0].int(), mask[0].int())
+        hidden, _ = reader.encode(ids, mask)
+        valid = mask.reshape(-1).bool()
+        packed = states.reshape(-1, states.shape[-1])[valid]
+        worst_states = max(worst_states, _worst(hidden[0][valid].numpy(), packed.numpy()))
+        extra = (torch.nonzero(valid).t().int(),) if reader.config.cross_attention_relative_bias else ()
+        cross = [kv[None] for kv in cross_kv(packed)]
+        past = [torch.zeros(1, stack.num_kv_heads, steps, stack.d_kv) for _ in range(2 * stack.num_layers)]
+        wanted = reader.generate(ids, mask, steps, min_new_tokens=steps)
+        token = torch.tensor([reader.config.decoder_start_token_id], dtype=torch.int32)
+        for position, (wanted_token, wanted_log_prob) in enumerate(zip(wanted.tokens[0], wanted.log_probs[0], strict=True)):
+            penalty = torch.tensor([-1e9 if position < steps - 1 else 0.0])
+            lengths = torch.tensor([len(packed)], dtype=torch.int32)
+            token, log_prob, *present = step(token, torch.tensor([position], dtype=torch.int32), lengths, penalty, *extra, *past, *cross)
+            for cache, new in zip(past, present, strict=True):
+                cache[:, :, position] = new
+            differing += int(token.item() != wanted_token)
+            worst_log_prob = max(worst_log_prob, abs(log_prob.item() - wanted_log_prob))
+            token = torch.tensor([wanted_token], dtype=torch.int32)
+    yield OutputError("graph vs module", "encoder.encoder_hidden_states", worst_states, allowed)
+    yield OutputError("graph vs module", "decoder_step.next_token", differing, 0)
+    yield OutputError("graph vs module", "decoder_step.log_prob", worst_log_prob, allowed)
+
+
+@torch.no_grad()
+def onnx_against_graph(reader: Reader, name: str, tensors: GraphTensors, engines: Path, allowed: float) -> Iterator[OutputError]:
+    """One graph in ONNX Runtime against the same graph in torch, on random inputs of several shapes."""
+    module = GRAPHS[name][0](reader).eval()
+    session = ort.InferenceSession(str(engines / f"{name}.onnx"), providers=["CPUExecutionProvider"])
+    worst = {spec.name: 0.0 for spec in tensors.outputs}
+    for seed, lengths in enumerate(SHAPES):
+        inputs = _plausible(sample_inputs(tensors, lengths, seed), reader.config.vocab_size, seed)
+        found = module(*(torch.from_numpy(array) for array in inputs.values()))
+        wanted = [found] if isinstance(found, torch.Tensor) else found
+        for spec, reference, candidate in zip(tensors.outputs, wanted, session.run(None, inputs), strict=True):
+            spec.check(candidate)
+            error = float((reference.numpy() != candidate).sum()) if spec.dtype == "int32" else _worst(reference.numpy(), candidate)
+            worst[spec.name] = max(worst[spec.name], error)
+    for spec in tensors.outputs:
+        yield OutputError("onnx vs graph", f"{name}.{spec.name}", worst[spec.name], 0 if spec.dtype == "int32" else allowed)
+
+
+def _plausible(inputs: dict[str, np.ndarray], vocab_size: int, seed: int) -> dict[str, np.ndarray]:
+    """Random tokens, positions and lengths within bounds instead of ones."""
+    rng = np.random.default_rng(seed)
+    for name, array in inputs.items():
+        if name in ("input_ids", "decoder_input_ids"):
+            array[...] = rng.integers(0, vocab_size, array.shape)
+        elif name == "positions":
+            array[...] = rng.integers(0, inputs["past_key_values.0.decoder.key"].shape[2], array.shape)
+        elif name == "encoder_lengths":
+            longest = next(a.shape[2] for n, a in inputs.items() if n.endswith("encoder.key"))
+            array[...] = rng.integers(1, longest + 1, array.shape)
+        elif name == "encoder_positions":
+            array[...] = np.arange(array.shape[1])
+        elif name == "eos_penalty":
+            array[...] = 0.0
+        elif name == "attention_mask":
+            array[...] = np.arange(array.shape[1]) < rng.integers(1, array.shape[1] + 1, (len(array), 1))
+        elif name == "encoder_hidden_states":
+            array *= 0.1  # about the size that the encoder's final norm leaves
+    return inputs
+
+
+def _worst(wanted: np.ndarray, got: np.ndarray) -> float:
+    return float(np.abs(wanted.astype(np.float64) - got.astype(np.float64)).max())
+
+
+def table(errors: Iterable[OutputError]) -> str:
+    """The errors as text, caches of many layers on one line."""
+    merged: dict[tuple[str, str], OutputError] = {}
+    for error in errors:
+        name = error.output
+        if ".present." in name:
+            graph, _, rest = name.partition(".present.")
+            name = f"{graph}.present.*.{rest.split('.', 1)[1]}"
+        key = (error.stage, name)
+        if key not in merged or not error.worst <= merged[key].worst:
+            merged[key] = dataclasses.replace(error, output=name)
+    lines = [f"{'stage':24} {'output':36} {'worst':>10} {'allowed':>9}"]
+    lines += [f"{e.stage:24} {e.output:36} {e.worst:10.2e} {e.allowed:9.0e}{'' if e.ok else '  FAILED'}" for e in merged.values()]
+    return "\n".join(lines)

@@ -1,0 +1,112 @@
+"""The exported graphs against the module, in ONNX Runtime: cached step = full pass, packed = padded, batch of n = n of one."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export.compare import compare_stages
+from export.onnx_graph import OPSET
+from serving.manifest import Manifest, ManifestError, sha256_of_file
+from serving.onnx_engine import OnnxDecoder, OnnxEncoder
+from tests.conftest import CONFIGS, random_passages
+
+STEPS = 9
+
+
+def decode(decoder: OnnxDecoder, batch: list[tuple[np.ndarray, np.ndarray]]) -> tuple[list[list[int]], list[list[float]]]:
+    """Greedy answers of exactly STEPS tokens for (packed hidden states, positions) of each question, all in one batch."""
+    for slot, (hidden, positions) in enumerate(batch):
+        decoder.admit(slot, slot, hidden, positions)
+    tokens, log_probs = np.zeros(len(batch), np.int32), []
+    answers: list[list[int]] = [[] for _ in batch]
+    scores: list[list[float]] = [[] for _ in batch]
+    for step in range(STEPS):
+        penalty = np.full(len(batch), -1e9 if step < STEPS - 1 else 0.0, np.float32)
+        tokens, log_probs = decoder.step(tokens, np.full(len(batch), step, np.int32), penalty)
+        for row in range(len(batch)):
+            answers[row].append(int(tokens[row]))
+            scores[row].append(float(log_probs[row]))
+    return answers, scores
+
+
+def packed(encoder: OnnxEncoder, ids: torch.Tensor, mask: torch.Tensor, passage_length: int) -> tuple[np.ndarray, np.ndarray]:
+    (hidden,) = encoder.encode([(ids.int().numpy(), mask.int().numpy())])
+    passage, offset = np.nonzero(mask.numpy())
+    return hidden[mask.numpy().astype(bool)], (passage * passage_length + offset).astype(np.int32)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_cached_steps_equal_the_padded_full_pass(engines, name):
+    checkpoint, directory = engines[name]
+    manifest = Manifest.load(directory)
+    encoder, decoder = OnnxEncoder(directory, manifest), OnnxDecoder(directory, manifest, slots=4)
+    length = CONFIGS[name].passage_length
+    questions = [random_passages(n, length, seed)[0:2] for seed, n in enumerate((1, 3, 7))]
+    wanted = [checkpoint.reader.generate(ids, mask, STEPS, min_new_tokens=STEPS) for ids, mask in questions]
+    batch = [packed(encoder, ids[0], mask[0], length) for ids, mask in questions]
+    answers, scores = decode(decoder, batch)
+    assert answers == [w.tokens[0] for w in wanted]
+    np.testing.assert_allclose(scores, [w.log_probs[0] for w in wanted], atol=1e-4)
+    for question, answer in zip(batch, answers, strict=True):  # alone, in a decoder that has served others before
+        assert decode(decoder, [question])[0] == [answer]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_stage_equals_the_one_before(engines, name):
+    checkpoint, directory = engines[name]
+    errors = compare_stages(checkpoint, directory)
+    assert {e.stage for e in errors} == {"graph vs module", "onnx vs graph"}
+    assert [e for e in errors if not e.ok] == []
+    assert max(e.worst for e in errors) < 1e-4
+
+
+def test_compare_finds_a_wrong_weight_and_refuses_engines_of_other_weights(engines, tmp_path):
+    checkpoint, directory = engines["fido"]
+    with pytest.raises(ManifestError, match="made of weights"):
+        compare_stages(engines["fid"][0], directory)
+    broken = tmp_path / "broken"
+    shutil.copytree(directory, broken)
+    model = onnx.load(str(broken / "decoder_step.onnx"))
+    changed = max((i for i in model.graph.initializer if len(i.dims) == 2), key=lambda i: len(i.raw_data))
+    changed.raw_data = (np.frombuffer(changed.raw_data, np.float32) * 1.05).tobytes()
+    onnx.save(model, str(broken / "decoder_step.onnx"))
+    with pytest.raises(ManifestError, match=r"decoder_step.onnx: SHA-256 wanted"):
+        compare_stages(checkpoint, broken)
+    old, manifest = Manifest.load(broken).files["decoder_step.onnx"], broken / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(old, sha256_of_file(broken / "decoder_step.onnx")))
+    assert [e.output for e in compare_stages(checkpoint, broken) if not e.ok]
+
+
+def test_graphs_have_dynamic_axes_and_the_opset_asked_for(engines):
+    _, directory = engines["fido"]
+    for name, axes in (("encoder", {"passages", "passage_length"}), ("decoder_step", {"batch", "past_length", "encoder_sequence_length"})):
+        model = onnx.load(str(directory / f"{name}.onnx"))
+        found = {d.dim_param for value in model.graph.input for d in value.type.tensor_type.shape.dim if d.dim_param}
+        assert found == axes
+        assert model.opset_import[0].version == OPSET
+
+
+def test_multi_query_keys_are_never_copied_once_per_head(engines):
+    """Expanding K or V to all heads would undo multi-query attention: no node but the two products may read the cross cache."""
+    _, directory = engines["fido"]
+    graph = onnx.load(str(directory / "decoder_step.onnx")).graph
+    for name in ("past_key_values.1.encoder.key", "past_key_values.1.encoder.value"):
+        readers = {node.op_type for node in graph.node if name in node.input}
+        assert readers <= {"MatMul", "Transpose", "Shape"}, readers
+
+
+def test_encoder_groups_passages_of_like_length_and_changes_nothing(engines):
+    checkpoint, directory = engines["fid"]
+    encoder = OnnxEncoder(directory, Manifest.load(directory))
+    batch = [random_passages(n, 20, n) for n in (2, 9, 5)]
+    together = encoder.encode([(ids[0].int().numpy(), mask[0].int().numpy()) for ids, mask in batch])
+    for (ids, mask), hidden in zip(batch, together, strict=True):
+        wanted, _ = checkpoint.reader.encode(ids, mask)
+        valid = mask[0].bool().numpy()
+        np.testing.assert_allclose(hidden[valid], wanted.detach().reshape(*valid.shape, -1).numpy()[valid], atol=1e-5)
+        assert not hidden[~valid].any()
