@@ -46,6 +46,8 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._prompt = manifest.prompt
         self._pad, self._eos = manifest.pad_token_id, manifest.eos_token_id
+        # single bytes, from which a tokenizer with byte fallback spells characters that it has no piece for
+        self.byte_tokens = {token for token in (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)) if token is not None}
 
     def encode(self, question: str, passages: Sequence[str], titles: Sequence[str] | None = None) -> EncoderInput:
         """Tokenize one question with its passages.
@@ -92,14 +94,13 @@ class TextPieces:
     def add(self, token: int) -> str:
         """The text that is certain now and was not before; may be empty."""
         self._tokens.append(token)
-        text = self._encoder.text(self._tokens)
-        # a character whose bytes have not all come decodes to U+FFFD: keep it back
-        return self._send(text) if text.startswith(self._sent) and not text.endswith("\N{REPLACEMENT CHARACTER}") else ""
+        if token in self._encoder.byte_tokens:  # a run of bytes is text only once it is whole
+            return ""
+        return self._send(self._encoder.text(self._tokens))
 
     def rest(self) -> str:
         """What was kept back, once the last token is in."""
-        text = self._encoder.text(self._tokens)
-        return self._send(text) if text.startswith(self._sent) else ""
+        return self._send(self._encoder.text(self._tokens))
 
     def _send(self, text: str) -> str:
         piece, self._sent = text[len(self._sent) :], text

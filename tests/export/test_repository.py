@@ -1,0 +1,75 @@
+"""Rendered configurations: parsed back by Triton's own protobuf, and those committed are those rendered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from google.protobuf import json_format, text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from export.checkpoint import load_reader
+from export.graphs import engine_sizes
+from export.repository import READERS, encoder_config, reader_config, render_config, repository_from_engines, write_models
+from serving.limits import Limits
+from serving.manifest import Manifest, ManifestError
+from serving.tensors import READER_TENSORS
+
+ROOT = Path(__file__).parents[2]
+
+
+def parsed(text: str) -> dict:
+    return json_format.MessageToDict(text_format.Parse(text, ModelConfig()), preserving_proto_field_name=True)
+
+
+def test_reader_configuration_has_the_tensors_of_the_contract():
+    config = parsed(render_config(reader_config("fido", Limits(), stream=False)))
+    assert [i["name"] for i in config["input"]] == [spec.name for spec in READER_TENSORS.inputs]
+    assert [i["name"] for i in config["input"] if i.get("optional")] == ["titles", "max_new_tokens", "min_new_tokens"]
+    assert [o["name"] for o in config["output"]] == ["answer", "log_prob", "tokens"]
+    assert "model_transaction_policy" not in config
+
+
+def test_stream_configuration_differs_in_name_and_policy_only():
+    unary, stream = (parsed(render_config(reader_config("fid", Limits(), stream=s))) for s in (False, True))
+    assert stream.pop("model_transaction_policy") == {"decoupled": True}
+    assert stream.pop("name") == "fid_stream" and unary.pop("name") == "fid"
+    assert stream == unary
+
+
+def test_largest_question_fits_in_one_encoder_batch(engines):
+    sizes = Manifest.load(engines["fid"][1]).sizes
+    config = parsed(render_config(encoder_config("fid", sizes, Limits(max_passages=77))))
+    assert config["max_batch_size"] == 77 and config["dynamic_batching"] == {}
+    assert config["output"] == [{"name": "encoder_hidden_states", "data_type": "TYPE_FP32", "dims": ["-1", "12"]}]
+
+
+def test_max_batch_size_is_written_even_when_zero():
+    assert "\nmax_batch_size: 0\n" in render_config(reader_config("fid", Limits(), stream=False))
+
+
+def test_limits_survive_the_configuration():
+    limits = Limits(max_passages=7, slots=3, max_new_tokens=99)
+    config = parsed(render_config(reader_config("fid", limits, stream=False)))
+    assert Limits.from_parameters(config["parameters"]) == limits
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_committed_configurations_are_those_rendered(reader, tmp_path):
+    """After a change of tensors or limits: `make export`, look at the diff, commit it."""
+    sizes = engine_sizes(load_reader(ROOT / "checkpoints" / reader).config)
+    write_models(tmp_path, reader, sizes, Limits())
+    for path in sorted(tmp_path.glob("*/**/*")):
+        if path.is_file():
+            assert (ROOT / "model_repository" / path.relative_to(tmp_path)).read_text() == path.read_text(), path.name
+
+
+def test_damaged_engines_are_not_placed(engines, tmp_path):
+    import shutil
+
+    shutil.copytree(engines["fid"][1], tmp_path / "engines")
+    (tmp_path / "engines" / "encoder.onnx").write_bytes(b"x")
+    (tmp_path / "engines" / "tokenizer.json").unlink()
+    with pytest.raises(ManifestError, match=r"encoder.onnx: SHA-256 wanted[\s\S]*tokenizer.json: missing"):
+        repository_from_engines(tmp_path / "engines", tmp_path / "repository", "fid", Limits())
+    assert not (tmp_path / "repository").exists()

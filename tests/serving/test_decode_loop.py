@@ -1,0 +1,226 @@
+"""The decode loop alone, driven by a fake engine whose next token depends on everything that a real one's would."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.decode_loop import DecodeLoop, LoopError, LoopStoppedError, Question, QueueFullError
+
+EOS = 1
+START = 0
+
+
+def next_token(key: int, position: int, token: int, eos_penalty: float) -> int:
+    """A hash of the question, how far it is and what it said last; the end token about every sixth time."""
+    value = (key * 7919 + position * 104729 + token * 31) % 23
+    if value < 4 and eos_penalty == 0:
+        return EOS
+    return 2 + value
+
+
+def expected(key: int, most: int, least: int) -> list[int]:
+    tokens: list[int] = []
+    while len(tokens) < most:
+        penalty = -1e9 if len(tokens) < least - 1 else 0.0
+        tokens.append(next_token(key, len(tokens), tokens[-1] if tokens else START, penalty))
+        if tokens[-1] == EOS:
+            break
+    return tokens
+
+
+class FakeEngine:
+    """Keeps in each slot which question it was given, and refuses what a real engine could not do."""
+
+    def __init__(self, slots: int):
+        self.slots = slots
+        self.keys: list[int | None] = [None] * slots
+        self.batches: list[int] = []
+        self.gate: threading.Event | None = None  # no step before it is set
+        self.permits: threading.Semaphore | None = None  # one step each
+        self.fail_at: int | None = None
+
+    def admit(self, slot: int, running: int, hidden: np.ndarray, encoder_positions: np.ndarray) -> None:
+        assert 0 <= slot <= running and slot < self.slots
+        if hidden[0, 0] < 0:
+            raise ValueError("no such question")
+        self.keys[slot] = int(hidden[0, 0])
+
+    def move(self, source: int, target: int) -> None:
+        assert target < source
+        self.keys[target], self.keys[source] = self.keys[source], None
+
+    def step(self, tokens, positions, eos_penalty):
+        if self.gate is not None:
+            self.gate.wait(10)
+        if self.permits is not None:
+            self.permits.acquire(timeout=10)
+        self.batches.append(len(tokens))
+        if self.fail_at == len(self.batches):
+            raise RuntimeError("engine broke")
+        keys = self.keys[: len(tokens)]
+        assert None not in keys, "a step over a slot that nobody occupies"
+        chosen = [next_token(k, int(p), int(t), float(e)) for k, p, t, e in zip(keys, positions, tokens, eos_penalty, strict=True)]
+        return np.array(chosen, np.int32), np.full(len(tokens), -0.5, np.float32)
+
+
+@dataclasses.dataclass
+class Client:
+    key: int
+    most: int = 8
+    least: int = 0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    ends: list[Exception | None] = dataclasses.field(default_factory=list)
+    done: threading.Event = dataclasses.field(default_factory=threading.Event)
+    cancelled: bool = False
+
+    def question(self) -> Question:
+        def end(error: Exception | None) -> None:
+            self.ends.append(error)
+            self.done.set()
+
+        hidden = np.full((1, 1), self.key, np.float32)
+        return Question(
+            hidden,
+            np.zeros(1, np.int32),
+            self.most,
+            self.least,
+            lambda token, _: self.tokens.append(token),
+            end,
+            lambda: self.cancelled,
+        )
+
+
+def loop_over(engine: FakeEngine, max_waiting: int = 1000) -> DecodeLoop:
+    return DecodeLoop(engine, start_token=START, eos_token=EOS, max_waiting=max_waiting)
+
+
+CLIENTS = st.lists(
+    st.builds(lambda k, m, f: Client(k, m, int(m * f)), st.integers(0, 99), st.integers(1, 20), st.floats(0, 1)), max_size=25
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(CLIENTS, st.integers(1, 6), st.lists(st.booleans(), max_size=25))
+def test_every_answer_is_what_it_would_be_alone_whoever_comes_and_goes(clients, slots, pauses):
+    loop = loop_over(FakeEngine(slots))
+    clients = [dataclasses.replace(c, tokens=[], ends=[], done=threading.Event()) for c in clients]
+    for i, client in enumerate(clients):
+        loop.submit(client.question())
+        if i < len(pauses) and pauses[i]:
+            time.sleep(0.0005)  # arrivals between steps, not only before the first
+    for client in clients:
+        assert client.done.wait(10)
+        assert client.ends == [None]
+        assert client.tokens == expected(client.key, client.most, client.least)
+    loop.stop()
+
+
+def test_questions_share_steps_and_never_exceed_the_slots():
+    engine = FakeEngine(4)
+    engine.gate = threading.Event()
+    loop = loop_over(engine)
+    clients = [Client(key, most=10, least=10) for key in range(9)]
+    for client in clients:
+        loop.submit(client.question())
+    engine.gate.set()
+    assert all(client.done.wait(10) for client in clients)
+    loop.stop()
+    assert max(engine.batches) == 4
+    assert len(engine.batches) <= 31  # 9 answers of 10 tokens over 4 slots: three rounds, and one step in which only one had come
+
+
+def test_a_question_joins_while_others_run():
+    engine = FakeEngine(2)
+    engine.permits = threading.Semaphore(3)
+    loop = loop_over(engine)
+    long, late = Client(1, most=20, least=20), Client(2, most=3, least=3)
+    loop.submit(long.question())
+    while len(long.tokens) < 3:
+        time.sleep(0.001)
+    loop.submit(late.question())
+    engine.permits.release(100)
+    assert late.done.wait(10) and long.done.wait(10)
+    loop.stop()
+    assert 2 in engine.batches and engine.batches[0] == 1 and engine.batches[-1] == 1
+
+
+def test_cancelled_questions_free_their_slot_and_are_told():
+    engine = FakeEngine(1)
+    engine.gate = threading.Event()
+    loop = loop_over(engine)
+    first, waiting, third = Client(1, most=500, least=500), Client(2), Client(3, most=2, least=2)
+    for client in (first, waiting, third):
+        loop.submit(client.question())
+    first.cancelled = waiting.cancelled = True
+    engine.gate.set()
+    assert all(client.done.wait(10) for client in (first, waiting, third))
+    loop.stop()
+    assert [str(c.ends[0]) for c in (first, waiting)] == ["cancelled", "cancelled"]
+    assert len(first.tokens) <= 1 and waiting.tokens == []
+    assert third.tokens == expected(3, 2, 2)
+
+
+def test_a_full_queue_refuses_at_once():
+    engine = FakeEngine(1)
+    engine.gate = threading.Event()
+    loop = loop_over(engine, max_waiting=2)
+    loop.submit(Client(1).question())
+    deadline = time.monotonic() + 5
+    while engine.keys[0] is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    accepted = [Client(2), Client(3)]
+    for client in accepted:
+        loop.submit(client.question())
+    with pytest.raises(QueueFullError, match="2 questions are waiting"):
+        loop.submit(Client(4).question())
+    engine.gate.set()
+    assert all(client.done.wait(10) for client in accepted)
+    loop.stop()
+
+
+def test_a_question_the_engine_refuses_harms_no_other():
+    loop = loop_over(FakeEngine(2))
+    bad, good = Client(-1), Client(5)
+    loop.submit(bad.question())
+    loop.submit(good.question())
+    assert bad.done.wait(10) and good.done.wait(10)
+    loop.stop()
+    assert isinstance(bad.ends[0], ValueError)
+    assert good.ends == [None] and good.tokens == expected(5, 8, 0)
+
+
+def test_a_broken_step_is_told_to_all_in_it_and_the_loop_lives_on():
+    engine = FakeEngine(2)
+    engine.fail_at = 1
+    engine.gate = threading.Event()
+    loop = loop_over(engine)
+    lost = Client(1)
+    loop.submit(lost.question())
+    engine.gate.set()
+    assert lost.done.wait(10)
+    assert str(lost.ends[0]) == "engine broke"
+    after = Client(6)
+    loop.submit(after.question())
+    assert after.done.wait(10) and after.tokens == expected(6, 8, 0)
+    loop.stop()
+
+
+def test_stopping_tells_everyone_and_takes_no_more():
+    engine = FakeEngine(1)
+    engine.gate = threading.Event()
+    loop = loop_over(engine)
+    clients = [Client(k, most=100, least=100) for k in range(3)]
+    for client in clients:
+        loop.submit(client.question())
+    threading.Timer(0.05, engine.gate.set).start()
+    loop.stop()
+    assert all(isinstance(client.ends[0], LoopStoppedError) and len(client.ends) == 1 for client in clients)
+    with pytest.raises(LoopError, match="shutting down"):
+        loop.submit(Client(9).question())

@@ -1,0 +1,70 @@
+"""What a client may send: every fault is named, with what is allowed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from serving.limits import Limits, LimitsError
+from serving.request import ReaderRequest, RequestError, read_request
+
+LIMITS = Limits(max_passages=3, max_question_characters=20, max_passage_characters=30, max_new_tokens=8, default_max_new_tokens=4)
+
+
+def texts(*values: str | bytes) -> np.ndarray:
+    return np.array([v if isinstance(v, bytes) else v.encode() for v in values], np.object_)
+
+
+def number(value: int) -> np.ndarray:
+    return np.array([value], np.int32)
+
+
+GOOD = {"question": texts("who?"), "passages": texts("a", "b")}
+
+
+def test_defaults_fill_what_is_left_out():
+    assert read_request(GOOD, LIMITS) == ReaderRequest("who?", ["a", "b"], None, 4, 0)
+
+
+def test_everything_given_is_taken():
+    tensors = {**GOOD, "titles": texts("x", "ÿ"), "max_new_tokens": number(8), "min_new_tokens": number(2)}
+    assert read_request(tensors, LIMITS) == ReaderRequest("who?", ["a", "b"], ["x", "ÿ"], 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": texts("")}, "question: wanted text, got an empty string"),
+        ({"question": texts(" \n")}, "question: wanted text, got an empty string"),
+        ({"question": texts("x" * 21)}, "question: wanted at most 20 characters, got 21"),
+        ({"question": texts(b"ab\xff")}, "question: wanted UTF-8, got byte 0xff at 2"),
+        ({"passages": texts()}, "passages: wanted 1 to 3, got 0"),
+        ({"passages": texts("a", "b", "c", "d")}, "passages: wanted 1 to 3, got 4"),
+        ({"passages": texts("a", "x" * 31)}, "passages[1]: wanted at most 30 characters, got 31"),
+        ({"passages": texts(b"\x80", "b")}, "passages[0]: wanted UTF-8, got byte 0x80 at 0"),
+        ({"titles": texts("a")}, "titles: wanted one for each of the 2 passages or none at all, got 1"),
+        ({"max_new_tokens": number(0)}, "max_new_tokens: wanted 1 to 8, got 0"),
+        ({"max_new_tokens": number(9)}, "max_new_tokens: wanted 1 to 8, got 9"),
+        ({"min_new_tokens": number(-1)}, "min_new_tokens: wanted 0 to 8, got -1"),
+        ({"min_new_tokens": number(5)}, "min_new_tokens: wanted at most max_new_tokens=4, got 5"),
+    ],
+)
+def test_each_fault_is_named_alone(change, message):
+    with pytest.raises(RequestError) as caught:
+        read_request({**GOOD, **change}, LIMITS)
+    assert str(caught.value) == message
+
+
+def test_all_faults_are_named_at_once():
+    with pytest.raises(RequestError) as caught:
+        read_request({"question": texts(""), "passages": texts(), "titles": texts("a"), "max_new_tokens": number(0)}, LIMITS)
+    assert [part.split(":")[0] for part in str(caught.value).split("; ")] == ["question", "passages", "titles", "max_new_tokens"]
+
+
+def test_contradicting_limits_are_refused():
+    with pytest.raises(LimitsError, match="default_max_new_tokens: wanted at most max_new_tokens=8, got 9"):
+        Limits(max_new_tokens=8, default_max_new_tokens=9)
+    with pytest.raises(LimitsError, match="slots: wanted an integer of at least 1, got 0"):
+        Limits(slots=0)
+    with pytest.raises(LimitsError, match=r"parameter slots in config\.pbtxt: wanted a whole number, got 'many'"):
+        Limits.from_parameters({"slots": {"string_value": "many"}})

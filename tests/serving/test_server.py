@@ -1,0 +1,202 @@
+"""The real thing: tritonserver, gRPC and HTTP, tiny readers with random weights whose answers are compared with torch, token for token."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tritonclient.grpc as grpcclient
+from tokenizers import Tokenizer
+from tritonclient.utils import InferenceServerException
+
+from clients.reader_client import ReaderClient
+from export.repository import repository_from_engines
+from serving.limits import Limits
+from serving.manifest import Manifest
+from serving.prompt import PromptEncoder
+from serving.server import SHM, TritonServer, models_of
+from serving.tritonserver import ServerError
+
+pytestmark = pytest.mark.server
+
+LIMITS = Limits(max_passages=6, max_question_characters=200, max_new_tokens=40, default_max_new_tokens=12, slots=3)
+
+
+@pytest.fixture(scope="module")
+def repository(engines, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("repository")
+    repository_from_engines(engines["released_fid"][1], path, "fid", LIMITS)
+    repository_from_engines(engines["fido"][1], path, "fido", LIMITS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(repository):
+    with TritonServer(models_of(["fid", "fido"], stream=True), repository) as server:
+        yield server
+
+
+class Case:
+    """A random question with the answer that the torch reader gives."""
+
+    def __init__(self, checkpoint, directory: Path, seed: int):
+        rng = np.random.default_rng(seed)
+
+        def words(most: int) -> str:
+            return " ".join(f"w{i}" for i in rng.integers(0, 80, rng.integers(1, most)))
+
+        self.question, n = words(8), int(rng.integers(1, 7))
+        self.passages, self.titles = [words(30) for _ in range(n)], [words(3) for _ in range(n)]
+        self.most = int(rng.integers(1, 30))
+        self.least = int(rng.integers(0, self.most + 1))
+        prompt = PromptEncoder(Tokenizer.from_file(str(directory / "tokenizer.json")), Manifest.load(directory))
+        tokens = prompt.encode(self.question, self.passages, self.titles)
+        # as facebookresearch/FiD pads: every passage to the full length, which its cross-attention bias can tell
+        padding = checkpoint.reader.config.passage_length - tokens.input_ids.shape[1]
+        ids, mask = (torch.from_numpy(np.pad(a, ((0, 0), (0, padding)))).long()[None] for a in (tokens.input_ids, tokens.attention_mask))
+        wanted = checkpoint.reader.generate(ids, mask, self.most, self.least)
+        self.text, self.tokens, self.log_prob = prompt.text(wanted.tokens[0]), len(wanted.tokens[0]), sum(wanted.log_probs[0])
+
+    def ask(self, client: ReaderClient):
+        return client.answer(self.question, self.passages, self.titles, max_new_tokens=self.most, min_new_tokens=self.least)
+
+    def check(self, answer) -> None:
+        assert (answer.text, answer.tokens) == (self.text, self.tokens)
+        assert answer.log_prob == pytest.approx(self.log_prob, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def cases(engines) -> dict[str, list[Case]]:
+    names = {"fid": "released_fid", "fido": "fido"}
+    return {reader: [Case(*engines[name], seed) for seed in range(24)] for reader, name in names.items()}
+
+
+@pytest.mark.parametrize("model", ["fid", "fido"])
+def test_served_answers_equal_torch_one_at_a_time_and_eight_at_once(server, cases, model):
+    with ReaderClient(server.grpc_url, model) as client:
+        for case in cases[model][:8]:
+            case.check(case.ask(client))
+        with ThreadPoolExecutor(8) as pool:
+            for case, answer in zip(cases[model], pool.map(lambda c: c.ask(client), cases[model]), strict=True):
+                case.check(answer)
+
+
+@pytest.mark.parametrize("model", ["fid", "fido"])
+def test_streamed_pieces_join_to_the_unary_answer(server, cases, model):
+    with ReaderClient(server.grpc_url, f"{model}_stream") as client:
+        for case in cases[model][:6]:
+            stream = client.stream(case.question, case.passages, case.titles, max_new_tokens=case.most, min_new_tokens=case.least)
+            pieces = [piece.text for piece in stream]
+            assert "".join(pieces) == case.text
+
+
+def infer(server, tensors: dict[str, np.ndarray], model: str = "fid"):
+    inputs = []
+    for name, array in tensors.items():
+        kind = {"O": "BYTES", "i": "INT32", "f": "FP32"}[array.dtype.kind]
+        inputs.append(grpcclient.InferInput(name, list(array.shape), kind))
+        inputs[-1].set_data_from_numpy(array)
+    with grpcclient.InferenceServerClient(server.grpc_url) as client:
+        return client.infer(model, inputs)
+
+
+def texts(*values: str | bytes) -> np.ndarray:
+    return np.array([v if isinstance(v, bytes) else v.encode() for v in values], np.object_)
+
+
+GOOD = {"question": texts("w1"), "passages": texts("w2", "w3")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": texts("")}, "question: wanted text, got an empty string"),
+        ({"question": texts(b"\xff\xfe")}, "question: wanted UTF-8, got byte 0xff at 0"),
+        ({"question": texts("x" * 201)}, "question: wanted at most 200 characters, got 201"),
+        ({"question": texts(" ".join(["w1"] * 30))}, "question: 32 tokens with its prompt, but a passage holds 24"),
+        ({"passages": np.empty(0, np.object_)}, "passages: wanted 1 to 6, got 0"),
+        ({"passages": texts(*["w1"] * 7)}, "passages: wanted 1 to 6, got 7"),
+        ({"titles": texts("one")}, "titles: wanted one for each of the 2 passages or none at all, got 1"),
+        ({"max_new_tokens": np.array([41], np.int32)}, "max_new_tokens: wanted 1 to 40, got 41"),
+        ({"max_new_tokens": np.array([1.0], np.float32)}, "data-type is 'FP32', but model 'fid' expects 'INT32'"),
+        ({"question": texts("a", "b")}, r"unexpected shape for input 'question' for model 'fid'. Expected [1], got [2]"),
+        ({"nonsense": texts("a")}, "unexpected inference input 'nonsense' for model 'fid'"),
+    ],
+)
+def test_bad_requests_are_told_what_is_wrong_and_harm_no_other(server, cases, change, message):
+    case = cases["fid"][0]
+    with ReaderClient(server.grpc_url, "fid") as client, ThreadPoolExecutor(2) as pool:
+        beside = pool.submit(case.ask, client)
+        with pytest.raises(InferenceServerException) as caught:
+            infer(server, {**GOOD, **change})
+        assert message in str(caught.value)
+        case.check(beside.result())
+
+
+def test_http_generate_takes_the_same_names(server, cases):
+    case = cases["fido"][1]
+    body = {"question": case.question, "passages": case.passages, "titles": case.titles}
+    body |= {"max_new_tokens": case.most, "min_new_tokens": case.least}
+    request = urllib.request.Request(f"{server.http_url}/v2/models/fido/generate", json.dumps(body).encode())
+    with urllib.request.urlopen(request) as response:
+        answer = json.load(response)
+    assert (answer["answer"], answer["tokens"]) == (case.text, case.tokens)
+
+
+def test_http_generate_stream_sends_the_pieces(server, cases):
+    case = cases["fido"][1]
+    body = {"question": case.question, "passages": case.passages, "titles": case.titles}
+    body |= {"max_new_tokens": case.most, "min_new_tokens": case.least}
+    request = urllib.request.Request(f"{server.http_url}/v2/models/fido_stream/generate_stream", json.dumps(body).encode())
+    with urllib.request.urlopen(request) as response:
+        events = [json.loads(line.removeprefix("data: ")) for line in response.read().decode().splitlines() if line.startswith("data:")]
+    assert "".join(event["answer"] for event in events) == case.text
+    assert events[-1]["tokens"] == case.tokens
+
+
+def test_only_the_outputs_asked_for_are_sent(server):
+    tensors = [grpcclient.InferInput(name, [len(array)], "BYTES") for name, array in GOOD.items()]
+    for tensor, array in zip(tensors, GOOD.values(), strict=True):
+        tensor.set_data_from_numpy(array)
+    with grpcclient.InferenceServerClient(server.grpc_url) as client:
+        result = client.infer("fid", tensors, outputs=[grpcclient.InferRequestedOutput("tokens")])
+    assert [output.name for output in result.get_response().outputs] == ["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda r: (r / "fid/1/decoder_step.onnx").unlink(), "decoder_step.onnx: missing"),
+        (lambda r: (r / "fid/1/cross_kv.onnx").write_bytes(b"no engine"), "cross_kv.onnx: SHA-256 wanted"),
+        (lambda r: (r / "fid_encoder/1/manifest.json").unlink(), "manifest.json: missing; `make export`"),
+        (lambda r: shutil.copy(r / "fido/1/manifest.json", r / "fid/1/manifest.json"), "hold engines of different checkpoints"),
+    ],
+)
+def test_missing_or_mismatching_engines_are_refused_by_name(repository, tmp_path, damage, message):
+    shutil.copytree(repository, tmp_path / "repository")
+    damage(tmp_path / "repository")
+    with pytest.raises(ServerError) as caught, TritonServer(models_of(["fid"], stream=False), tmp_path / "repository"):
+        pass
+    assert message in str(caught.value)
+
+
+def test_a_model_that_is_not_there_is_named(repository):
+    with pytest.raises(ServerError, match=r"model nobody_encoder: not in .*, which has fid, fid_encoder"):
+        TritonServer(["nobody_encoder"], repository).__enter__()
+
+
+def test_stopping_leaves_no_process_and_no_shared_memory(repository):
+    with TritonServer(models_of(["fido"], stream=False), repository) as server:
+        infer(server, GOOD, "fido")
+        processes = server.model_processes()
+        assert set(processes) == {"tritonserver", "fido", "fido_encoder"}
+        assert list(SHM.glob(f"{server.shm_prefix}*"))
+    assert not [pid for pid in processes.values() if Path(f"/proc/{pid}").exists()]
+    assert not list(SHM.glob(f"{server.shm_prefix}*"))
