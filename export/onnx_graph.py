@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 
 from serving.manifest import ENGINE_NAMES, MANIFEST_FILE, TOKENIZER_FILE, Manifest, Prompt, sha256_of_file
@@ -28,6 +29,7 @@ from serving.tensors import EngineSizes, GraphTensors, cross_kv_tensors, decoder
 from .checkpoint import Checkpoint
 from .graphs import CrossKVGraph, DecoderStepGraph, EncoderGraph, engine_sizes
 from .model import Reader
+from .weights import CheckpointError
 
 OPSET = 18
 # One protobuf message holds at most 2 GiB; graphs whose weights come near that keep them in a file beside the graph.
@@ -111,8 +113,10 @@ def export_reader(checkpoint: Checkpoint, directory: Path, opset: int = OPSET) -
         opset: of the ONNX graphs; 18 is the oldest that the exporter writes by itself.
 
     Raises:
-        ExportError: if a graph is not as specified. `directory` is as before then.
+        ExportError: if a graph is not as specified.
+        CheckpointError: if the tokenizer has tokens without an embedding. `directory` is as before in either case.
     """
+    _require_fitting_tokenizer(checkpoint)
     directory.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
     try:
@@ -131,6 +135,15 @@ def export_reader(checkpoint: Checkpoint, directory: Path, opset: int = OPSET) -
         return manifest
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _require_fitting_tokenizer(checkpoint: Checkpoint) -> None:
+    rows = checkpoint.reader.config.vocab_size
+    largest = max(Tokenizer.from_str(checkpoint.tokenizer_json).get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= rows:
+        raise CheckpointError(
+            f"{checkpoint.source}: the tokenizer has token id {largest}, but the embedding has {rows} rows; give the right one with --tokenizer"
+        )
 
 
 def _manifest(checkpoint: Checkpoint, sizes: EngineSizes, directory: Path, opset: int, seconds: dict[str, float]) -> Manifest:

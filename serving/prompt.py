@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from tokenizers import Tokenizer
 
-from .manifest import Manifest
+from .manifest import Manifest, ManifestError
 
 # Encoder rows are padded to a multiple of this, so that questions meet in one batch of the dynamic batcher more often.
 LENGTH_MULTIPLE = 16
@@ -38,9 +38,19 @@ class EncoderInput:
 
 
 class PromptEncoder:
-    """The reader's tokenizer with its prompt. Safe to share between threads."""
+    """The reader's tokenizer with its prompt. Safe to share between threads.
+
+    Raises:
+        ManifestError: if the tokenizer has tokens that the reader has no embedding for.
+    """
 
     def __init__(self, tokenizer: Tokenizer, manifest: Manifest):
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+        if largest >= manifest.sizes.vocab_size:
+            raise ManifestError(
+                f"tokenizer: wanted token ids below the reader's vocab_size={manifest.sizes.vocab_size}, got {largest}; "
+                "export the checkpoint with its own tokenizer"
+            )
         tokenizer.no_truncation()  # tokenizer.json files carry such settings; the manifest's count here
         tokenizer.no_padding()
         self._tokenizer = tokenizer

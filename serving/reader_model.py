@@ -97,7 +97,7 @@ class ReaderModel:
                 ],
             ).exec()
             if response.has_error():
-                raise LoopError(f"{self._encoder_model}: {response.error().message()}")
+                raise RuntimeError(f"{self._encoder_model}: {response.error().message()}")
             states = pb_utils.get_output_tensor_by_name(response, "encoder_hidden_states").as_numpy()
             # pack: the decoder then neither stores nor reads keys of padding. A copy, as the tensor's memory goes with the response.
             hidden = states[tokens.attention_mask.astype(bool)]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from export.onnx_graph import PROMPT_TEMPLATE
-from serving.manifest import Manifest, Prompt
+from serving.manifest import Manifest, ManifestError, Prompt
 from serving.prompt import PromptEncoder, PromptError, TextPieces
 from serving.tensors import EngineSizes
 from tests.conftest import word_tokenizer
@@ -75,6 +75,11 @@ def test_rows_are_padded_to_the_longest_and_positions_count_full_passages():
     assert found.encoder_positions.tolist() == [*range(6), *range(100, 125)]
 
 
+def test_a_tokenizer_with_more_tokens_than_the_reader_is_refused():
+    with pytest.raises(ManifestError, match="wanted token ids below the reader's vocab_size=97, got 261"):
+        PromptEncoder(byte_tokenizer(), MANIFEST)
+
+
 def byte_tokenizer() -> Tokenizer:
     """A byte a token, after the letters a to c: what is not one of these comes in as many tokens as it has bytes."""
     vocab = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"<0x{b:02X}>": 3 + b for b in range(256)} | {"a": 259, "b": 260, "c": 261}
@@ -85,7 +90,7 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-BYTE_PROMPT = PromptEncoder(byte_tokenizer(), MANIFEST)
+BYTE_PROMPT = PromptEncoder(byte_tokenizer(), dataclasses.replace(MANIFEST, sizes=dataclasses.replace(MANIFEST.sizes, vocab_size=262)))
 
 
 @given(

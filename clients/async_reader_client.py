@@ -1,0 +1,242 @@
+"""AsyncReaderClient: the same questions and answers as ReaderClient, for asyncio.
+
+    async with AsyncReaderClient("127.0.0.1:8001", model="fido") as reader:
+        print((await reader.answer("who wrote Faust?", ["Faust is a play by Goethe."])).text)
+
+Cancelling the task that waits for an answer cancels the request on the server. The arguments and errors are described in reader_client.py.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+import grpc
+from tritonclient.grpc import InferResult
+from tritonclient.grpc import aio as triton_aio
+from tritonclient.utils import InferenceServerException
+
+from clients.answer import Answer, StreamAssembler, StreamedAnswer, StreamPiece, answer_from_result
+from clients.endpoint import Endpoint, grpc_timeout_s
+from clients.errors import ReaderError, RequestRefused
+from clients.ordered_window import OrderedWindow
+from clients.request import Passage, ReaderRequest, infer_inputs_from_tensors, request_from, tensors_from_request
+
+
+class AsyncAnswerStream(AsyncIterator[StreamPiece]):
+    """An answer under way: an asynchronous iterator over its pieces, and once it has ended, `answer`.
+
+    Closing it (or leaving its `async with` block) before the end cancels the request on the server.
+    """
+
+    def __init__(self, responses: Any, endpoint: Endpoint, model: str, *, deadline_s: float, start_s: float) -> None:
+        self._responses = responses
+        self._endpoint = endpoint
+        self._model = model
+        self._deadline_s = deadline_s
+        self._start_s = start_s
+        self._assembler = StreamAssembler(model)
+        self._answer: StreamedAnswer | None = None
+        self._ended = False
+
+    async def __anext__(self) -> StreamPiece:
+        """The next piece.
+
+        Raises:
+            ReaderError: If the server refused or failed; no more pieces come after that.
+        """
+        try:
+            while not self._ended:
+                piece = await self._next_response()
+                if piece is not None:
+                    return piece
+        except BaseException:
+            await self.aclose()
+            raise
+        raise StopAsyncIteration
+
+    @property
+    def answer(self) -> StreamedAnswer:
+        """The whole answer with its totals and times.
+
+        Raises:
+            RuntimeError: If the stream has not been read to its end.
+        """
+        if self._answer is None:
+            raise RuntimeError("the answer is not whole yet: read the stream to its end first, or call read_to_end()")
+        return self._answer
+
+    async def read_to_end(self) -> StreamedAnswer:
+        """Reads what is left and gives the whole answer."""
+        async for _ in self:
+            pass
+        return self.answer
+
+    async def aclose(self) -> None:
+        """Ends the stream; a request still under way is cancelled on the server. Harmless when done twice."""
+        self._ended = True
+        self._responses.cancel()
+
+    async def __aenter__(self) -> "AsyncAnswerStream":
+        return self
+
+    async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
+        await self.aclose()
+
+    async def _next_response(self) -> StreamPiece | None:
+        try:
+            result, error = await anext(self._responses)
+        except StopAsyncIteration:
+            self._ended = True
+            self._answer = self._assembler.finish()
+            return None
+        except grpc.RpcError as rpc_error:
+            if not self._assembler.is_complete:
+                raise self._endpoint.error(rpc_error, model=self._model, timeout_s=self._deadline_s) from rpc_error
+            self._ended = True  # the connection broke behind the totals: nothing is missing
+            self._answer = self._assembler.finish()
+            return None
+        if error is not None:
+            raise self._endpoint.error(error, model=self._model, timeout_s=self._deadline_s)
+        return self._assembler.feed(result, time.perf_counter() - self._start_s)
+
+
+class AsyncReaderClient:
+    """Asks one reader from one event loop, the one that runs at its first question; ReaderClient describes the arguments."""
+
+    def __init__(
+        self,
+        url: str = "127.0.0.1:8001",
+        model: str = "fido",
+        timeout_s: float = 60.0,
+        *,
+        stream_model: str | None = None,
+        ssl: bool = False,
+        root_certificates: str | None = None,
+        private_key: str | None = None,
+        certificate_chain: str | None = None,
+    ) -> None:
+        self.endpoint = Endpoint(url, model, timeout_s, stream_model, ssl, root_certificates, private_key, certificate_chain)
+        self._credentials = self.endpoint.credentials()
+        self._opened: triton_aio.InferenceServerClient | None = None
+        self._closed = False
+
+    async def is_ready(self, timeout_s: float = 5.0) -> bool:
+        """Whether the server answers and serves the unary model now."""
+        try:
+            return bool(await self._client().is_model_ready(self.endpoint.model, client_timeout=timeout_s))
+        except InferenceServerException:
+            return False
+
+    async def answer(
+        self,
+        question: str,
+        passages: Iterable[Passage],
+        titles: Iterable[str] | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int | None = None,
+        timeout_s: float | None = None,
+    ) -> Answer:
+        """Asks one question and waits for the answer; arguments and errors are those of ReaderClient.answer."""
+        start_s = time.perf_counter()
+        client, endpoint, deadline_s = self._client(), self.endpoint, self.endpoint.deadline_s(timeout_s)
+        request = ReaderRequest(question, passages, titles, max_new_tokens, min_new_tokens)
+        inputs = infer_inputs_from_tensors(tensors_from_request(request, model=endpoint.model))
+        try:
+            result: InferResult = await client.infer(endpoint.model, inputs, client_timeout=grpc_timeout_s(deadline_s))
+        except InferenceServerException as error:
+            raise endpoint.error(error, model=endpoint.model, timeout_s=deadline_s) from error
+        return answer_from_result(result, model=endpoint.model, latency_s=time.perf_counter() - start_s)
+
+    async def answer_many(
+        self, requests: Iterable[ReaderRequest | Mapping[str, Any]], concurrency: int = 8
+    ) -> AsyncIterator[Answer | ReaderError]:
+        """Asks many questions, `concurrency` at a time, and gives the results in the order of the requests.
+
+        As in ReaderClient.answer_many, a request that fails yields its ReaderError in its place. Closing the generator early (`aclose`) or
+        cancelling the task that reads it cancels what is in flight.
+        """
+        window: OrderedWindow[ReaderRequest | Mapping[str, Any], Answer | ReaderError] = OrderedWindow(requests, concurrency)
+        tasks: dict[asyncio.Task[Answer | ReaderError], int] = {}
+        try:
+            while not window.is_exhausted:
+                for index, item in window.start():
+                    tasks[asyncio.create_task(self._answer_or_error(item))] = index
+                for result in window.due():
+                    yield result
+                if tasks:
+                    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        window.finish(tasks.pop(task), task.result())
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def stream(
+        self,
+        question: str,
+        passages: Iterable[Passage],
+        titles: Iterable[str] | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncAnswerStream:
+        """Asks one question and gives the answer in pieces as they are generated; not a coroutine, but needs a running event loop.
+
+        The arguments and errors are those of ReaderClient.stream; `timeout_s` is for the whole answer.
+        """
+        start_s = time.perf_counter()
+        client, model, deadline_s = self._client(), self.endpoint.streaming_model, self.endpoint.deadline_s(timeout_s)
+        request = ReaderRequest(question, passages, titles, max_new_tokens, min_new_tokens)
+        inputs = infer_inputs_from_tensors(tensors_from_request(request, model=model))
+
+        async def one_request() -> AsyncIterator[dict[str, Any]]:
+            # ends after one request, which tells Triton to end the stream after its answer
+            yield {"model_name": model, "inputs": inputs}
+
+        responses = client.stream_infer(one_request(), stream_timeout=grpc_timeout_s(deadline_s))
+        return AsyncAnswerStream(responses, self.endpoint, model, deadline_s=deadline_s, start_s=start_s)
+
+    async def aclose(self) -> None:
+        """Closes the connection; what is in flight is cancelled. Harmless when done twice."""
+        self._closed = True
+        if self._opened is not None:
+            client, self._opened = self._opened, None
+            await client.close()
+
+    async def __aenter__(self) -> "AsyncReaderClient":
+        return self
+
+    async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
+        await self.aclose()
+
+    def _client(self) -> triton_aio.InferenceServerClient:
+        """The connection, opened at its first use: gRPC ties it to the event loop that runs then."""
+        if self._closed:
+            raise RuntimeError("this AsyncReaderClient is closed; make a new one")
+        if self._opened is None:
+            args = self.endpoint.channel_args()
+            self._opened = triton_aio.InferenceServerClient(self.endpoint.url, creds=self._credentials, channel_args=args)
+        return self._opened
+
+    async def _answer_or_error(self, item: ReaderRequest | Mapping[str, Any]) -> Answer | ReaderError:
+        try:
+            request = request_from(item)
+            try:
+                self.endpoint.deadline_s(request.timeout_s)
+            except ValueError as error:
+                raise RequestRefused(str(error), model=self.endpoint.model) from error
+            return await self.answer(
+                request.question,
+                request.passages,
+                request.titles,
+                max_new_tokens=request.max_new_tokens,
+                min_new_tokens=request.min_new_tokens,
+                timeout_s=request.timeout_s,
+            )
+        except ReaderError as error:
+            return error

@@ -1,0 +1,101 @@
+"""Where a reader is served and how to reach it: address, model names, time-out and TLS. Opens no connection itself."""
+
+import dataclasses
+import math
+import pathlib
+
+import grpc
+
+from clients.errors import ReaderError, error_from_exception
+
+# gRPC's ceiling: how large a request may be is the server's to say
+_MAX_MESSAGE_BYTES = 2**31 - 1
+# gRPC's default grows to two minutes: far too long for whoever waits for a server to start
+_MAX_RECONNECT_BACKOFF_MS = 2000
+_LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """One reader on one server.
+
+    Attributes:
+        url: "host:port" of Triton's gRPC endpoint, without a scheme.
+        model: The unary model, "fid" or "fido".
+        stream_model: The same reader under the decoupled policy; None: `model` + "_stream".
+        timeout_s: The time-out of a request that names none; math.inf for none at all.
+        ssl: Encrypt the connection. The three files below are PEM and only read if so.
+        root_certificates: Whom to trust; None: gRPC's own default.
+        private_key: Our key, where the server asks for a client certificate.
+        certificate_chain: Our certificate, to go with `private_key`.
+    """
+
+    url: str = "127.0.0.1:8001"
+    model: str = "fido"
+    timeout_s: float = 60.0
+    stream_model: str | None = None
+    ssl: bool = False
+    root_certificates: str | None = None
+    private_key: str | None = None
+    certificate_chain: str | None = None
+
+    def __post_init__(self) -> None:
+        if "://" in self.url or ":" not in self.url:
+            raise ValueError(f"url: wanted host:port of Triton's gRPC endpoint, such as 127.0.0.1:8001, got {self.url!r}")
+        if not self.model:
+            raise ValueError("model: wanted the name of a served model, such as fido, got an empty string")
+        self.deadline_s(None)  # refuses a bad timeout_s now, not at the first question
+        if not self.ssl and (self.root_certificates or self.private_key or self.certificate_chain):
+            raise ValueError("root_certificates, private_key and certificate_chain need ssl=True: only an encrypted connection uses them")
+        if bool(self.private_key) != bool(self.certificate_chain):
+            raise ValueError("private_key and certificate_chain go together: wanted both or neither, got one of them")
+
+    @property
+    def streaming_model(self) -> str:
+        """The model that `stream` asks."""
+        if self.stream_model is not None:
+            return self.stream_model
+        return self.model if self.model.endswith("_stream") else f"{self.model}_stream"
+
+    def deadline_s(self, timeout_s: float | None) -> float:
+        """The time-out of one request in seconds: its own, or else this endpoint's.
+
+        Raises:
+            ValueError: If it is not a number above 0.
+        """
+        seconds = self.timeout_s if timeout_s is None else timeout_s
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+            raise ValueError(f"timeout_s: wanted seconds above 0 (math.inf for no limit), got {seconds!r}")
+        return float(seconds)
+
+    def channel_args(self) -> list[tuple[str, int]]:
+        """The channel arguments for gRPC, complete."""
+        args = [
+            ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_BACKOFF_MS),
+        ]
+        if self.url.rsplit(":", 1)[0] in _LOOPBACK_HOSTS:
+            # gRPC obeys http_proxy even for loopback, and no proxy can reach our loopback
+            args.append(("grpc.enable_http_proxy", 0))
+        return args
+
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """The TLS credentials, or None for a connection that is not encrypted.
+
+        Raises:
+            FileNotFoundError: If one of the PEM files is not there.
+        """
+        if not self.ssl:
+            return None
+        files = {name: getattr(self, name) for name in ("root_certificates", "private_key", "certificate_chain")}
+        return grpc.ssl_channel_credentials(**{name: pathlib.Path(path).read_bytes() if path else None for name, path in files.items()})
+
+    def error(self, exception: Exception, *, model: str, timeout_s: float) -> ReaderError:
+        """What an exception of gRPC or tritonclient means for a question asked here."""
+        return error_from_exception(exception, model=model, url=self.url, timeout_s=timeout_s)
+
+
+def grpc_timeout_s(deadline_s: float) -> float | None:
+    """The same time-out as gRPC wants it: None, not infinity, for no limit."""
+    return None if math.isinf(deadline_s) else deadline_s

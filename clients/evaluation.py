@@ -1,0 +1,152 @@
+"""A reader over a data set: Examples in, one Prediction per question and one Evaluation out. Prints nothing."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from clients.examples import Example
+from clients.metrics import exact_match, percentile
+from clients.reader_client import Answer, ReaderClient, ReaderError, ReaderRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the reader made of one example.
+
+    Attributes:
+        id: The example's.
+        question: The example's.
+        answers: The example's right answers.
+        answer: The reader's; None where the request failed.
+        error: Why it failed; None where it did not.
+    """
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    answer: Answer | None
+    error: str | None = None
+
+    @property
+    def em(self) -> bool | None:
+        """Whether the answer is right, by FiD's exact match. A failed request is wrong; None where no right answer is known."""
+        if not self.answers:
+            return None
+        return self.answer is not None and exact_match(self.answer.text, self.answers)
+
+    def as_json(self) -> dict[str, Any]:
+        """The line of a predictions file: with prediction, log_prob, tokens and latency_s, or with error in their place."""
+        line: dict[str, Any] = {"id": self.id, "question": self.question, "answers": list(self.answers), "em": self.em}
+        if self.answer is None:
+            return line | {"prediction": None, "error": self.error}
+        answer = self.answer
+        return line | {"prediction": answer.text, "log_prob": answer.log_prob, "tokens": answer.tokens, "latency_s": answer.latency_s}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A run's totals.
+
+    Attributes:
+        model: The model that was asked.
+        questions: How many examples were asked, warm-up and failures included.
+        failed: How many of them got no answer.
+        em: Percent of the examples with known answers that were answered right, failures counted as wrong; None without any.
+        measured: How many answers the times below are of: those after the warm-up that did not fail.
+        wall_s: From the first request after the warm-up until the last result.
+        latencies_s: Of each measured answer, as the client saw it.
+    """
+
+    model: str
+    questions: int
+    failed: int
+    em: float | None
+    measured: int
+    wall_s: float
+    latencies_s: tuple[float, ...] = dataclasses.field(repr=False)
+
+    @property
+    def questions_per_s(self) -> float | None:
+        """Answers per second of wall clock; None where nothing was measured."""
+        return self.measured / self.wall_s if self.measured else None
+
+    def latency_s(self, percent: float) -> float | None:
+        """A percentile of the measured latencies; None where nothing was measured."""
+        return percentile(self.latencies_s, percent) if self.latencies_s else None
+
+    def as_json(self) -> dict[str, Any]:
+        """The line that `--json` prints: em in percent, times in milliseconds, null for what was not measured."""
+        return {
+            "model": self.model,
+            "questions": self.questions,
+            "em": _rounded(self.em, 2),
+            "questions_per_s": _rounded(self.questions_per_s, 3),
+            "p50_ms": _rounded(self.latency_s(50), 3, scale=1000),
+            "p99_ms": _rounded(self.latency_s(99), 3, scale=1000),
+            "failed": self.failed,
+        }
+
+
+def evaluate(
+    client: ReaderClient,
+    examples: Sequence[Example],
+    *,
+    concurrency: int = 8,
+    warmup: int = 0,
+    max_new_tokens: int | None = None,
+    on_prediction: Callable[[Prediction], None] = lambda prediction: None,
+) -> Evaluation:
+    """Asks every example once.
+
+    Args:
+        client: Whom to ask.
+        examples: What to ask.
+        concurrency: How many requests are in flight at a time.
+        warmup: The first so many examples are asked and scored as all others, but are over before the clock starts and count in no time.
+        max_new_tokens: At most so many answer tokens; None: the server's default.
+        on_prediction: Called with each prediction, in the order of the examples.
+    """
+    if warmup < 0:
+        raise ValueError(f"warmup: wanted a number of examples from 0, got {warmup}")
+
+    def ask(part: Sequence[Example]) -> list[Prediction]:
+        return [_reported(prediction, on_prediction) for prediction in _predictions(client, part, concurrency, max_new_tokens)]
+
+    warm = ask(examples[:warmup])
+    start_s = time.perf_counter()
+    timed = ask(examples[warmup:])
+    wall_s = time.perf_counter() - start_s
+
+    scores = [prediction.em for prediction in warm + timed if prediction.em is not None]
+    latencies_s = tuple(prediction.answer.latency_s for prediction in timed if prediction.answer is not None)
+    return Evaluation(
+        model=client.endpoint.model,
+        questions=len(examples),
+        failed=sum(prediction.answer is None for prediction in warm + timed),
+        em=100 * sum(scores) / len(scores) if scores else None,
+        measured=len(latencies_s),
+        wall_s=wall_s,
+        latencies_s=latencies_s,
+    )
+
+
+def _predictions(client: ReaderClient, examples: Sequence[Example], concurrency: int, max_new_tokens: int | None) -> Iterable[Prediction]:
+    requests = (
+        ReaderRequest(example.question, [context.as_passage() for context in example.contexts], max_new_tokens=max_new_tokens)
+        for example in examples
+    )
+    for example, result in zip(examples, client.answer_many(requests, concurrency), strict=True):
+        if isinstance(result, ReaderError):
+            yield Prediction(example.id, example.question, example.answers, answer=None, error=str(result))
+        else:
+            yield Prediction(example.id, example.question, example.answers, answer=result)
+
+
+def _reported(prediction: Prediction, on_prediction: Callable[[Prediction], None]) -> Prediction:
+    on_prediction(prediction)
+    return prediction
+
+
+def _rounded(value: float | None, digits: int, *, scale: float = 1) -> float | None:
+    return None if value is None else round(value * scale, digits)

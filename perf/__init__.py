@@ -1,0 +1,1 @@
+"""Measurements: what was run, on which machine, beside which peers; results/ keeps what was found."""

@@ -1,0 +1,204 @@
+"""`make bench`: what Triton costs, what the engines gain, and what FiDO saves in the decoder, on this machine, in one run.
+
+Three ways of answering the same held-out questions with the same weights, turn and turn about: through Triton (gRPC on loopback), the
+same engines and decode loop in this process, and eager PyTorch. At concurrency 8 the first two decode in flight; PyTorch takes batches
+of 8. Times are of whole questions, tokenization included; start-up and the first questions of each turn are not counted. Then the
+decoder step of the base preset with random weights. Writes perf/results/cpu/chain.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clients.examples import Example, read_examples
+from clients.metrics import percentile
+from clients.reader_client import ReaderClient
+from export.checkpoint import load_reader
+from export.config import reader_preset
+from export.graphs import engine_sizes
+from export.model import Reader
+from export.onnx_graph import GRAPHS, onnx_from_module
+from serving.in_process import InProcessReader
+from serving.limits import Limits
+from serving.manifest import Manifest, Prompt, sha256_of_file
+from serving.onnx_engine import OnnxDecoder
+from serving.server import TritonServer, models_of
+
+from .machine import describe, peak_memory_bytes
+from .torch_reader import TorchReader
+
+READERS = ("fid", "fido")
+CONCURRENCIES = (1, 8)
+WARMUP = 8
+RESULT = Path("perf/results/cpu/chain.json")
+BASE_PASSAGES, BASE_LENGTH = 40, 256  # the FiDO paper's setting
+
+Ask = Callable[[Example], object]
+
+
+def timed(ask: Ask, examples: Sequence[Example], concurrency: int) -> tuple[list[float], float]:
+    """Seconds of each question, and of all of them together."""
+
+    def one(example: Example) -> float:
+        started = time.perf_counter()
+        ask(example)
+        return time.perf_counter() - started
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        list(pool.map(one, examples[:WARMUP]))
+        started = time.perf_counter()
+        seconds = list(pool.map(one, examples[WARMUP:]))
+        return seconds, time.perf_counter() - started
+
+
+def torch_timed(reader: TorchReader, prompts: InProcessReader, examples: Sequence[Example], batch: int) -> tuple[list[float], float]:
+    """The same for PyTorch, which takes `batch` questions at a time."""
+
+    def answer(group: Sequence[Example]) -> None:
+        reader.answer([prompts.prompt.encode(e.question, *texts(e)) for e in group])
+
+    answer(examples[:WARMUP])
+    rest = examples[WARMUP:]
+    seconds = []
+    for start in range(0, len(rest), batch):
+        group = rest[start : start + batch]
+        started = time.perf_counter()
+        answer(group)
+        seconds += [time.perf_counter() - started] * len(group)
+    return seconds, sum(seconds[::batch]) if len(rest) % batch == 0 else sum(seconds) / batch
+
+
+def texts(example: Example) -> tuple[list[str], list[str]]:
+    """Passages and titles of an example."""
+    return [c.text for c in example.contexts], [c.title or "" for c in example.contexts]
+
+
+def ask(answerer: ReaderClient | InProcessReader, example: Example) -> object:
+    """Put one example to the server, or to the engines in this process."""
+    return answerer.answer(example.question, *texts(example))
+
+
+def measure_chain(examples: list[Example], rounds: int) -> dict[str, Any]:
+    """All readers, ways and concurrencies; every round visits all of them in turn."""
+    samples: dict[tuple[str, str, int], list[tuple[list[float], float]]] = {}
+    result: dict[str, Any] = {"questions_a_turn": len(examples) - WARMUP, "rounds": rounds}
+    with TritonServer(models_of(READERS, stream=False)) as server:
+        for _ in range(rounds):
+            for name in READERS:
+                torch_reader = TorchReader(load_reader(f"checkpoints/{name}"), Limits().default_max_new_tokens)
+                with ReaderClient(server.grpc_url, name) as client, InProcessReader(Path("build/engines", name)) as reader:
+                    for concurrency in CONCURRENCIES:
+                        turns = {
+                            "triton": timed(functools.partial(ask, client), examples, concurrency),
+                            "in_process": timed(functools.partial(ask, reader), examples, concurrency),
+                            "pytorch": torch_timed(torch_reader, reader, examples, concurrency),
+                        }
+                        for way, turn in turns.items():
+                            samples.setdefault((name, way, concurrency), []).append(turn)
+        result["peak_memory_mb"] = {name: round(peak_memory_bytes(pid) / 1e6) for name, pid in server.model_processes().items()}
+    for (name, way, concurrency), taken in samples.items():
+        rates = [len(seconds) / wall for seconds, wall in taken]
+        result.setdefault(name, {}).setdefault(way, {})[str(concurrency)] = {
+            "questions_per_s": round(statistics.median(rates), 1),
+            "questions_per_s_min_max": [round(min(rates), 1), round(max(rates), 1)],
+            "p50_ms": round(statistics.median(percentile(seconds, 50) for seconds, _ in taken) * 1e3, 2),
+            "p99_ms": round(statistics.median(percentile(seconds, 99) for seconds, _ in taken) * 1e3, 2),
+        }
+    for name in READERS:
+        provenance = Manifest.load(Path("build/engines", name)).provenance
+        triton, in_process, pytorch = (result[name][way] for way in ("triton", "in_process", "pytorch"))
+        result[name]["export_s"] = round(sum(provenance["export_s"].values()), 1)
+        result[name]["triton_latency_cost"] = round(triton["1"]["p50_ms"] / in_process["1"]["p50_ms"] - 1, 3)
+        result[name]["triton_throughput_cost_at_8"] = round(1 - triton["8"]["questions_per_s"] / in_process["8"]["questions_per_s"], 3)
+        result[name]["pytorch_over_triton_latency"] = round(pytorch["1"]["p50_ms"] / triton["1"]["p50_ms"], 2)
+        result[name]["triton_over_pytorch_throughput_at_8"] = round(triton["8"]["questions_per_s"] / pytorch["8"]["questions_per_s"], 2)
+    return result
+
+
+def base_decoder(kind: str, scratch: Path, slots: int) -> OnnxDecoder:
+    """The base preset's decoder with random weights; its encoder is not needed."""
+    reader = Reader(reader_preset("base", fido=kind == "fido"))
+    reader.reset_parameters(0)
+    sizes = engine_sizes(reader.config)
+    directory = scratch / kind
+    directory.mkdir()
+    for name in ("cross_kv", "decoder_step"):
+        module_of, tensors_of = GRAPHS[name]
+        onnx_from_module(module_of(reader), tensors_of(sizes), directory / f"{name}.onnx")
+    files = {file.name: sha256_of_file(file) for file in directory.iterdir()}
+    manifest = Manifest(kind, "onnxruntime", "float32", sizes, Prompt("{title}", BASE_LENGTH, True), 0, 1, 0, files, "", {})
+    return OnnxDecoder(directory, manifest, slots)
+
+
+def measure_base_step(batches: Sequence[int], steps: int) -> dict[str, Any]:
+    """Step time of both base decoders, 40 x 256 valid tokens a question, alternating between them."""
+    hidden = np.random.default_rng(0).standard_normal((BASE_PASSAGES * BASE_LENGTH, 768)).astype(np.float32) * 0.1
+    positions = np.zeros(len(hidden), np.int32)
+    found: dict[str, Any] = {"passages": BASE_PASSAGES, "passage_length": BASE_LENGTH, "steps": steps}
+    with tempfile.TemporaryDirectory() as scratch:
+        decoders = {kind: base_decoder(kind, Path(scratch), max(batches)) for kind in READERS}
+        for batch in batches:
+            seconds: dict[str, list[float]] = {kind: [] for kind in READERS}
+            for decoder in decoders.values():
+                for slot in range(batch):
+                    decoder.admit(slot, slot, hidden, positions)
+            for step in range(steps + 1):
+                for kind, decoder in decoders.items():
+                    started = time.perf_counter()
+                    decoder.step(np.full(batch, 5, np.int32), np.full(batch, step, np.int32), np.full(batch, -1e9, np.float32))
+                    if step:  # the first also allocates
+                        seconds[kind].append(time.perf_counter() - started)
+            fid, fido = (statistics.median(seconds[kind]) for kind in READERS)
+            found[f"batch_{batch}"] = {
+                "fid_step_ms": round(fid * 1e3, 1),
+                "fido_step_ms": round(fido * 1e3, 1),
+                "fid_over_fido": round(fid / fido, 2),
+                "fid_min_max_ms": [round(min(seconds["fid"]) * 1e3, 1), round(max(seconds["fid"]) * 1e3, 1)],
+                "fido_min_max_ms": [round(min(seconds["fido"]) * 1e3, 1), round(max(seconds["fido"]) * 1e3, 1)],
+            }
+    return found
+
+
+def main() -> int:
+    """Measure, print, and keep the result."""
+    parser = argparse.ArgumentParser(prog="python -m perf.chain", description=__doc__)
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20, help="decoder steps of the base preset")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="FiD-base keeps 755 MB a question in fp32")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    examples = list(read_examples("build/corpus/heldout.jsonl", limit=arguments.questions + WARMUP))
+    result: dict[str, Any] = {
+        "machine": describe(),
+        "excluded": "start-up, model load, first 8 questions of each turn, first step of the base preset",
+    }
+    result |= {"demo_readers": measure_chain(examples, arguments.rounds)}
+    result |= {"base_decoder_step": measure_base_step(arguments.batches, arguments.steps)}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for name in READERS:
+        for way in ("triton", "in_process", "pytorch"):
+            for n, numbers in result["demo_readers"][name][way].items():
+                print(f"{name:5} {way:11} at {n}: {numbers['questions_per_s']:7.1f} questions/s, p50 {numbers['p50_ms']:7.1f} ms")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The chain without Triton: the same prompt, engines and decode loop in one process, for benchmarks and comparisons."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from .decode_loop import DecodeLoop, Question
+from .limits import Limits
+from .manifest import TOKENIZER_FILE, Manifest
+from .onnx_engine import OnnxDecoder, OnnxEncoder
+from .prompt import PromptEncoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """An answer with the tokens it was spelled from, the end token included, and the log-probability of each."""
+
+    text: str
+    tokens: list[int]
+    log_probs: list[float]
+
+
+class InProcessReader:
+    """Answers questions from engines in a directory. Threads may share it; their answers are decoded together."""
+
+    def __init__(self, engines: Path, limits: Limits | None = None):
+        limits = limits or Limits()
+        manifest = Manifest.load(engines)
+        manifest.verify(engines, (TOKENIZER_FILE,))
+        self.prompt = PromptEncoder(Tokenizer.from_file(str(engines / TOKENIZER_FILE)), manifest)
+        self._encoder = OnnxEncoder(engines, manifest, limits.intra_op_threads)
+        self._encoding = threading.Lock()  # one call at a time keeps all cores busy; two would share them
+        self._loop = DecodeLoop(
+            OnnxDecoder(engines, manifest, limits.slots, limits.intra_op_threads),
+            start_token=manifest.decoder_start_token_id,
+            eos_token=manifest.eos_token_id,
+            max_waiting=limits.max_waiting,
+        )
+        self._default_max_new_tokens = limits.default_max_new_tokens
+
+    def answer(
+        self,
+        question: str,
+        passages: Sequence[str],
+        titles: Sequence[str] | None = None,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int = 0,
+    ) -> Generated:
+        """Answer one question; blocks until the answer is whole."""
+        tokens = self.prompt.encode(question, passages, titles)
+        with self._encoding:
+            (states,) = self._encoder.encode([(tokens.input_ids, tokens.attention_mask)])
+        found, log_probs, done, errors = [], [], threading.Event(), []
+
+        def on_token(token: int, log_prob: float) -> None:
+            found.append(token)
+            log_probs.append(log_prob)
+
+        def on_end(error: Exception | None) -> None:
+            errors.append(error)
+            done.set()
+
+        most = max_new_tokens or self._default_max_new_tokens
+        hidden = states[tokens.attention_mask.astype(bool)]
+        self._loop.submit(Question(hidden, tokens.encoder_positions, most, min_new_tokens, on_token, on_end))
+        done.wait()
+        if errors[0] is not None:
+            raise errors[0]
+        return Generated(self.prompt.text(found), found, log_probs)
+
+    def close(self) -> None:
+        """Stop the decode loop."""
+        self._loop.stop()
+
+    def __enter__(self) -> InProcessReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

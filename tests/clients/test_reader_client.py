@@ -1,0 +1,240 @@
+"""One question, one answer: over real gRPC, of both clients."""
+
+import asyncio
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+import grpc
+import pytest
+
+from clients.reader_client import AsyncReaderClient, ReaderClient, ReaderError, ReaderTimeout, ReaderUnavailable, RequestRefused
+from tests.clients.scripted_server import WHOLE, Refusal, ScriptedServer
+
+TESTDATA = pathlib.Path(__file__).parent / "testdata"
+
+
+def _raise(error: Exception) -> Any:
+    raise error
+
+
+def test_answer_carries_text_log_prob_tokens_and_its_latency(server: ScriptedServer, reader: Any) -> None:
+    def slow(received: Any, context: Any) -> Any:
+        time.sleep(0.05)
+        return {"answer": "Tōkyō 東京", "log_prob": -1.25, "tokens": 7}
+
+    server.on_infer = slow
+    answer = reader.answer(server.url, "capital of Japan?", ["Tokyo"])
+    assert (answer.text, answer.log_prob, answer.tokens) == ("Tōkyō 東京", -1.25, 7)
+    assert 0.05 <= answer.latency_s < 5
+
+
+def test_request_arrives_with_names_types_and_titles_that_triton_expects(server: ScriptedServer, reader: Any) -> None:
+    passages = [{"title": "Oslo", "text": "Oslo is…"}, {"text": "untitled", "id": "9", "score": 1.5}]
+    reader.answer(server.url, "où?", passages, max_new_tokens=9, min_new_tokens=2, client={"model": "fid"})
+    (received,) = server.received
+    assert received.model == "fid"
+    assert received.tensors == {
+        "question": ["où?"],
+        "passages": ["Oslo is…", "untitled"],
+        "titles": ["Oslo", ""],
+        "max_new_tokens": [9],
+        "min_new_tokens": [2],
+    }
+    assert received.datatypes == dict.fromkeys(["question", "passages", "titles"], "BYTES") | dict.fromkeys(
+        ["max_new_tokens", "min_new_tokens"], "INT32"
+    )
+
+
+def test_optional_inputs_left_out_are_not_sent(server: ScriptedServer, reader: Any) -> None:
+    reader.answer(server.url, "q", ["p"])
+    assert set(server.received[0].tensors) == {"question", "passages"}
+
+
+def test_titles_beside_plain_passages_are_sent(server: ScriptedServer, reader: Any) -> None:
+    reader.answer(server.url, "q", ["p", "r"], ["t", "u"])
+    assert server.received[0].tensors["titles"] == ["t", "u"]
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "status"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, RequestRefused, "INVALID_ARGUMENT"),
+        (grpc.StatusCode.NOT_FOUND, ReaderUnavailable, "NOT_FOUND"),
+        (grpc.StatusCode.UNAVAILABLE, ReaderUnavailable, "UNAVAILABLE"),
+        (grpc.StatusCode.INTERNAL, ReaderError, "INTERNAL"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, ReaderError, "RESOURCE_EXHAUSTED"),
+    ],
+)
+def test_server_errors_keep_their_words_and_status(
+    server: ScriptedServer, reader: Any, code: grpc.StatusCode, kind: type[ReaderError], status: str
+) -> None:
+    server.on_infer = lambda received, context: _raise(Refusal("passages: wanted 1 to 40, got 41", code))
+    with pytest.raises(ReaderError) as caught:
+        reader.answer(server.url, "q", ["p"])
+    assert type(caught.value) is kind
+    assert (caught.value.message, caught.value.model, caught.value.status) == ("passages: wanted 1 to 40, got 41", "fido", status)
+    for part in ("fido", server.url, status, "passages: wanted 1 to 40, got 41"):
+        assert part in str(caught.value)
+
+
+def test_bad_request_is_refused_without_being_sent(server: ScriptedServer, reader: Any) -> None:
+    with pytest.raises(RequestRefused, match="titles: wanted one per passage") as caught:
+        reader.answer(server.url, "q", ["p", "r"], ["t"])
+    assert caught.value.status is None
+    assert caught.value.model == "fido"
+    assert server.received == []
+
+
+def test_no_server_is_unavailable_at_once(reader: Any) -> None:
+    start_s = time.monotonic()
+    with pytest.raises(ReaderUnavailable, match=r"127\.0\.0\.1:9 is not available .* is the server running there"):
+        reader.answer("127.0.0.1:9", "q", ["p"])
+    assert time.monotonic() - start_s < 5
+
+
+def test_timeout_is_the_requests_own_and_cancels_on_the_server(server: ScriptedServer, reader: Any) -> None:
+    server.on_infer = lambda received, context: server.wait_until_cancelled(context)
+    start_s = time.monotonic()
+    with pytest.raises(ReaderTimeout, match=r"did not answer within 0\.2 s") as caught:
+        reader.answer(server.url, "q", ["p"], timeout_s=0.2, client={"timeout_s": 30.0})
+    assert 0.2 <= time.monotonic() - start_s < 5
+    assert caught.value.status == "DEADLINE_EXCEEDED"
+    assert server.cancelled.acquire(timeout=5)
+
+
+def test_timeout_of_the_client_holds_where_the_request_names_none(server: ScriptedServer, reader: Any) -> None:
+    server.on_infer = lambda received, context: server.wait_until_cancelled(context)
+    with pytest.raises(ReaderTimeout, match=r"within 0\.15 s"):
+        reader.answer(server.url, "q", ["p"], client={"timeout_s": 0.15})
+
+
+def test_infinite_timeout_sends_no_deadline(server: ScriptedServer, reader: Any) -> None:
+    # gRPC tells a server without a deadline that centuries are left
+    server.on_infer = lambda received, context: WHOLE | {"log_prob": float(min(context.time_remaining(), 1e9))}
+    assert reader.answer(server.url, "q", ["p"], timeout_s=float("inf")).log_prob == 1e9
+    assert 5 < reader.answer(server.url, "q", ["p"], timeout_s=9).log_prob < 10
+
+
+def test_hundred_long_passages_and_a_long_answer_pass_grpcs_message_limits(server: ScriptedServer, reader: Any) -> None:
+    server.on_infer = lambda received, context: WHOLE | {"answer": "".join(received.tensors["passages"])}
+    passages = ["é" * 50_000] * 100  # 10 MB in UTF-8; gRPC receives 4 MB where it is not told otherwise
+    assert reader.answer(server.url, "q", passages).text == "".join(passages)
+
+
+def test_model_that_is_no_reader_is_named_with_its_outputs(server: ScriptedServer, reader: Any) -> None:
+    server.on_infer = lambda received, context: {"encoder_hidden_states": 1.0}
+    with pytest.raises(ReaderError, match=r"fido_encoder: wanted one element in the output answer, got .*encoder_hidden_states"):
+        reader.answer(server.url, "q", ["p"], client={"model": "fido_encoder"})
+
+
+def test_answer_that_is_not_utf8_is_an_error(server: ScriptedServer, reader: Any) -> None:
+    server.on_infer = lambda received, context: WHOLE | {"answer": b"\xff"}
+    with pytest.raises(ReaderError, match="wanted UTF-8 text"):
+        reader.answer(server.url, "q", ["p"])
+
+
+def test_is_ready_says_whether_the_model_is_served(server: ScriptedServer, reader: Any) -> None:
+    assert reader.is_ready(server.url, "fido") is True
+    assert reader.is_ready(server.url, "other") is False
+    assert reader.is_ready("127.0.0.1:9", "fido") is False
+
+
+@pytest.fixture
+def tls_server() -> Any:
+    key, certificate = (TESTDATA / name for name in ("tls_key.pem", "tls_certificate.pem"))
+    scripted = ScriptedServer(grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())]))
+    yield scripted
+    scripted.stop()
+
+
+def test_tls_answers_and_streams_where_the_certificate_is_trusted(tls_server: ScriptedServer, reader: Any) -> None:
+    client = {"ssl": True, "root_certificates": str(TESTDATA / "tls_certificate.pem")}
+    assert reader.answer(tls_server.url, "q", ["p"], client=client).text == "Paris"
+    assert reader.stream(tls_server.url, "q", ["p"], client=client)[1].text == "Paris"
+
+
+def test_tls_server_is_unavailable_where_its_certificate_is_not_trusted(tls_server: ScriptedServer, reader: Any) -> None:
+    with pytest.raises(ReaderUnavailable):
+        reader.answer(tls_server.url, "q", ["p"], timeout_s=5, client={"ssl": True})
+
+
+@pytest.mark.parametrize("kind", [ReaderClient, AsyncReaderClient])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"url": "http://127.0.0.1:8000"}, "url: wanted host:port"),
+        ({"url": "localhost"}, "url: wanted host:port"),
+        ({"model": ""}, "model: wanted the name"),
+        ({"timeout_s": 0}, "timeout_s: wanted seconds above 0"),
+        ({"timeout_s": "5"}, "timeout_s: wanted seconds above 0"),
+        ({"root_certificates": "ca.pem"}, "need ssl=True"),
+        ({"ssl": True, "private_key": "key.pem"}, "go together"),
+    ],
+)
+def test_settings_that_cannot_be_right_are_refused(kind: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(**settings)
+
+
+def test_missing_certificate_file_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match=r"no_such\.pem"):
+        ReaderClient(ssl=True, root_certificates="no_such.pem")
+
+
+def test_closed_clients_say_so(server: ScriptedServer) -> None:
+    client = ReaderClient(server.url)
+    client.close()
+    client.close()
+    for use in (lambda: client.answer("q", ["p"]), lambda: client.stream("q", ["p"]), lambda: client.answer_many([])):
+        with pytest.raises(RuntimeError, match="closed"):
+            use()
+
+    async def run() -> None:
+        reader = AsyncReaderClient(server.url)
+        await reader.aclose()
+        with pytest.raises(RuntimeError, match="closed"):
+            await reader.answer("q", ["p"])
+
+    asyncio.run(run())
+
+
+def test_cancelling_the_waiting_task_cancels_on_the_server(server: ScriptedServer) -> None:
+    server.on_infer = lambda received, context: server.wait_until_cancelled(context)
+
+    async def run() -> None:
+        async with AsyncReaderClient(server.url) as reader:
+            task = asyncio.create_task(reader.answer("q", ["p"]))
+            while not server.received:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(run())
+    assert server.cancelled.acquire(timeout=5)
+
+
+def test_proxy_settings_do_not_divert_loopback(server: ScriptedServer, reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert reader.answer(server.url, "q", ["p"], timeout_s=5).text == "Paris"
+
+
+def test_clients_import_neither_torch_nor_the_other_packages() -> None:
+    code = """
+import pkgutil, sys, clients
+for module in pkgutil.iter_modules(clients.__path__): __import__("clients." + module.name)
+heavy = {"torch", "transformers", "onnx", "onnxruntime", "tokenizers", "export", "training", "perf"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[2])
+
+
+def test_metrics_and_data_format_need_the_standard_library_alone() -> None:
+    code = "import sys, clients.metrics, clients.examples; assert not {'numpy', 'grpc', 'tritonclient'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[2])
