@@ -142,7 +142,8 @@ def _require_fitting_tokenizer(checkpoint: Checkpoint) -> None:
     largest = max(Tokenizer.from_str(checkpoint.tokenizer_json).get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= rows:
         raise CheckpointError(
-            f"{checkpoint.source}: the tokenizer has token id {largest}, but the embedding has {rows} rows; give the right one with --tokenizer"
+            f"{checkpoint.source}: the tokenizer has token id {largest}, but the embedding has {rows} rows; "
+            "give the checkpoint's own with --tokenizer"
         )
 
 

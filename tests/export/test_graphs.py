@@ -22,7 +22,7 @@ def decode(decoder: OnnxDecoder, batch: list[tuple[np.ndarray, np.ndarray]]) -> 
     """Greedy answers of exactly STEPS tokens for (packed hidden states, positions) of each question, all in one batch."""
     for slot, (hidden, positions) in enumerate(batch):
         decoder.admit(slot, slot, hidden, positions)
-    tokens, log_probs = np.zeros(len(batch), np.int32), []
+    tokens = np.zeros(len(batch), np.int32)
     answers: list[list[int]] = [[] for _ in batch]
     scores: list[list[float]] = [[] for _ in batch]
     for step in range(STEPS):

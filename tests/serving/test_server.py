@@ -75,7 +75,7 @@ class Case:
 @pytest.fixture(scope="module")
 def cases(engines) -> dict[str, list[Case]]:
     names = {"fid": "released_fid", "fido": "fido"}
-    return {reader: [Case(*engines[name], seed) for seed in range(24)] for reader, name in names.items()}
+    return {reader: [Case(engines[name][0], engines[name][1], seed) for seed in range(24)] for reader, name in names.items()}
 
 
 @pytest.mark.parametrize("model", ["fid", "fido"])
