@@ -136,7 +136,7 @@ def graphs_against_module(reader: Reader, allowed: float) -> Iterator[OutputErro
         for position, (wanted_token, wanted_log_prob) in enumerate(zip(wanted.tokens[0], wanted.log_probs[0], strict=True)):
             penalty = torch.tensor([-1e9 if position < steps - 1 else 0.0])
             lengths = torch.tensor([len(packed)], dtype=torch.int32)
-            token, log_prob, *present = step(token, torch.tensor([position], dtype=torch.int32), lengths, penalty, *extra, *past, *cross)
+            token, log_prob, _, *present = step(token, torch.tensor([position], dtype=torch.int32), lengths, penalty, *extra, *past, *cross)
             for cache, new in zip(past, present, strict=True):
                 cache[:, :, position] = new
             differing += int(token.item() != wanted_token)

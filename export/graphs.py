@@ -198,12 +198,16 @@ class DecoderStepLayer(nn.Module):
         mixed = torch.matmul(weights[..., :-1], past_value) + weights[..., -1:] * value
         return self.o(mixed.reshape(batch, queries)), key[:, :, 0], value[:, :, 0]
 
-    def attend_across(self, x: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        """x: float[batch, d_model] -> the same. The query heads of a key/value head are the rows of one product."""
+    def attend_across(self, x: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """x: float[batch, d_model] -> the same, and the weights summed over heads, float[batch, encoder_sequence_length].
+
+        The query heads of a key/value head are the rows of one product.
+        """
         batch = x.shape[0]
         query = self.cross_q(x).view(batch, self.kv_heads, self.group, self.d_kv)
         weights = torch.softmax(torch.matmul(query, key.transpose(-1, -2)) + bias, dim=-1)
-        return self.cross_o(torch.matmul(weights, value).reshape(batch, self.kv_heads * self.group * self.d_kv))
+        mixed = torch.matmul(weights, value).reshape(batch, self.kv_heads * self.group * self.d_kv)
+        return self.cross_o(mixed), weights.sum(dim=(1, 2))
 
 
 class DecoderStepGraph(nn.Module):
@@ -253,6 +257,7 @@ class DecoderStepGraph(nn.Module):
             cross_bias = cross_bias + self._grouped(self.cross_bias(positions[:, None] - encoder_positions))
 
         present: list[Tensor] = []
+        attended: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderStepLayer)
             mixed, key, value = layer.self_attention(layer.self_attention_norm(x), past[2 * i], past[2 * i + 1], self_bias)
@@ -260,7 +265,9 @@ class DecoderStepGraph(nn.Module):
             x = x + mixed
             if layer.cross_attends:
                 j = 2 * self.cross_layers.index(i)
-                x = x + layer.attend_across(layer.cross_attention_norm(x), cross[j], cross[j + 1], cross_bias)
+                across, weights = layer.attend_across(layer.cross_attention_norm(x), cross[j], cross[j + 1], cross_bias)
+                x = x + across
+                attended.append(weights)
             x = x + layer.feed_forward(layer.feed_forward_norm(x))
         x = self.final_norm(x)
         if self.output_scale is not None:
@@ -268,4 +275,5 @@ class DecoderStepGraph(nn.Module):
         logits = self.head(x).float() + eos_penalty[:, None] * self.is_eos[None, :]
         best, token = logits.max(dim=-1)
         log_prob = -torch.log(torch.exp(logits - best[:, None]).sum(-1))
-        return token.to(torch.int32), log_prob, *present
+        cross_attention = sum(attended[1:], attended[0]).float() * (1 / len(attended))
+        return token.to(torch.int32), log_prob, cross_attention, *present

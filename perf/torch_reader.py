@@ -45,7 +45,7 @@ class TorchReader:
         for position in range(self._max_new_tokens):
             positions = torch.full((batch,), position, dtype=torch.int32)
             read = [cache[:, :, : position + 1] for cache in past]
-            tokens, _, *present = self._step(tokens, positions, lengths, torch.zeros(batch), *read, *cross)
+            tokens, _, _, *present = self._step(tokens, positions, lengths, torch.zeros(batch), *read, *cross)
             for cache, new in zip(past, present, strict=True):
                 cache[:, :, position] = new
             for row, token in enumerate(tokens.tolist()):

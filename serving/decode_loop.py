@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
 EOS_FORBIDDEN = -1e9  # added to the end token's logit while an answer must go on
+WAITING_CHECKED = 4  # waiting questions asked between two steps whether they were given up
 
 
 class DecoderEngine(Protocol):
@@ -28,13 +31,17 @@ class DecoderEngine(Protocol):
     def move(self, source: int, target: int) -> None:
         """Give the answer in slot `source` the slot `target`."""
 
-    def step(self, tokens: np.ndarray, positions: np.ndarray, eos_penalty: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Next tokens and their log-probabilities for the first len(tokens) slots."""
+    def step(self, tokens: np.ndarray, positions: np.ndarray, eos_penalty: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Next tokens, their log-probabilities and the cross-attention of the first len(tokens) slots."""
         ...
 
 
 class LoopError(RuntimeError):
     """A question that was not taken, or not answered to its end."""
+
+
+class GivenUpError(LoopError):
+    """The client no longer wants the answer, or its time is over."""
 
 
 class QueueFullError(LoopError):
@@ -45,7 +52,7 @@ class LoopStoppedError(LoopError):
     """The loop was stopped before the answer ended."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Question:
     """An encoded question and who wants to know.
 
@@ -54,7 +61,8 @@ class Question:
         encoder_positions: int32[encoder_sequence_length].
         on_token: called with each token and its log-probability, the end token included.
         on_end: called once, last: with None, or with the reason why the answer did not reach its end.
-        cancelled: asked between steps; true frees the slot.
+        on_evidence: called once, with the first token's cross-attention, float32[encoder_sequence_length].
+        given_up: asked between steps: None, or why the answer is no longer wanted. The slot is freed then.
     """
 
     hidden: np.ndarray | None
@@ -63,9 +71,22 @@ class Question:
     min_new_tokens: int
     on_token: Callable[[int, float], None]
     on_end: Callable[[Exception | None], None]
-    cancelled: Callable[[], bool] = lambda: False
+    on_evidence: Callable[[np.ndarray], None] = lambda attention: None
+    given_up: Callable[[], str | None] = lambda: None
     generated: int = 0
     last_token: int = 0
+
+
+@dataclasses.dataclass
+class LoopCounts:
+    """What the loop has done and is doing; read by the metrics."""
+
+    steps: int = 0
+    step_s: float = 0.0
+    tokens: int = 0
+    running: int = 0
+    waiting: int = 0
+    encoder_tokens: int = 0
 
 
 class DecodeLoop:
@@ -76,6 +97,8 @@ class DecodeLoop:
         self._waiting: collections.deque[Question] = collections.deque()
         self._slots: list[Question | None] = []  # the question in each slot; None where one has just left
         self._changed = threading.Condition()
+        self._counts = LoopCounts()
+        self._checked = 0  # how far into the queue we have looked for questions given up
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="decode-loop", daemon=True)
         self._thread.start()
@@ -104,7 +127,7 @@ class DecodeLoop:
 
     def _run(self) -> None:
         while self._wait_for_work():
-            self._drop_cancelled()
+            self._drop_given_up()
             self._admit_waiting()
             self._close_gaps()
             if self._slots:
@@ -120,10 +143,26 @@ class DecodeLoop:
             self._changed.wait_for(lambda: self._stopping or self._waiting or self._slots)
             return not self._stopping
 
-    def _drop_cancelled(self) -> None:
+    def counts(self) -> LoopCounts:
+        """A copy of the counts; running and waiting are those of this moment."""
+        running = [question for question in list(self._slots) if question is not None]
+        tokens = sum(len(question.encoder_positions) for question in running)
+        return dataclasses.replace(self._counts, running=len(running), waiting=len(self._waiting), encoder_tokens=tokens)
+
+    def _drop_given_up(self) -> None:
+        """Free the slots of answers nobody wants, and look through part of the queue, so that the dead do not hold its places."""
         for slot, question in enumerate(self._slots):
-            if question is not None and question.cancelled():
-                self._leave(slot, LoopError("cancelled"))
+            if question is not None and (reason := question.given_up()):
+                self._leave(slot, GivenUpError(reason))
+        with self._changed:
+            self._checked = self._checked % len(self._waiting) if self._waiting else 0
+            some = list(itertools.islice(self._waiting, self._checked, self._checked + WAITING_CHECKED))
+        self._checked += len(some)
+        for question in some:
+            if reason := question.given_up():
+                with self._changed:
+                    self._waiting.remove(question)
+                question.on_end(GivenUpError(reason))
 
     def _admit_waiting(self) -> None:
         while (slot := self._free_slot()) is not None:
@@ -131,8 +170,8 @@ class DecodeLoop:
                 if not self._waiting:
                     return
                 question = self._waiting.popleft()
-            if question.cancelled():
-                question.on_end(LoopError("cancelled"))
+            if reason := question.given_up():
+                question.on_end(GivenUpError(reason))
                 continue
             hidden, question.hidden = question.hidden, None
             question.last_token = self._start_token
@@ -163,13 +202,19 @@ class DecodeLoop:
         tokens = np.array([q.last_token for q in running], np.int32)
         positions = np.array([q.generated for q in running], np.int32)
         eos_penalty = np.array([EOS_FORBIDDEN if q.generated < q.min_new_tokens - 1 else 0.0 for q in running], np.float32)
+        started = time.perf_counter()
         try:
-            next_tokens, log_probs = self._engine.step(tokens, positions, eos_penalty)
+            next_tokens, log_probs, attention = self._engine.step(tokens, positions, eos_penalty)
         except Exception as error:  # the engine is shared: every answer in this step is lost, the loop is not
             for slot in range(len(self._slots)):
                 self._leave(slot, error)
             return
+        self._counts.steps += 1
+        self._counts.step_s += time.perf_counter() - started
+        self._counts.tokens += len(running)
         for slot, (question, token, log_prob) in enumerate(zip(running, next_tokens.tolist(), log_probs.tolist(), strict=True)):
+            if not question.generated:
+                question.on_evidence(attention[slot, : len(question.encoder_positions)])
             question.last_token = token
             question.generated += 1
             question.on_token(token, log_prob)

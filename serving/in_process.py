@@ -39,7 +39,7 @@ class InProcessReader:
             OnnxDecoder(engines, manifest, limits.slots, limits.intra_op_threads),
             start_token=manifest.decoder_start_token_id,
             eos_token=manifest.eos_token_id,
-            max_waiting=limits.max_waiting,
+            max_waiting=limits.max_in_hand,
         )
         self._default_max_new_tokens = limits.default_max_new_tokens
 

@@ -26,9 +26,11 @@ class Limits:
         max_new_tokens: most tokens a request may ask for.
         default_max_new_tokens: tokens generated at most where a request does not say.
         slots: questions decoded together; more wait.
-        max_waiting: questions that may wait for a slot or their encoding; more are refused.
+        kv_cache_bytes: memory for keys and values at most; fewer slots are used where they would exceed it. 0 = as the slots need.
+        max_in_hand: questions taken and not yet answered, running ones included; more are refused at once.
         encode_threads: questions tokenized and encoded at the same time.
         intra_op_threads: threads of one engine call on the CPU; 0 = one a core.
+        log_text: 1 = write questions and answers into the request log; 0 = only sizes, times and outcomes.
     """
 
     max_passages: int = 40
@@ -37,16 +39,18 @@ class Limits:
     max_new_tokens: int = 512
     default_max_new_tokens: int = 32
     slots: int = 16
-    max_waiting: int = 512
+    kv_cache_bytes: int = 0
+    max_in_hand: int = 512
     encode_threads: int = 8
     intra_op_threads: int = 0
+    log_text: int = 0
 
     def __post_init__(self) -> None:
-        faults = [
-            f"{field.name}: wanted an integer of at least {0 if field.name == 'intra_op_threads' else 1}, got {value!r}"
-            for field in dataclasses.fields(self)
-            if not isinstance(value := getattr(self, field.name), int) or value < (0 if field.name == "intra_op_threads" else 1)
-        ]
+        faults = []
+        for field in dataclasses.fields(self):
+            least, value = 0 if field.default == 0 else 1, getattr(self, field.name)
+            if not isinstance(value, int) or value < least:
+                faults.append(f"{field.name}: wanted an integer of at least {least}, got {value!r}")
         if not faults and self.default_max_new_tokens > self.max_new_tokens:
             faults.append(f"default_max_new_tokens: wanted at most max_new_tokens={self.max_new_tokens}, got {self.default_max_new_tokens}")
         if faults:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from .kv_budget import SELF_LENGTH_START, cache_length, self_cache_length
 from .manifest import Manifest
 from .tensors import GraphTensors, cross_kv_tensors, decoder_step_tensors, encoder_tensors
 
@@ -17,7 +18,6 @@ from .tensors import GraphTensors, cross_kv_tensors, decoder_step_tensors, encod
 MAX_TOKENS_PER_CALL = 4096
 # Rows of at least this share of a call's longest row are computed with it; shorter ones go to a call of their own.
 LENGTH_SHARE = 0.8
-SELF_LENGTH_START = 16
 
 
 class EngineError(RuntimeError):
@@ -91,12 +91,6 @@ def grouped_by_length(rows: list[tuple[int, int, int]]) -> list[list[tuple[int, 
     return groups
 
 
-def cache_length(tokens: int, smallest: int = 64) -> int:
-    """Length to reserve for `tokens`: a quarter of the power of two below it is the step, so at most a fifth is reserved in vain."""
-    step = max(smallest, 1 << max(tokens.bit_length() - 3, 0))
-    return -(-tokens // step) * step
-
-
 class OnnxDecoder:
     """cross_kv and decoder_step with their caches: running answers occupy slots 0 to count-1, one row of every cache each.
 
@@ -121,14 +115,13 @@ class OnnxDecoder:
         # zeros, not np.empty: what is masked still meets a weight of 0, and 0 * NaN is NaN
         return [np.zeros((self.slots, self.sizes.num_kv_heads, length, self.sizes.d_kv), np.float32) for _ in range(tensors)]
 
-    def _resized(self, caches: list[np.ndarray], length: int, rows: int) -> list[np.ndarray]:
+    def _resize(self, caches: list[np.ndarray], length: int, rows: int) -> None:
         kept = min(length, caches[0].shape[2])
-        resized = self._empty(len(caches), length)
-        for new, old in zip(resized, caches, strict=True):
-            new[:rows, :, :kept] = old[:rows, :, :kept]
-        return resized
+        for i, old in enumerate(caches):  # one after the other: at no time are all of them there twice
+            (caches[i],) = self._empty(1, length)
+            caches[i][:rows, :, :kept] = old[:rows, :, :kept]
 
-    def kv_bytes(self) -> int:
+    def reserved_bytes(self) -> int:
         """Bytes that the caches take now."""
         return sum(cache.nbytes for cache in (*self._self, *self._cross))
 
@@ -147,7 +140,7 @@ class OnnxDecoder:
         needed = cache_length(int(self._encoder_lengths[:rows].max()))
         held = self._cross[0].shape[2]
         if needed > held or needed * 2 <= held:
-            self._cross = self._resized(self._cross, needed, rows)
+            self._resize(self._cross, needed, rows)
             positions = np.zeros((self.slots, needed), np.int32)
             kept = min(needed, held)
             positions[:rows, :kept] = self._encoder_positions[:rows, :kept]
@@ -164,7 +157,7 @@ class OnnxDecoder:
         for cache in (*self._self, *self._cross):
             cache[target] = cache[source]
 
-    def step(self, tokens: np.ndarray, positions: np.ndarray, eos_penalty: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def step(self, tokens: np.ndarray, positions: np.ndarray, eos_penalty: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One token for slots 0 to len(tokens)-1.
 
         Args:
@@ -173,13 +166,14 @@ class OnnxDecoder:
             eos_penalty: float32[batch], added to the end token's logit.
 
         Returns:
-            int32[batch] next tokens and float32[batch] their log-probabilities.
+            int32[batch] next tokens, float32[batch] their log-probabilities, and float32[batch, at least each encoder_sequence_length]
+            the cross-attention that each encoded token got.
         """
         batch = len(tokens)
         needed = int(positions.max()) + 1
         held = self._self[0].shape[2]
         if needed > held or (held > SELF_LENGTH_START and needed * 4 <= held):
-            self._self = self._resized(self._self, max(SELF_LENGTH_START, 1 << (needed - 1).bit_length()), batch)
+            self._resize(self._self, self_cache_length(needed), batch)
         inputs = {
             "decoder_input_ids": tokens,
             "positions": positions,
@@ -190,8 +184,8 @@ class OnnxDecoder:
             inputs["encoder_positions"] = self._encoder_positions[:batch]
         inputs |= {name: cache[:batch] for name, cache in zip(self._self_names, self._self, strict=True)}
         inputs |= {name: cache[:batch] for name, cache in zip(self._cross_names, self._cross, strict=True)}
-        next_token, log_prob, *present = self._step.run(inputs)
+        next_token, log_prob, cross_attention, *present = self._step.run(inputs)
         rows = np.arange(batch)
         for cache, new in zip(self._self, present, strict=True):
             cache[rows, :, positions] = new
-        return next_token, log_prob
+        return next_token, log_prob, cross_attention

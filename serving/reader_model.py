@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer
 
-from .decode_loop import DecodeLoop, LoopError, Question, QueueFullError
+from .decode_loop import DecodeLoop, GivenUpError, LoopCounts, LoopStoppedError, Question, QueueFullError
+from .kv_budget import plan
 from .limits import Limits
 from .manifest import TOKENIZER_FILE, Manifest, ManifestError
+from .metrics import Metrics
 from .onnx_engine import OnnxDecoder
-from .prompt import PromptEncoder, PromptError, TextPieces
-from .request import ReaderRequest, RequestError, read_request
+from .prompt import PromptEncoder
+from .reply import Caller, Reply, StreamReply, UnaryReply, send_error
+from .request import read_request
 from .tensors import READER_TENSORS
 
-FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+BYTES_PER_ELEMENT = {"float32": 4}
 
 
 class ReaderModel:
@@ -34,59 +35,85 @@ class ReaderModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load tokenizer and decoder engines of the reader that the parameter `reader` names, and start the decode loop."""
+        self._name = args["model_name"]
         config = json.loads(args["model_config"])
-        parameters = config.get("parameters", {})
         self._streams = bool(config.get("model_transaction_policy", {}).get("decoupled", False))
         try:
-            self._limits = Limits.from_parameters(parameters)
-            reader = parameters["reader"]["string_value"]
-            repository = Path(args["model_repository"]).resolve().parent
-            directory = repository / reader / args["model_version"]
-            self._encoder_model = f"{reader}_encoder"
-            manifest = Manifest.load(directory)
-            _require_same_weights(manifest, Manifest.load(repository / self._encoder_model / args["model_version"]), reader)
-            manifest.verify(directory, (TOKENIZER_FILE,))
-            self._prompt = PromptEncoder(Tokenizer.from_file(str(directory / TOKENIZER_FILE)), manifest)
-            engine = OnnxDecoder(directory, manifest, self._limits.slots, self._limits.intra_op_threads)
+            self._load(config.get("parameters", {}), Path(args["model_repository"]).resolve().parent, args["model_version"])
         except (ValueError, RuntimeError, KeyError) as error:
-            raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from error
+            raise pb_utils.TritonModelException(f"{self._name}: {error}") from error
+
+    def _load(self, parameters: dict[str, Any], repository: Path, version: str) -> None:
+        limits = self._limits = Limits.from_parameters(parameters)
+        reader = parameters["reader"]["string_value"]
+        directory = repository / reader / version
+        self._encoder_model = f"{reader}_encoder"
+        manifest = Manifest.load(directory)
+        _require_same_weights(manifest, Manifest.load(repository / self._encoder_model / version), reader)
+        manifest.verify(directory, (TOKENIZER_FILE,))
+        self._prompt = PromptEncoder(Tokenizer.from_file(str(directory / TOKENIZER_FILE)), manifest)
+        self._sizes, self._bytes_per_element = manifest.sizes, BYTES_PER_ELEMENT[manifest.precision]
+        budget = plan(manifest.sizes, limits, manifest.prompt.passage_length, self._bytes_per_element)
+        engine = OnnxDecoder(directory, manifest, budget.slots, limits.intra_op_threads)
+        pb_utils.Logger.log_info(f"{self._name}: {manifest.engine} {manifest.precision}, {budget}")
         self._loop = DecodeLoop(
-            engine, start_token=manifest.decoder_start_token_id, eos_token=manifest.eos_token_id, max_waiting=self._limits.max_waiting
+            engine, start_token=manifest.decoder_start_token_id, eos_token=manifest.eos_token_id, max_waiting=limits.max_in_hand
         )
-        self._encoding = ThreadPoolExecutor(self._limits.encode_threads, thread_name_prefix="encode")
+        self._encoding = ThreadPoolExecutor(limits.encode_threads, thread_name_prefix="encode")
         # one thread, so that the pieces of a stream leave in order; not the loop's own, which should be stepping
         self._responding = ThreadPoolExecutor(1, thread_name_prefix="respond")
-        self._in_hand = threading.Semaphore(self._limits.max_waiting)
+        self._stopping = threading.Event()
+        self._in_hand: set[Reply] = set()
+        self._metrics = Metrics(self._name, self._loop.counts, lambda: len(self._in_hand), self._kv_bytes)
+
+    def _kv_bytes(self, counts: LoopCounts) -> int:
+        return counts.encoder_tokens * self._sizes.cross_kv_bytes_per_token(self._bytes_per_element)
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests in hand; answers are sent later. A bad request gets its own error and no other is touched."""
         for request in requests:
             sender = request.get_response_sender()
             try:
-                arrays = {}
-                for spec in READER_TENSORS.inputs:
-                    tensor = pb_utils.get_input_tensor_by_name(request, spec.name)
-                    arrays[spec.name] = None if tensor is None else tensor.as_numpy()
-                asked = read_request(arrays, self._limits)
-                if not self._in_hand.acquire(blocking=False):
-                    raise QueueFullError(f"{self._limits.max_waiting} questions are in hand and no more may; try again later")
+                reply = self._take(request, sender)
             except Exception as error:
-                _send_error(sender, error)
+                self._metrics.refused()
+                send_error(sender, error)
                 continue
-            reply = (StreamReply if self._streams else UnaryReply)(
-                sender, self._prompt, set(request.requested_output_names()), self._in_hand.release
-            )
-            self._encoding.submit(self._encode, asked, reply)
+            self._in_hand.add(reply)
+            self._encoding.submit(self._encode, reply)
+
+    def _take(self, request: Any, sender: Any) -> Reply:
+        arrays = {}
+        for spec in READER_TENSORS.inputs:
+            tensor = pb_utils.get_input_tensor_by_name(request, spec.name)
+            arrays[spec.name] = None if tensor is None else tensor.as_numpy()
+        asked = read_request(arrays, self._limits)
+        if len(self._in_hand) >= self._limits.max_in_hand:
+            raise QueueFullError(f"{self._limits.max_in_hand} questions are in hand and no more may; try again later")
+        kind = StreamReply if self._streams else UnaryReply
+        return kind(Caller(request, sender), asked, self._prompt, set(request.requested_output_names()), self._ended)
+
+    def _ended(self, reply: Reply) -> None:
+        self._in_hand.discard(reply)
+        self._metrics.ended(reply)
+        pb_utils.Logger.log_info(reply.log_line(self._name, with_text=bool(self._limits.log_text)))
 
     def finalize(self) -> None:
         """Stop taking questions, tell those that wait, and end all threads."""
+        self._stopping.set()
         self._encoding.shutdown()
         self._loop.stop()
         self._responding.shutdown()
+        self._metrics.close()
 
-    def _encode(self, asked: ReaderRequest, reply: Reply) -> None:
+    def _encode(self, reply: Reply) -> None:
         """Tokenize and encode one question, and hand it to the decode loop. Runs on an encoding thread."""
         try:
+            if self._stopping.is_set():
+                raise LoopStoppedError("the server is shutting down")
+            if reason := reply.caller.given_up():
+                raise GivenUpError(reason)
+            asked = reply.asked
             tokens = self._prompt.encode(asked.question, asked.passages, asked.titles)
             response = pb_utils.InferenceRequest(
                 model_name=self._encoder_model,
@@ -101,6 +128,7 @@ class ReaderModel:
             states = pb_utils.get_output_tensor_by_name(response, "encoder_hidden_states").as_numpy()
             # pack: the decoder then neither stores nor reads keys of padding. A copy, as the tensor's memory goes with the response.
             hidden = states[tokens.attention_mask.astype(bool)]
+            reply.encoded(tokens)
             self._loop.submit(
                 Question(
                     hidden,
@@ -109,84 +137,15 @@ class ReaderModel:
                     asked.min_new_tokens,
                     on_token=lambda token, log_prob: reply.token(token, log_prob, self._responding.submit),
                     on_end=lambda error: self._end_later(reply, error),
+                    on_evidence=reply.evidence,
+                    given_up=reply.caller.given_up,
                 )
             )
         except Exception as error:
-            reply.end(error)
+            self._end_later(reply, error)
 
     def _end_later(self, reply: Reply, error: Exception | None) -> None:
         self._responding.submit(reply.end, error)
-
-
-class Reply:
-    """Collects one answer and sends it. `token` is called on the loop's thread, `end` once at last."""
-
-    def __init__(self, sender: Any, prompt: PromptEncoder, outputs: set[str], release: Callable[[], None]):
-        self._sender, self._prompt, self._outputs, self._release = sender, prompt, outputs, release
-        self._tokens: list[int] = []
-        self._log_prob = 0.0
-
-    def token(self, token: int, log_prob: float, submit: Callable[..., Any]) -> None:
-        """Take one more token; `submit` runs a call on the responding thread."""
-        self._tokens.append(token)
-        self._log_prob += log_prob
-
-    def end(self, error: Exception | None) -> None:
-        """Send what is left to send, and the final flag."""
-        self._release()
-        if error is not None:
-            _send_error(self._sender, error)
-        else:
-            totals = {"log_prob": np.array([self._log_prob], np.float32), "tokens": np.array([len(self._tokens)], np.int32)}
-            self._send({"answer": _text(self._last_text()), **totals}, FINAL)
-
-    def _last_text(self) -> str:
-        raise NotImplementedError
-
-    def _send(self, outputs: dict[str, np.ndarray], flags: int) -> None:
-        tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items() if name in self._outputs]
-        self._sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
-
-
-class UnaryReply(Reply):
-    """One response with the whole answer."""
-
-    def _last_text(self) -> str:
-        return self._prompt.text(self._tokens)
-
-
-class StreamReply(Reply):
-    """A response for every piece of text, then one with what was kept back and the totals."""
-
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self._pieces = TextPieces(self._prompt)
-
-    def token(self, token: int, log_prob: float, submit: Callable[..., Any]) -> None:
-        """Take one more token and send the text it completes."""
-        super().token(token, log_prob, submit)
-        submit(self._send_piece, token)
-
-    def _send_piece(self, token: int) -> None:
-        if piece := self._pieces.add(token):
-            self._send({"answer": _text(piece)}, 0)
-
-    def _last_text(self) -> str:
-        return self._pieces.rest()
-
-
-def _text(text: str) -> np.ndarray:
-    return np.array([text.encode("utf-8")], np.object_)
-
-
-def _send_error(sender: Any, error: Exception) -> None:
-    codes = pb_utils.TritonError
-    code = codes.INTERNAL
-    if isinstance(error, (RequestError, PromptError)):
-        code = codes.INVALID_ARG
-    elif isinstance(error, LoopError):
-        code = codes.UNAVAILABLE
-    sender.send(pb_utils.InferenceResponse(error=codes(str(error), code)), flags=FINAL)
 
 
 def _require_same_weights(decoder: Manifest, encoder: Manifest, reader: str) -> None:

@@ -119,7 +119,8 @@ def decoder_step_tensors(sizes: EngineSizes, dtype: str = "float32") -> GraphTen
 
     `positions` holds how many tokens each row has in its self-attention cache, `encoder_lengths` how many of its cross-attention keys
     are valid; what lies beyond in the caches is not looked at. `eos_penalty` is added to the end token's logit: 0, or a large negative
-    number where the answer must go on. `present.*` are the rows to append to the cache at `positions`.
+    number where the answer must go on. `present.*` are the rows to append to the cache at `positions`. `cross_attention` is the weight
+    that each encoded token got, summed over heads and averaged over the cross-attending layers: at position 0, what the answer rests on.
     """
     past = ("batch", sizes.num_kv_heads, "past_length", sizes.d_kv)
     encoder = ("batch", sizes.num_kv_heads, "encoder_sequence_length", sizes.d_kv)
@@ -141,6 +142,7 @@ def decoder_step_tensors(sizes: EngineSizes, dtype: str = "float32") -> GraphTen
         (
             TensorSpec("next_token", "int32", ("batch",)),
             TensorSpec("log_prob", "float32", ("batch",)),
+            TensorSpec("cross_attention", "float32", ("batch", "encoder_sequence_length")),
             *(TensorSpec(f"present.{i}.decoder.{part}", dtype, new) for i in layers for part in parts),
         ),
     )
@@ -159,5 +161,7 @@ READER_TENSORS = GraphTensors(
         TensorSpec("answer", "bytes", (1,)),
         TensorSpec("log_prob", "float32", (1,)),
         TensorSpec("tokens", "int32", (1,)),
+        TensorSpec("passage_scores", "float32", ("n_passages",)),
+        TensorSpec("token_log_probs", "float32", ("n_tokens",)),
     ),
 )

@@ -38,8 +38,10 @@ def bucket(relative: int, *, bidirectional: bool, buckets: int = 32, max_distanc
     return offset + min(buckets - 1, exact + int(math.log(distance / exact) / math.log(max_distance / exact) * (buckets - exact)))
 
 
-def attention(x, source, w: Weights, prefix: str, d_kv: int, allowed, bias) -> np.ndarray:
-    """allowed(i, j): whether query i may see key j; bias(head, i, j): added to the score. Heads are counted from the weights' shapes."""
+def attention(x, source, w: Weights, prefix: str, d_kv: int, allowed, bias, seen: list | None = None) -> np.ndarray:
+    """Seen takes the weights of query 0, one array a head.
+
+    allowed(i, j): whether query i may see key j; bias(head, i, j): added to the score. Heads are counted from the weights' shapes."""
     q, k, v = (a @ w[f"{prefix}.{n}.weight"].T for a, n in ((x, "q"), (source, "k"), (source, "v")))
     heads, kv_heads = q.shape[1] // d_kv, k.shape[1] // d_kv
     mixed = np.zeros_like(q)
@@ -49,7 +51,10 @@ def attention(x, source, w: Weights, prefix: str, d_kv: int, allowed, bias) -> n
             keys = [j for j in range(len(source)) if allowed(i, j)]
             qi = q[i, head * d_kv : (head + 1) * d_kv]
             scores = np.array([qi @ k[j, shared * d_kv : (shared + 1) * d_kv] + bias(head, i, j) for j in keys])
-            for weight, j in zip(softmax(scores), keys, strict=True):
+            weights = softmax(scores)
+            if seen is not None and i == 0:
+                seen.append(weights)
+            for weight, j in zip(weights, keys, strict=True):
                 mixed[i, head * d_kv : (head + 1) * d_kv] += weight * v[j, shared * d_kv : (shared + 1) * d_kv]
     return mixed @ w[f"{prefix}.o.weight"].T
 
@@ -83,11 +88,25 @@ def encode_passage(ids, w: Weights, layers: int, d_kv: int) -> np.ndarray:
     return norm(x, w["encoder.final_layer_norm.weight"])
 
 
-def logits(passages, targets, w: Weights, *, layers, decoder_layers, d_kv, decoder_d_kv, period, scale, passage_length) -> np.ndarray:
+def logits(
+    passages,
+    targets,
+    w: Weights,
+    *,
+    layers,
+    decoder_layers,
+    d_kv,
+    decoder_d_kv,
+    period,
+    scale,
+    passage_length,
+    evidence: list | None = None,
+) -> np.ndarray:
     """float[target_length, vocab] of one question.
 
     Args:
         passages: one list of token ids each, without padding.
+        evidence: takes the cross-attention weights of the first target position: an array a head and cross-attending layer.
         passage_length: to which facebookresearch/FiD would have padded each passage; places the keys for its cross-attention bias.
     """
     hidden = np.concatenate([encode_passage(ids, w, layers, d_kv) for ids in passages])
@@ -116,6 +135,7 @@ def logits(passages, targets, w: Weights, *, layers, decoder_layers, d_kv, decod
                 decoder_d_kv,
                 lambda i, j: True,
                 lambda h, i, j: 0.0 if cross_table is None else cross_table[bucket(places[j] - i, bidirectional=False), h],
+                evidence,
             )
         y = y + feed_forward(norm(y, w[f"{block}.2.layer_norm.weight"]), w, f"{block}.2.DenseReluDense")
     y = norm(y, w["decoder.final_layer_norm.weight"])

@@ -14,6 +14,8 @@ from export.onnx_graph import OPSET
 from serving.manifest import Manifest, ManifestError, sha256_of_file
 from serving.onnx_engine import OnnxDecoder, OnnxEncoder
 from tests.conftest import CONFIGS, random_passages
+from tests.export import numpy_reader
+from tests.export.test_parity import numpy_arguments, numpy_sizes
 
 STEPS = 9
 
@@ -27,7 +29,7 @@ def decode(decoder: OnnxDecoder, batch: list[tuple[np.ndarray, np.ndarray]]) -> 
     scores: list[list[float]] = [[] for _ in batch]
     for step in range(STEPS):
         penalty = np.full(len(batch), -1e9 if step < STEPS - 1 else 0.0, np.float32)
-        tokens, log_probs = decoder.step(tokens, np.full(len(batch), step, np.int32), penalty)
+        tokens, log_probs, _ = decoder.step(tokens, np.full(len(batch), step, np.int32), penalty)
         for row in range(len(batch)):
             answers[row].append(int(tokens[row]))
             scores[row].append(float(log_probs[row]))
@@ -54,6 +56,22 @@ def test_packed_cached_steps_equal_the_padded_full_pass(engines, name):
     np.testing.assert_allclose(scores, [w.log_probs[0] for w in wanted], atol=1e-4)
     for question, answer in zip(batch, answers, strict=True):  # alone, in a decoder that has served others before
         assert decode(decoder, [question])[0] == [answer]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_evidence_equals_the_first_tokens_attention_in_numpy(engines, name):
+    checkpoint, directory = engines[name]
+    manifest, config = Manifest.load(directory), CONFIGS[name]
+    ids, mask = random_passages(4, config.passage_length, 3)
+    seen: list[np.ndarray] = []
+    start = torch.tensor([[config.decoder_start_token_id]])
+    numpy_reader.logits(*numpy_arguments(checkpoint.reader, ids, mask, start), **numpy_sizes(config), evidence=seen)
+    wanted = np.sum(seen, axis=0) / len(config.cross_attention_layers)
+    decoder = OnnxDecoder(directory, manifest, slots=2)
+    decoder.admit(0, 0, *packed(OnnxEncoder(directory, manifest), ids[0], mask[0], config.passage_length))
+    _, _, attention = decoder.step(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.float32))
+    np.testing.assert_allclose(attention[0, : len(wanted)], wanted, atol=1e-5)
+    assert attention[0].sum() == pytest.approx(config.decoder.num_heads, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

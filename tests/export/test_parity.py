@@ -74,6 +74,23 @@ def numpy_weights(reader: Reader) -> numpy_reader.Weights:
     return {hf_name(name): weight.numpy().astype(np.float64) for name, weight in reader.state_dict().items()}
 
 
+def numpy_arguments(reader: Reader, ids: torch.Tensor, mask: torch.Tensor, targets: torch.Tensor) -> tuple:
+    passages = [row[valid.bool()].tolist() for row, valid in zip(ids[0], mask[0], strict=True)]
+    return passages, targets[0].tolist(), numpy_weights(reader)
+
+
+def numpy_sizes(config: ReaderConfig) -> dict:
+    return {
+        "layers": config.encoder.num_layers,
+        "decoder_layers": config.decoder.num_layers,
+        "d_kv": config.encoder.d_kv,
+        "decoder_d_kv": config.decoder.d_kv,
+        "period": config.encoder_decoder_attention_period,
+        "scale": config.scale_decoder_outputs,
+        "passage_length": config.passage_length,
+    }
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", CONFIGS)
@@ -83,18 +100,7 @@ def test_reader_equals_independent_numpy_implementation(name, seed):
     length = config.passage_length
     ids, mask = random_passages(3, length, seed)
     targets = torch.randint(2, VOCAB_SIZE, (1, 7), generator=torch.Generator().manual_seed(seed))
-    wanted = numpy_reader.logits(
-        [row[valid.bool()].tolist() for row, valid in zip(ids[0], mask[0], strict=True)],
-        targets[0].tolist(),
-        numpy_weights(reader),
-        layers=config.encoder.num_layers,
-        decoder_layers=config.decoder.num_layers,
-        d_kv=config.encoder.d_kv,
-        decoder_d_kv=config.decoder.d_kv,
-        period=config.encoder_decoder_attention_period,
-        scale=config.scale_decoder_outputs,
-        passage_length=length,
-    )
+    wanted = numpy_reader.logits(*numpy_arguments(reader, ids, mask, targets), **numpy_sizes(config))
     np.testing.assert_allclose(reader(ids, mask, targets)[0].numpy(), wanted, atol=TOLERANCE, rtol=0)
 
 

@@ -26,7 +26,7 @@ def test_reader_configuration_has_the_tensors_of_the_contract():
     config = parsed(render_config(reader_config("fido", Limits(), stream=False)))
     assert [i["name"] for i in config["input"]] == [spec.name for spec in READER_TENSORS.inputs]
     assert [i["name"] for i in config["input"] if i.get("optional")] == ["titles", "max_new_tokens", "min_new_tokens"]
-    assert [o["name"] for o in config["output"]] == ["answer", "log_prob", "tokens"]
+    assert [o["name"] for o in config["output"]] == ["answer", "log_prob", "tokens", "passage_scores", "token_log_probs"]
     assert "model_transaction_policy" not in config
 
 

@@ -67,7 +67,8 @@ class FakeEngine:
         keys = self.keys[: len(tokens)]
         assert None not in keys, "a step over a slot that nobody occupies"
         chosen = [next_token(k, int(p), int(t), float(e)) for k, p, t, e in zip(keys, positions, tokens, eos_penalty, strict=True)]
-        return np.array(chosen, np.int32), np.full(len(tokens), -0.5, np.float32)
+        attention = np.array([[key, -1.0] for key in keys], np.float32)  # as long as the longest, here one more than each has
+        return np.array(chosen, np.int32), np.full(len(tokens), -0.5, np.float32), attention
 
 
 @dataclasses.dataclass
@@ -79,6 +80,7 @@ class Client:
     ends: list[Exception | None] = dataclasses.field(default_factory=list)
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
     cancelled: bool = False
+    evidence: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     def question(self) -> Question:
         def end(error: Exception | None) -> None:
@@ -93,7 +95,8 @@ class Client:
             self.least,
             lambda token, _: self.tokens.append(token),
             end,
-            lambda: self.cancelled,
+            self.evidence.append,
+            lambda: "cancelled" if self.cancelled else None,
         )
 
 
@@ -110,7 +113,7 @@ CLIENTS = st.lists(
 @given(CLIENTS, st.integers(1, 6), st.lists(st.booleans(), max_size=25))
 def test_every_answer_is_what_it_would_be_alone_whoever_comes_and_goes(clients, slots, pauses):
     loop = loop_over(FakeEngine(slots))
-    clients = [dataclasses.replace(c, tokens=[], ends=[], done=threading.Event()) for c in clients]
+    clients = [Client(c.key, c.most, c.least) for c in clients]
     for i, client in enumerate(clients):
         loop.submit(client.question())
         if i < len(pauses) and pauses[i]:
@@ -119,7 +122,9 @@ def test_every_answer_is_what_it_would_be_alone_whoever_comes_and_goes(clients, 
         assert client.done.wait(10)
         assert client.ends == [None]
         assert client.tokens == expected(client.key, client.most, client.least)
+        assert [e.tolist() for e in client.evidence] == [[client.key]]
     loop.stop()
+    assert (loop.counts().running, loop.counts().waiting) == (0, 0)
 
 
 def test_questions_share_steps_and_never_exceed_the_slots():
@@ -165,6 +170,23 @@ def test_cancelled_questions_free_their_slot_and_are_told():
     assert [str(c.ends[0]) for c in (first, waiting)] == ["cancelled", "cancelled"]
     assert len(first.tokens) <= 1 and waiting.tokens == []
     assert third.tokens == expected(3, 2, 2)
+
+
+def test_waiting_questions_that_are_given_up_leave_the_queue_while_others_run():
+    engine = FakeEngine(1)
+    engine.permits = threading.Semaphore(1)
+    loop = loop_over(engine)
+    running, dead, alive = Client(1, most=30, least=30), [Client(k) for k in range(10)], Client(3, most=2, least=2)
+    for client in (running, *dead, alive):
+        loop.submit(client.question())
+    for client in dead:
+        client.cancelled = True
+    engine.permits.release(5)
+    assert all(client.done.wait(10) for client in dead)
+    assert not running.done.is_set() and loop.counts().waiting == 1
+    engine.permits.release(100)
+    assert alive.done.wait(10) and alive.tokens == expected(3, 2, 2)
+    loop.stop()
 
 
 def test_a_full_queue_refuses_at_once():

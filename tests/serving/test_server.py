@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import urllib.error
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,6 +63,9 @@ class Case:
         ids, mask = (torch.from_numpy(np.pad(a, ((0, 0), (0, padding)))).long()[None] for a in (tokens.input_ids, tokens.attention_mask))
         wanted = checkpoint.reader.generate(ids, mask, self.most, self.least)
         self.text, self.tokens, self.log_prob = prompt.text(wanted.tokens[0]), len(wanted.tokens[0]), sum(wanted.log_probs[0])
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        return {"question": texts(self.question), "passages": texts(*self.passages), "titles": texts(*self.titles)}
 
     def ask(self, client: ReaderClient):
         return client.answer(self.question, self.passages, self.titles, max_new_tokens=self.most, min_new_tokens=self.least)
@@ -159,6 +162,77 @@ def test_http_generate_stream_sends_the_pieces(server, cases):
         events = [json.loads(line.removeprefix("data: ")) for line in response.read().decode().splitlines() if line.startswith("data:")]
     assert "".join(event["answer"] for event in events) == case.text
     assert events[-1]["tokens"] == case.tokens
+
+
+def test_evidence_has_a_score_for_each_passage_and_a_log_prob_for_each_token(server, cases, engines):
+    case = cases["fido"][2]
+    answer = infer(server, {**case.tensors(), "max_new_tokens": np.array([9], np.int32), "min_new_tokens": np.array([9], np.int32)}, "fido")
+    scores, log_probs = answer.as_numpy("passage_scores"), answer.as_numpy("token_log_probs")
+    assert scores.shape == (len(case.passages),) and log_probs.shape == (9,)
+    assert scores.sum() == pytest.approx(engines["fido"][0].reader.config.decoder.num_heads, abs=1e-4)
+    assert log_probs.sum() == pytest.approx(answer.as_numpy("log_prob")[0], abs=1e-4)
+
+
+def metric(server, name: str, **labels: str) -> float:
+    """Value of one of our metrics; the sum over labels that are not given."""
+    with urllib.request.urlopen(server.metrics_url) as response:
+        lines = response.read().decode().splitlines()
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{") and all(w in line for w in wanted))
+
+
+def wait_for(condition, seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_metrics_count_answers_tokens_and_refusals(server, cases):
+    names = ("answered", "refused")
+
+    def counted() -> list[float]:
+        return [metric(server, "reader_questions_total", model="fido", outcome=name) for name in names]
+
+    assert wait_for(lambda: metric(server, "reader_in_hand_questions") == 0)
+    time.sleep(0.6)  # what came before is published by now
+    before, tokens = counted(), metric(server, "reader_generated_tokens_total", model="fido")
+    with ReaderClient(server.grpc_url, "fido") as client:
+        answers = [case.ask(client) for case in cases["fido"][:3]]
+    with pytest.raises(InferenceServerException):
+        infer(server, {**GOOD, "question": texts("")}, "fido")
+    assert wait_for(lambda: counted() == [before[0] + 3, before[1] + 1])
+    assert metric(server, "reader_generated_tokens_total", model="fido") == tokens + sum(answer.tokens for answer in answers)
+    assert metric(server, "reader_step_seconds_total", model="fido") > 0
+
+
+def test_a_cancelled_question_frees_its_slot_and_its_place(server):
+    before = metric(server, "reader_questions_total", model="fid", outcome="cancelled")
+    inputs = []
+    for name, array in {**GOOD, "max_new_tokens": np.array([40], np.int32), "min_new_tokens": np.array([40], np.int32)}.items():
+        inputs.append(grpcclient.InferInput(name, list(array.shape), "INT32" if array.dtype == np.int32 else "BYTES"))
+        inputs[-1].set_data_from_numpy(array)
+    with grpcclient.InferenceServerClient(server.grpc_url) as client:
+        calls = [client.async_infer("fid", inputs, callback=lambda result, error: None) for _ in range(60)]
+        for call in calls:
+            call.cancel()
+    assert wait_for(lambda: metric(server, "reader_in_hand_questions", model="fid") == 0)
+    assert wait_for(lambda: metric(server, "reader_questions_total", model="fid", outcome="cancelled") > before)
+    assert wait_for(lambda: metric(server, "reader_kv_cache_bytes", model="fid") == 0)
+
+
+def test_a_requests_own_timeout_ends_it_in_the_queue_or_in_the_loop(server):
+    inputs = []
+    for name, array in {**GOOD, "max_new_tokens": np.array([40], np.int32), "min_new_tokens": np.array([40], np.int32)}.items():
+        inputs.append(grpcclient.InferInput(name, list(array.shape), "INT32" if array.dtype == np.int32 else "BYTES"))
+        inputs[-1].set_data_from_numpy(array)
+    with (
+        grpcclient.InferenceServerClient(server.grpc_url) as client,
+        pytest.raises(InferenceServerException, match="timeout of 1 ms passed"),
+    ):
+        client.infer("fid", inputs, timeout=1000)
 
 
 def test_only_the_outputs_asked_for_are_sent(server):

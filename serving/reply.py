@@ -1,0 +1,199 @@
+"""One question's way back: who asked and whether they still want it, the answer as it grows, the responses that are sent.
+
+Imports Triton's Python backend, as do the modules called *_model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from .decode_loop import GivenUpError, LoopError
+from .prompt import EncoderInput, PromptEncoder, PromptError, TextPieces
+from .request import ReaderRequest, RequestError
+
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+# Asking Triton whether a request was cancelled takes 20 to 60 us in 2.51: not at every step of a small reader.
+CANCEL_POLL_S = 0.01
+CANCELLED = "cancelled by the client"
+OUTCOMES = ("answered", "refused", "cancelled", "failed")
+
+
+class Caller:
+    """Who asked: knows the request's id and time limit, and whether the answer is still wanted."""
+
+    def __init__(self, request: Any, sender: Any):
+        self.id = request.request_id()
+        self.sender = sender
+        self.arrived_s = time.monotonic()
+        timeout_s = request.timeout() / 1e6  # 0 = none
+        self._timeout_s = timeout_s
+        self._next_poll_s = self.arrived_s
+        self._reason: str | None = None
+
+    def given_up(self) -> str | None:
+        """None, or why the answer is no longer wanted."""
+        if self._reason is None:
+            now = time.monotonic()
+            if self._timeout_s and now > self.arrived_s + self._timeout_s:
+                self._reason = f"the request's timeout of {self._timeout_s * 1e3:.0f} ms passed before its answer was whole"
+            elif now >= self._next_poll_s:
+                self._next_poll_s = now + CANCEL_POLL_S
+                if self.sender.is_cancelled():
+                    self._reason = CANCELLED
+        return self._reason
+
+
+@dataclasses.dataclass
+class Times:
+    """When each part of the way was over, in seconds of the monotonic clock; 0 = not reached."""
+
+    encoded: float = 0.0
+    first_token: float = 0.0
+    ended: float = 0.0
+
+
+class Reply:
+    """Collects one answer and sends it. `token` and `evidence` come from the loop's thread, `end` once at last."""
+
+    def __init__(self, caller: Caller, asked: ReaderRequest, prompt: PromptEncoder, outputs: set[str], on_end: Callable[[Reply], None]):
+        self.caller, self.asked, self.times = caller, asked, Times()
+        self._prompt, self._outputs, self._on_end = prompt, outputs, on_end
+        self.tokens: list[int] = []
+        self.encoder_tokens = 0
+        self.outcome = ""
+        self.error = ""
+        self._log_probs: list[float] = []
+        self._passage_lengths = np.zeros(0, np.int64)
+        self._passage_scores = np.zeros(0, np.float32)
+
+    def encoded(self, tokens: EncoderInput) -> None:
+        """The question's passages have been encoded."""
+        self.times.encoded = time.monotonic()
+        self._passage_lengths = tokens.attention_mask.sum(1)
+        self.encoder_tokens = int(self._passage_lengths.sum())
+
+    def evidence(self, cross_attention: np.ndarray) -> None:
+        """float32[encoder_sequence_length], packed as the passages lie one after the other -> a score for each passage."""
+        starts = np.concatenate([[0], np.cumsum(self._passage_lengths)[:-1]])
+        self._passage_scores = np.add.reduceat(cross_attention, starts).astype(np.float32)
+
+    def token(self, token: int, log_prob: float, submit: Callable[..., Any]) -> None:
+        """Take one more token; `submit` runs a call on the responding thread."""
+        if not self.tokens:
+            self.times.first_token = time.monotonic()
+        self.tokens.append(token)
+        self._log_probs.append(log_prob)
+
+    def end(self, error: Exception | None) -> None:
+        """Send what is left to send, and the final flag."""
+        self.times.ended = time.monotonic()
+        self.outcome = _outcome(error)
+        try:
+            if error is None:
+                self._send(self._totals(), FINAL)
+            else:
+                self.error = str(error)
+                send_error(self.caller.sender, error)
+        except Exception as failure:  # nobody is there to be told; the place must be given back all the same
+            self.outcome, self.error = "failed", f"the response could not be sent: {failure}"
+        finally:
+            self._on_end(self)
+
+    def _totals(self) -> dict[str, np.ndarray]:
+        return {
+            "answer": _text(self._last_text()),
+            "log_prob": np.array([sum(self._log_probs)], np.float32),
+            "tokens": np.array([len(self.tokens)], np.int32),
+            "passage_scores": self._passage_scores,
+            "token_log_probs": np.array(self._log_probs, np.float32),
+        }
+
+    def log_line(self, model: str, *, with_text: bool) -> str:
+        """One line of JSON about this request; no text of it unless asked for."""
+
+        def ms(start: float, end: float) -> float | None:
+            return round((end - start) * 1e3, 2) if start and end else None
+
+        arrived, times = self.caller.arrived_s, self.times
+        fields: dict[str, Any] = {
+            "model": model,
+            "request": self.caller.id,
+            "outcome": self.outcome,
+            "passages": len(self.asked.passages),
+            "encoder_tokens": self.encoder_tokens,
+            "tokens": len(self.tokens),
+            "encode_ms": ms(arrived, times.encoded),
+            "first_token_ms": ms(arrived, times.first_token),
+            "total_ms": ms(arrived, times.ended),
+        }
+        if self.error:
+            fields["error"] = self.error
+        if with_text:
+            fields |= {"question": self.asked.question, "answer": self._prompt.text(self.tokens)}
+        return json.dumps(fields, ensure_ascii=False)
+
+    def _last_text(self) -> str:
+        raise NotImplementedError
+
+    def _send(self, outputs: dict[str, np.ndarray], flags: int) -> None:
+        tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items() if name in self._outputs]
+        self.caller.sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
+
+
+class UnaryReply(Reply):
+    """One response with the whole answer."""
+
+    def _last_text(self) -> str:
+        return self._prompt.text(self.tokens)
+
+
+class StreamReply(Reply):
+    """A response for every piece of text, then one with what was kept back and the totals."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._pieces = TextPieces(self._prompt)
+
+    def token(self, token: int, log_prob: float, submit: Callable[..., Any]) -> None:
+        """Take one more token and send the text it completes."""
+        super().token(token, log_prob, submit)
+        submit(self._send_piece, token)
+
+    def _send_piece(self, token: int) -> None:
+        if piece := self._pieces.add(token):
+            self._send({"answer": _text(piece)}, 0)
+
+    def _last_text(self) -> str:
+        return self._pieces.rest()
+
+
+def _text(text: str) -> np.ndarray:
+    return np.array([text.encode("utf-8")], np.object_)
+
+
+def _outcome(error: Exception | None) -> str:
+    if error is None:
+        return "answered"
+    if isinstance(error, (RequestError, PromptError)):
+        return "refused"
+    return "cancelled" if isinstance(error, GivenUpError) else "failed"
+
+
+def send_error(sender: Any, error: Exception) -> None:
+    """Answer with an error, under the status that tells a client what to do: mend the request, try later, or neither."""
+    codes = pb_utils.TritonError
+    code = codes.INTERNAL
+    if isinstance(error, (RequestError, PromptError)):
+        code = codes.INVALID_ARG
+    elif isinstance(error, GivenUpError) and str(error) == CANCELLED:
+        code = codes.CANCELLED
+    elif isinstance(error, LoopError):
+        code = codes.UNAVAILABLE
+    sender.send(pb_utils.InferenceResponse(error=codes(str(error), code)), flags=FINAL)
