@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,8 @@ from clients.passage_file import PassageFileError, read_passages
 from clients.reader_client import ReaderClient, ReaderError
 
 EXIT_OK, EXIT_SOME_FAILED, EXIT_USAGE, EXIT_ALL_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+_EVIDENCE_SHOWN = 3  # passages under an answer
+_EVIDENCE_WIDTH = 100  # characters of each
 _ERRORS_SHOWN = 5
 
 
@@ -56,7 +59,7 @@ def _ask(args: argparse.Namespace) -> int:
         except ReaderError as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_ALL_FAILED
-    print(json.dumps(_answer_json(answer), ensure_ascii=False) if args.json else _answer_text(answer))
+    print(json.dumps(_answer_json(answer), ensure_ascii=False) if args.json else _answer_text(answer, passages))
     return EXIT_OK
 
 
@@ -77,14 +80,21 @@ def _print_pieces(client: ReaderClient, args: argparse.Namespace, passages: list
 
 
 def _answer_json(answer: Answer) -> dict[str, Any]:
-    line = {"answer": answer.text, "log_prob": answer.log_prob, "tokens": answer.tokens, "latency_ms": _ms(answer.latency_s)}
+    line: dict[str, Any] = {
+        "answer": answer.text,
+        "log_prob": answer.log_prob,
+        "tokens": answer.tokens,
+        "latency_ms": _ms(answer.latency_s),
+    }
+    if answer.passage_scores:
+        line |= {"passage_scores": list(answer.passage_scores), "token_log_probs": list(answer.token_log_probs)}
     if isinstance(answer, StreamedAnswer):
         line["time_to_first_token_ms"] = _ms(answer.time_to_first_token_s)
         line["mean_inter_token_ms"] = _ms(answer.mean_inter_token_s)
     return line
 
 
-def _answer_text(answer: Answer) -> str:
+def _answer_text(answer: Answer, passages: list[Any]) -> str:
     rows = [("log-prob", f"{answer.log_prob:.4f}"), ("tokens", str(answer.tokens)), ("time", f"{_ms(answer.latency_s)} ms")]
     if isinstance(answer, StreamedAnswer):
         mean_ms = _ms(answer.mean_inter_token_s)
@@ -94,7 +104,17 @@ def _answer_text(answer: Answer) -> str:
         ]
     else:
         rows.insert(0, ("answer", answer.text))
-    return "\n".join(f"{name:<12} {value}" for name, value in rows)
+    lines = [f"{name:<12} {value}" for name, value in rows]
+    total = sum(answer.passage_scores)
+    if total > 0:
+        best = sorted(zip(answer.passage_scores, passages, strict=False), key=lambda pair: -pair[0])[:_EVIDENCE_SHOWN]
+        lines += ["rests on"] + [f"  {100 * score / total:3.0f} %  {_shortened(passage)}" for score, passage in best]
+    return "\n".join(lines)
+
+
+def _shortened(passage: Any) -> str:
+    text = f"{passage.get('title', '')}: {passage['text']}" if isinstance(passage, dict) else str(passage)
+    return textwrap.shorten(text, _EVIDENCE_WIDTH, placeholder=" ...")
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -19,12 +19,17 @@ class Answer:
         log_prob: Natural log-probability of the answer: the sum over its tokens.
         tokens: How many tokens were generated, the end token included.
         latency_s: From just before the request was encoded until the answer had arrived.
+        passage_scores: What the answer rests on: for each passage, in the order given, the cross-attention of the first token over its
+            tokens, summed over heads and averaged over layers. Empty if the server does not tell.
+        token_log_probs: Log-probability of each token, the end token included. Empty if the server does not tell.
     """
 
     text: str
     log_prob: float
     tokens: int
     latency_s: float
+    passage_scores: tuple[float, ...]
+    token_log_probs: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +83,8 @@ def answer_from_result(result: InferResult, *, model: str, latency_s: float) -> 
         log_prob=float(_scalar(result, "log_prob", model)),
         tokens=int(_scalar(result, "tokens", model)),
         latency_s=latency_s,
+        passage_scores=_vector(result, "passage_scores"),
+        token_log_probs=_vector(result, "token_log_probs"),
     )
 
 
@@ -92,7 +99,7 @@ class StreamAssembler:
         self._model = model
         self._texts: list[str] = []
         self._response_times_s: list[float] = []
-        self._totals: tuple[float, int] | None = None
+        self._totals: Answer | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -112,7 +119,7 @@ class StreamAssembler:
         self._texts.append(text)
         self._response_times_s.append(elapsed_s)
         if "log_prob" in names:
-            self._totals = float(_scalar(result, "log_prob", self._model)), int(_scalar(result, "tokens", self._model))
+            self._totals = answer_from_result(result, model=self._model, latency_s=elapsed_s)
         return StreamPiece(text, elapsed_s) if text else None
 
     def finish(self) -> StreamedAnswer:
@@ -128,13 +135,9 @@ class StreamAssembler:
                 "check that it is a streaming reader (fid_stream, fido_stream) and look into the server's log",
                 model=self._model,
             )
-        log_prob, tokens = self._totals
         times_s = self._response_times_s
         return StreamedAnswer(
-            text="".join(self._texts),
-            log_prob=log_prob,
-            tokens=tokens,
-            latency_s=times_s[-1],
+            **{**dataclasses.asdict(self._totals), "text": "".join(self._texts), "latency_s": times_s[-1]},
             time_to_first_token_s=times_s[0],
             inter_token_times_s=tuple(later - earlier for earlier, later in itertools.pairwise(times_s)),
         )
@@ -155,3 +158,9 @@ def _scalar(result: InferResult, name: str, model: str) -> Any:
         got = {output.name: list(output.shape) for output in result.get_response().outputs}
         raise ReaderError(f"{model}: wanted one element in the output {name}, got the outputs {got}; is it a reader?", model=model)
     return array.reshape(-1)[0]
+
+
+def _vector(result: InferResult, name: str) -> tuple[float, ...]:
+    """All elements of an output; none if it was not sent."""
+    array: np.ndarray | None = result.as_numpy(name)
+    return () if array is None else tuple(float(value) for value in array.reshape(-1))

@@ -120,11 +120,11 @@ def _response(request: Any, outputs: Outputs) -> Any:
     for name, value in outputs.items():
         if isinstance(value, str | bytes):
             datatype, raw = "BYTES", serialize_byte_tensor(np.array([value], np.object_)).item()
-        elif isinstance(value, float):
-            datatype, raw = "FP32", np.array([value], np.float32).tobytes()
+        elif isinstance(value, float | list):
+            datatype, raw = "FP32", np.array(value, np.float32).tobytes()
         else:
             datatype, raw = "INT32", np.array([value], np.int32).tobytes()
-        response.outputs.add(name=name, datatype=datatype, shape=[1])
+        response.outputs.add(name=name, datatype=datatype, shape=[len(value) if isinstance(value, list) else 1])
         response.raw_output_contents.append(raw)
     if not outputs:
         response.parameters["triton_final_response"].bool_param = True

@@ -57,6 +57,19 @@ def test_ask_prints_answer_log_prob_tokens_and_time(server: ScriptedServer, tmp_
     assert received.tensors == {"question": ["q?"], "passages": ["One.", "Two."], "max_new_tokens": [5]}
 
 
+def test_ask_shows_the_passages_that_the_answer_rests_on(server: ScriptedServer, tmp_path: pathlib.Path, capsys: Any) -> None:
+    evidence = {"passage_scores": [1.0, 0.5, 8.5, 0.0], "token_log_probs": [-0.25, -0.25]}
+    server.on_infer = lambda received, context: {"answer": "Paris", "log_prob": -0.5, "tokens": 2} | evidence
+    listed = json.dumps(["One.", {"title": "T", "text": "Two."}, {"title": "Capital", "text": "x " * 99}, "Four."])
+    passages = _passages(tmp_path, "p.json", listed)
+    assert main(["ask", "--url", server.url, "--question", "q?", "--passages", passages]) == 0
+    rest = capsys.readouterr().out.partition("rests on\n")[2].splitlines()
+    assert [line.split("%")[0].strip() for line in rest] == ["85", "10", "5"]
+    assert rest[0].strip().startswith("85 %  Capital: x x") and rest[0].endswith("...") and rest[2].endswith("T: Two.")
+    assert main(["ask", "--url", server.url, "--question", "q?", "--passages", passages, "--json"]) == 0
+    assert evidence.items() <= json.loads(capsys.readouterr().out).items()
+
+
 def test_ask_reads_json_jsonl_and_standard_input(server: ScriptedServer, tmp_path: pathlib.Path, monkeypatch: Any) -> None:
     listed = json.dumps([{"title": "A", "text": "a"}, "b"])
     names = [
