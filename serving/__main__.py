@@ -8,7 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
-from .server import LOOPBACK, TritonServer, models_of
+from .server import LOOPBACK, TritonServer, models_of, tls_arguments
 from .tritonserver import PROJECT, ServerError
 
 
@@ -22,9 +22,14 @@ def main() -> int:
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--metrics-port", type=int, default=8002)
+    parser.add_argument("--tls-certificate", type=Path, help="serve gRPC over TLS with this certificate (PEM); needs --tls-key")
+    parser.add_argument("--tls-key", type=Path, help="private key of the certificate (PEM)")
+    parser.add_argument("--tls-root", type=Path, help="ask clients for a certificate that this one has signed (PEM)")
     parser.add_argument("--log", type=Path, default=PROJECT / "build" / "tritonserver.log")
     parser.add_argument("extra", nargs="*", help="after --: more arguments for tritonserver")
     arguments = parser.parse_args()
+    if (arguments.tls_certificate is None) != (arguments.tls_key is None) or (arguments.tls_root and arguments.tls_key is None):
+        parser.error("--tls-certificate and --tls-key go together, and --tls-root goes with both")
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -34,7 +39,7 @@ def main() -> int:
         (arguments.http_port, arguments.grpc_port, arguments.metrics_port),
         arguments.address,
         arguments.log,
-        extra=arguments.extra,
+        extra=[*tls_arguments(arguments.tls_certificate, arguments.tls_key, arguments.tls_root), *arguments.extra],
     )
     try:
         with server:

@@ -31,6 +31,14 @@ def models_of(readers: Sequence[str], *, stream: bool) -> list[str]:
     return [name for r in readers for name in (f"{r}_encoder", r, *([f"{r}_stream"] if stream else []))]
 
 
+def tls_arguments(certificate: Path | None, key: Path | None, root: Path | None) -> list[str]:
+    """Arguments for tritonserver that encrypt gRPC; its HTTP endpoint has no TLS of its own and belongs behind a proxy."""
+    if certificate is None or key is None:
+        return []
+    arguments = ["--grpc-use-ssl=true", f"--grpc-server-cert={certificate}", f"--grpc-server-key={key}"]
+    return arguments + (["--grpc-use-ssl-mutual=true", f"--grpc-root-cert={root}"] if root else [])
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on right now."""
     sockets = [socket.socket() for _ in range(count)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 import urllib.request
@@ -16,12 +17,12 @@ import tritonclient.grpc as grpcclient
 from tokenizers import Tokenizer
 from tritonclient.utils import InferenceServerException
 
-from clients.reader_client import ReaderClient
+from clients.reader_client import ReaderClient, ReaderError
 from export.repository import repository_from_engines
 from serving.limits import Limits
 from serving.manifest import Manifest
 from serving.prompt import PromptEncoder
-from serving.server import SHM, TritonServer, models_of
+from serving.server import SHM, TritonServer, models_of, tls_arguments
 from serving.tritonserver import ServerError
 
 pytestmark = pytest.mark.server
@@ -274,3 +275,22 @@ def test_stopping_leaves_no_process_and_no_shared_memory(repository):
         assert list(SHM.glob(f"{server.shm_prefix}*"))
     assert not [pid for pid in processes.values() if Path(f"/proc/{pid}").exists()]
     assert not list(SHM.glob(f"{server.shm_prefix}*"))
+
+
+def test_grpc_over_tls_answers_who_trusts_its_certificate_and_nobody_in_the_clear(repository):
+    certificates = Path(__file__).parents[1] / "clients" / "testdata"
+    certificate, key = certificates / "tls_certificate.pem", certificates / "tls_key.pem"
+    with TritonServer(models_of(["fido"], stream=False), repository, extra=tls_arguments(certificate, key, None)) as server:
+        url = f"localhost:{server.grpc_port}"
+        with ReaderClient(url, "fido", ssl=True, root_certificates=str(certificate)) as client:
+            assert client.answer("w1", ["w2"]).tokens > 0
+        with ReaderClient(url, "fido", timeout_s=5) as client, pytest.raises(ReaderError):
+            client.answer("w1", ["w2"])
+
+
+def test_every_metric_on_the_dashboard_is_one_that_is_served(server):
+    dashboard = (Path(__file__).parents[2] / "serving/monitoring/grafana.json").read_text()
+    with urllib.request.urlopen(server.metrics_url) as response:
+        served = response.read().decode()
+    for name in set(re.findall(r"(?:reader|nv_inference)_[a-z_]+", dashboard)):
+        assert f"# TYPE {name} " in served, name
