@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from .tritonserver import PROJECT, ServerError, environment, find_installation, prepared_backends
+from .tritonserver import PROJECT, ServerError, environment, find_installation, prepared_backends, require_numpy_1
 
 LOOPBACK = "127.0.0.1"
 SHM = Path("/dev/shm")
@@ -113,6 +113,7 @@ class TritonServer:
         self.stop()
 
     def _start(self) -> None:
+        require_numpy_1()
         installation = find_installation()
         scratch = Path(self._scratch.name)
         # a repository of links to the wanted models: Triton then needs no model control, through which clients could load others

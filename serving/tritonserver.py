@@ -7,6 +7,7 @@ used for the server in it alone: its own Python API is not imported).
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -66,6 +67,17 @@ def find_installation() -> Installation:
     if not any((f / library).is_file() for f in folders):
         raise ServerError(f"{library} is not in {folder}: the Python backend needs it; install it (Debian: libpython3.x) and try again")
     return Installation(server / "bin" / "tritonserver", server / "backends", stub, (package.parent / "nvidia_pytriton.libs", *folders))
+
+
+def require_numpy_1() -> None:
+    """Refuse NumPy 2: in Triton 2.51's Python backend outputs come back empty under it and text inputs end the process, without an error.
+
+    Raises:
+        ServerError: if another major version is installed.
+    """
+    version = importlib.metadata.version("numpy")
+    if version.split(".")[0] != "1":
+        raise ServerError(f"numpy: wanted 1.26, got {version}, with which Triton 2.51's Python backend returns empty outputs; `make setup`")
 
 
 def prepared_backends(installation: Installation, scratch: Path) -> Path | None:
