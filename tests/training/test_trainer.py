@@ -1,0 +1,85 @@
+"""Training: it learns, and a resumed run is the run that was not cut."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from export.checkpoint import load_reader
+from export.config import ReaderConfig, StackConfig
+from export.convert import fido_from_fid
+from export.model import Reader
+from training.batches import BatchPlan, make_batch
+from training.evaluation import predict, score, scores_by_relation
+from training.examples import ExampleSource, Mixture
+from training.records import read_jsonl
+from training.trainer import Trainer, TrainOptions
+
+
+def tiny_reader(*, fido: bool = False) -> Reader:
+    stack = StackConfig(d_model=48, d_kv=12, d_ff=56, num_layers=2, num_heads=4, num_kv_heads=4)
+    reader = Reader(
+        ReaderConfig(
+            encoder=stack,
+            decoder=dataclasses.replace(stack, num_kv_heads=1) if fido else stack,
+            vocab_size=3072,
+            encoder_decoder_attention_period=2 if fido else 1,
+            tie_word_embeddings=True,
+            scale_decoder_outputs=True,
+            passage_length=64,
+        )
+    )
+    reader.reset_parameters(0)
+    return reader
+
+
+def options(corpus, out, steps, **changes) -> TrainOptions:
+    fixed = {"device": "cpu", "num_workers": 0, "passages_per_batch": 12, "evaluation_questions": 2, "warmup_steps": 2}
+    return TrainOptions(corpus, out, steps=steps, **{**fixed, **changes})
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(corpus, tmp_path):
+    whole = Trainer(tiny_reader(), options(corpus, tmp_path / "whole", 6))
+    whole.run()
+    Trainer(tiny_reader(), options(corpus, tmp_path / "cut", 6)).run(stop_after_steps=3)
+    resumed = Trainer(tiny_reader(), options(corpus, tmp_path / "cut", 6))
+    assert resumed.step == 3
+    resumed.run()
+    for name, weight in whole.reader.state_dict().items():
+        assert torch.equal(weight, resumed.reader.state_dict()[name]), name
+    for name, weight in whole.averaged.state_dict().items():
+        assert torch.equal(weight, resumed.averaged.state_dict()[name]), name
+
+
+def test_saved_checkpoints_load_and_convert(corpus, tmp_path):
+    Trainer(tiny_reader(), options(corpus, tmp_path / "fid", 2)).run()
+    loaded = load_reader(tmp_path / "fid")
+    assert loaded.embedding.weight.dtype == torch.float16
+    converted = fido_from_fid(loaded, 2, 1)
+    trainer = Trainer(converted, options(corpus, tmp_path / "converted", 2, up_training=True))
+    trainer.run()
+    assert trainer.reader.config.kind == "fido"
+    assert (tmp_path / "converted" / "model.safetensors").stat().st_size < (tmp_path / "fid" / "model.safetensors").stat().st_size
+    predictions = predict(load_reader(tmp_path / "converted").float(), trainer.tokenizer, read_jsonl(corpus / "heldout.jsonl")[:5], 3)
+    assert len(predictions) == 5
+    assert score(predictions).count == 5
+    assert sum(part.count for part in scores_by_relation(predictions).values()) == 5
+
+
+@pytest.mark.parametrize("fido", [False, True])
+def test_a_tiny_reader_learns_a_batch_by_heart(corpus, tmp_path, fido):
+    trainer = Trainer(tiny_reader(fido=fido), options(corpus, tmp_path, 10_000, dropout_rate=0.0, peak_learning_rate=5e-3))
+    source = ExampleSource(corpus, trainer.tokenizer, 64)
+    batch = make_batch(source, BatchPlan(0, 6, Mixture(2, 1.0, 0.0)), seed=0)
+    losses = [float(trainer.train_step(batch)) for _ in range(90)]
+    assert losses[0] > 6.0
+    assert losses[-1] < 0.3
+
+
+def test_a_budget_is_seconds_or_steps(corpus, tmp_path):
+    with pytest.raises(ValueError, match="either seconds or steps"):
+        TrainOptions(corpus, tmp_path, seconds=1.0, steps=1)
+    with pytest.raises(ValueError, match="either seconds or steps"):
+        TrainOptions(corpus, tmp_path)

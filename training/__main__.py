@@ -1,0 +1,122 @@
+"""``python -m training corpus | train | up-train | evaluate | campaign``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+
+CORPUS = pathlib.Path("build/corpus")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    corpus = commands.add_parser("corpus", help="build passages, questions and tokenizer from the World Factbook")
+    corpus.add_argument("--out", type=pathlib.Path, default=CORPUS)
+
+    train = commands.add_parser("train", help="train a reader from random weights; resumes what stands in --out")
+    train.add_argument("--reader", choices=("fid", "fido"), required=True)
+    up_train = commands.add_parser("up-train", help="convert a trained FiD reader to FiDO and train it further")
+    up_train.add_argument("--from", dest="source", type=pathlib.Path, required=True, help="checkpoint of the FiD reader")
+    up_train.add_argument("--period", type=int, default=2, help="encoder_decoder_attention_period of the result")
+    up_train.add_argument("--num-kv-heads", type=int, default=1)
+    for command in (train, up_train):
+        command.add_argument("--out", type=pathlib.Path, required=True)
+        command.add_argument("--corpus", type=pathlib.Path, default=CORPUS)
+        budget = command.add_mutually_exclusive_group(required=True)
+        budget.add_argument("--seconds", type=float, help="training time, over all resumptions")
+        budget.add_argument("--steps", type=int)
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--device", default="cuda")
+        command.add_argument("--num-workers", type=int, default=3)
+        command.add_argument("--peak-learning-rate", type=float, default=2e-3 if command is train else 1e-3)
+        command.add_argument("--passages-per-batch", type=int, default=640)
+        command.add_argument("--evaluate-every-s", type=float, default=60.0)
+        command.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false")
+
+    evaluate = commands.add_parser("evaluate", help="greedy answers and exact match of a checkpoint")
+    evaluate.add_argument("--checkpoint", type=pathlib.Path, required=True)
+    evaluate.add_argument("--data", type=pathlib.Path, required=True, help="questions in FiD's JSONL format")
+    evaluate.add_argument("--n-passages", type=int, nargs="+", default=[10])
+    evaluate.add_argument("--device", default="cpu")
+    evaluate.add_argument("--limit", type=int, help="only the first questions")
+    evaluate.add_argument("--predictions", type=pathlib.Path, help="write the answers (of the last --n-passages) here")
+
+    campaign = commands.add_parser("campaign", help="FiD and FiDO side by side, then the conversion, then all evaluations")
+    campaign.add_argument("--out", type=pathlib.Path, required=True)
+    campaign.add_argument("--corpus", type=pathlib.Path, default=CORPUS)
+    campaign.add_argument("--seconds", type=float, required=True, help="for FiD and FiDO each")
+    campaign.add_argument("--up-training-seconds", type=float, required=True)
+    campaign.add_argument("--device", default="cuda")
+    campaign.add_argument("--num-workers", type=int, default=3)
+    campaign.add_argument("--no-cuda-graphs", action="store_true")
+    campaign.add_argument("--no-evaluation", action="store_true", help="leave the evaluations for later")
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from export.checkpoint import load_reader
+    from export.convert import fido_from_fid
+    from export.model import Reader
+    from training.readers import reader_config
+    from training.trainer import Trainer, TrainOptions
+
+    names = {field.name for field in dataclasses.fields(TrainOptions)}
+    given = {key: value for key, value in vars(arguments).items() if key in names}
+    if arguments.command == "train":
+        reader = Reader(reader_config(arguments.reader))
+        reader.reset_parameters(arguments.seed)
+        options = TrainOptions(**given)
+    else:
+        reader = fido_from_fid(load_reader(arguments.source), arguments.period, arguments.num_kv_heads)
+        options = TrainOptions(**given, up_training=True, warmup_steps=100)
+    Trainer(reader, options).run()
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    import torch
+    from tokenizers import Tokenizer
+
+    from export.checkpoint import load_reader
+    from training.evaluation import predict, score, scores_by_relation
+    from training.records import read_jsonl, write_jsonl
+
+    reader = load_reader(arguments.checkpoint).to(torch.device(arguments.device)).float()
+    tokenizer = Tokenizer.from_file(str(arguments.checkpoint / "tokenizer.json"))
+    examples = read_jsonl(arguments.data)[: arguments.limit]
+    predictions = []
+    for n_passages in arguments.n_passages:
+        predictions = predict(reader, tokenizer, examples, n_passages)
+        read = [p.gold_read for p in predictions if p.gold_read is not None]
+        recall = f", gold passage read {100 * sum(read) / len(read):.1f}%" if read else ""
+        print(f"{arguments.data.name}, {n_passages} passages: EM {score(predictions)}{recall}", flush=True)
+    for relation, part in scores_by_relation(predictions).items():
+        print(f"  {part.em:6.1f} {part.count:4d}  {relation}")
+    if arguments.predictions:
+        write_jsonl(arguments.predictions, (dataclasses.asdict(prediction) for prediction in predictions))
+    print(json.dumps({"em": round(score(predictions).em, 2), "questions": len(predictions), "n_passages": arguments.n_passages[-1]}))
+
+
+def main() -> None:
+    """Runs the command that was asked for."""
+    arguments = _parser().parse_args()
+    if arguments.command == "corpus":
+        from training.corpus import build_corpus
+
+        for name, lines in build_corpus(arguments.out).items():
+            print(f"{arguments.out / name}: {lines} lines")
+    elif arguments.command in ("train", "up-train"):
+        _train(arguments)
+    elif arguments.command == "evaluate":
+        _evaluate(arguments)
+    else:
+        from training.campaign import run_campaign
+
+        run_campaign(arguments)
+
+
+if __name__ == "__main__":
+    main()

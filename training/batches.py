@@ -1,0 +1,119 @@
+"""Batches of examples, made by worker processes ahead of the training step.
+
+A batch depends on (seed, step, mixture) alone, so that a resumed run sees the batches it would have seen.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import multiprocessing
+import queue
+import random
+from typing import Any
+
+import numpy as np
+
+from training.examples import MAX_TARGET_TOKENS, ExampleSource, Mixture
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """What step ``step`` trains on."""
+
+    step: int
+    batch_size: int
+    mixture: Mixture
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Token ids, 0 = pad.
+
+    Attributes:
+        input_ids: uint16[batch, n_passages, passage_length].
+        targets: uint16[batch, target_length], end token included.
+    """
+
+    input_ids: np.ndarray
+    targets: np.ndarray
+
+
+def make_batch(source: ExampleSource, plan: BatchPlan, seed: int) -> Batch:
+    """The batch of a step."""
+    rng = random.Random(seed * 1_000_003 + plan.step)
+    inputs = np.zeros((plan.batch_size, plan.mixture.n_passages, source.passage_length), dtype=np.uint16)
+    targets = np.zeros((plan.batch_size, MAX_TARGET_TOKENS), dtype=np.uint16)
+    for row in range(plan.batch_size):
+        example = source.draw(rng, plan.mixture)
+        for column, prompt in enumerate(source.prompt_ids(example)):
+            inputs[row, column, : len(prompt)] = prompt
+        answer = source.target_ids(example)
+        targets[row, : len(answer)] = answer
+    return Batch(inputs, targets)
+
+
+def _work(source: ExampleSource, seed: int, plans: Any, batches: Any) -> None:
+    while (plan := plans.get()) is not None:
+        batches.put((plan.step, make_batch(source, plan, seed)))
+
+
+class BatchFactory:
+    """Makes batches in ``num_workers`` processes and hands them out in the order they were planned.
+
+    Use as a context manager. With 0 workers batches are made in this process when asked for.
+    Start it before CUDA is initialised: the workers are forks.
+    """
+
+    def __init__(self, source: ExampleSource, seed: int, num_workers: int):
+        self._source = source
+        self._seed = seed
+        self._ordered: collections.deque[BatchPlan] = collections.deque()
+        self._early: dict[int, Batch] = {}
+        context = multiprocessing.get_context("fork")
+        self._plans = context.Queue()
+        self._batches = context.Queue()
+        self._workers = [
+            context.Process(target=_work, args=(source, seed, self._plans, self._batches), daemon=True) for _ in range(num_workers)
+        ]
+
+    def __enter__(self) -> BatchFactory:
+        for worker in self._workers:
+            worker.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.terminate()
+        for worker in self._workers:
+            worker.join()
+
+    def __len__(self) -> int:
+        """Batches planned and not yet handed out."""
+        return len(self._ordered)
+
+    def plan(self, plan: BatchPlan) -> None:
+        """Orders a batch."""
+        self._ordered.append(plan)
+        if self._workers:
+            self._plans.put(plan)
+
+    def next(self) -> tuple[BatchPlan, Batch]:
+        """The next ordered batch.
+
+        Raises:
+            RuntimeError: If a worker died.
+        """
+        plan = self._ordered.popleft()
+        if not self._workers:
+            return plan, make_batch(self._source, plan, self._seed)
+        while plan.step not in self._early:
+            try:
+                step, batch = self._batches.get(timeout=5)
+            except queue.Empty:
+                dead = [worker.exitcode for worker in self._workers if not worker.is_alive()]
+                if dead:
+                    raise RuntimeError(f"batch workers: wanted all alive, got exit codes {dead}; see the traceback above") from None
+                continue
+            self._early[step] = batch
+        return plan, self._early.pop(plan.step)

@@ -1,0 +1,73 @@
+"""The whole training on one machine: FiD and FiDO side by side, then the conversion, then every evaluation.
+
+Goes out, under ``--out``: ``fid/``, ``fido/``, ``fido_converted/`` (checkpoints, logs, state) and ``results/``
+(an evaluation's printout and predictions each). Run again after a cut, it goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import subprocess
+import sys
+
+# questions file -> passages to read
+EVALUATIONS = {"heldout.jsonl": (1, 2, 4, 8, 10), "heldout_40.jsonl": (10, 20, 40), "real.jsonl": (10,)}
+
+
+def _start(log: pathlib.Path, *arguments: str) -> subprocess.Popen:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as stream:
+        return subprocess.Popen([sys.executable, "-m", "training", *arguments], stdout=stream, stderr=subprocess.STDOUT)
+
+
+def _wait(processes: dict[str, subprocess.Popen]) -> None:
+    codes = {name: process.wait() for name, process in processes.items()}
+    failed = {name: code for name, code in codes.items() if code}
+    if failed:
+        raise RuntimeError(f"campaign: wanted every part to end with 0, got {failed}; the logs are beside the results")
+
+
+def _evaluate(arguments: argparse.Namespace, name: str) -> dict[str, subprocess.Popen]:
+    started = {}
+    for data, n_passages in EVALUATIONS.items():
+        result = arguments.out / "results" / f"{name}-{pathlib.Path(data).stem}"
+        started[result.name] = _start(
+            result.with_suffix(".txt"),
+            *("evaluate", "--checkpoint", str(arguments.out / name), "--data", str(arguments.corpus / data)),
+            *("--device", arguments.device, "--predictions", str(result.with_suffix(".jsonl"))),
+            *("--n-passages", *map(str, n_passages)),
+        )
+    return started
+
+
+def run_campaign(arguments: argparse.Namespace) -> None:
+    """Trains and evaluates the three demo readers.
+
+    Raises:
+        RuntimeError: If a part fails.
+    """
+    common = ["--corpus", str(arguments.corpus), "--device", arguments.device, "--num-workers", str(arguments.num_workers)]
+    if arguments.no_cuda_graphs:
+        common.append("--no-cuda-graphs")
+    _wait(
+        {
+            name: _start(
+                arguments.out / "results" / f"{name}.log",
+                *("train", "--reader", name, "--out", str(arguments.out / name), "--seconds", str(arguments.seconds), *common),
+            )
+            for name in ("fid", "fido")
+        }
+    )
+    up_training = {
+        "fido_converted": _start(
+            arguments.out / "results" / "fido_converted.log",
+            *("up-train", "--from", str(arguments.out / "fid"), "--out", str(arguments.out / "fido_converted")),
+            *("--seconds", str(arguments.up_training_seconds), *common),
+        )
+    }
+    if not arguments.no_evaluation:
+        _wait({**_evaluate(arguments, "fid"), **_evaluate(arguments, "fido")})
+    _wait(up_training)
+    if not arguments.no_evaluation:
+        _wait(_evaluate(arguments, "fido_converted"))

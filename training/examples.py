@@ -1,0 +1,227 @@
+"""Training examples: a question in some wording, its passages, and the answer, as token ids.
+
+Comes in: ``build/corpus/``. Goes out: arrays of ids for one example at a time (``batches.py`` stacks them).
+Passages are tokenized once; a question's ids and a passage's ids are laid together, which is exact because pieces
+never cross white space. Only a passage whose text or title is changed is tokenized again.
+
+Counterfactuals teach the reader to read rather than to remember: the country gets another name, the answer another
+value, in the question, the titles and the passage alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import random
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from training.records import normalized_question, read_jsonl, real_questions
+from training.tokenizer import WordEncoder
+from training.wordings import ALIASES, LABEL_FRAMES, TRAIN, ask, is_web_query, with_article
+
+EOS_ID = 1
+MAX_TARGET_TOKENS = 32
+
+_SYLLABLES = (
+    "ba be bi bo bu ka ke ki ko ku da de di do du la le li lo lu ma me mi mo mu na ne ni no nu ra re ri ro ru sa se si so su ta "
+    "te ti to tu va ve vi vo zan gar mor lin tar dor ven pol sta land stan ria nia bourg ville ton ham"
+).split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """What a batch is drawn from.
+
+    Attributes:
+        n_passages: Passages of each example.
+        curated: Share of examples that ask a relation in a hand-written wording; the others ask a field's label.
+        counterfactual: Share of examples with an invented name or another value.
+    """
+
+    n_passages: int
+    curated: float
+    counterfactual: float
+
+
+@dataclasses.dataclass
+class Example:
+    """One example before tokens are laid together: ``texts[gold]`` holds ``answer``."""
+
+    question: str
+    answer: str
+    titles: list[str]
+    texts: list[str]
+    positions: list[int | None]  # of the unchanged passages in the corpus; None where title or text was changed
+    gold: int
+
+
+class ExampleSource:
+    """Draws examples from the training part of the corpus."""
+
+    def __init__(self, corpus: pathlib.Path, tokenizer: Tokenizer, passage_length: int):
+        """Reads and tokenizes the corpus.
+
+        Args:
+            corpus: What ``python -m training corpus`` made.
+            tokenizer: Its ``tokenizer.json``.
+            passage_length: Tokens of each prompt, end token included; longer prompts lose their tail.
+        """
+        self.words = WordEncoder(tokenizer)
+        self.passage_length = passage_length
+        self.passages = read_jsonl(corpus / "passages.jsonl")
+        countries = json.loads((corpus / "countries.json").read_text(encoding="utf-8"))
+        self.adjectives = {name: fields["adjective"] for name, fields in countries.items()}
+        self.held_out = {name for name, fields in countries.items() if fields["held_out"]}
+        facts = read_jsonl(corpus / "train.jsonl")
+        self.curated = [fact for fact in facts if fact["curated"] and self._fits(fact)]
+        self.labels = [fact for fact in facts if not fact["curated"] and self._fits(fact)]
+        # Relations have one fact a country, some far fewer: drawing the relation first gives rare ones their share.
+        self._by_relation: dict[str, list[dict[str, Any]]] = {}
+        for fact in self.curated:
+            self._by_relation.setdefault(fact["relation"], []).append(fact)
+        self._relations = sorted(self._by_relation)
+        self._values: dict[str, list[str]] = {}
+        for fact in self.curated + self.labels:
+            self._values.setdefault(fact["relation"], []).append(fact["answer"])
+        self._by_country: dict[str, list[int]] = {}
+        self._by_field: dict[str, list[int]] = {}
+        for position, passage in enumerate(self.passages):
+            if passage["country"] not in self.held_out:
+                self._by_country.setdefault(passage["country"], []).append(position)
+                self._by_field.setdefault(passage["field"], []).append(position)
+        self._all = [position for positions in self._by_country.values() for position in positions]
+        self._tails = self.words.encode_all([self._tail(passage) for passage in self.passages])
+        self._names = self._proper_names()
+        self._asked_by_people = {normalized_question(real["question"]) for real in real_questions()}
+
+    @staticmethod
+    def _tail(passage: dict[str, Any]) -> str:
+        return f"title: {passage['country']}: {passage['field']} context: {passage['text']}"
+
+    def _fits(self, fact: dict[str, Any]) -> bool:
+        # The answer must stand among the tokens that are kept, beside a question of usual length.
+        passage = self.passages[fact["gold"]]
+        before = self._tail({**passage, "text": passage["text"][: fact["start"] + len(fact["answer"])]})
+        return len(self.words.encode(before)) <= self.passage_length - 22 and len(self.words.encode(fact["answer"])) < MAX_TARGET_TOKENS
+
+    def _proper_names(self) -> list[str]:
+        # Capitalised words of the training part: they look and tokenize like names, because they are.
+        found: dict[str, None] = {}
+        for position in self._all:
+            for word in self.passages[position]["text"].split():
+                word = word.strip("(),;:.\"'")
+                if 3 < len(word) < 14 and word.isalpha() and word[0].isupper():
+                    found[word] = None
+        return list(found)
+
+    def _invented_name(self, rng: random.Random) -> str:
+        def word() -> str:
+            if rng.random() < 0.5:
+                return rng.choice(self._names)
+            return "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 4))).capitalize()
+
+        return " ".join(word() for _ in range(rng.choice((1, 1, 1, 2, 2, 3))))
+
+    def _question(self, rng: random.Random, fact: dict[str, Any], name: str, *, renamed: bool) -> str:
+        country = self.passages[fact["gold"]]["country"]
+        for _ in range(20):
+            template = rng.choice(TRAIN[fact["relation"]] if fact["curated"] else LABEL_FRAMES)
+            adjective = None if renamed else self.adjectives[country]
+            if "{a}" in template and adjective is None:
+                continue
+            spoken = name
+            if not template.startswith("{c}") and rng.random() < 0.85:
+                spoken = with_article(name)
+            if not renamed and country in ALIASES and rng.random() < 0.25:
+                spoken = rng.choice(ALIASES[country])
+            question = ask(template, spoken, adjective, fact["relation"])
+            # People type without capitals and question marks whatever the wording.
+            if not is_web_query(template) and rng.random() < 0.25:
+                question = question.lower()
+            if rng.random() < 0.15:
+                question = question.rstrip("?.") if question[-1] in "?." else question + "?"
+            if normalized_question(question) not in self._asked_by_people:
+                return question
+        return f"{name}: {fact['relation']}?"
+
+    def _distractors(self, rng: random.Random, fact: dict[str, Any], count: int) -> list[int]:
+        passage = self.passages[fact["gold"]]
+        hard = fact["distractors"][: max(count, 12)]
+        chosen: dict[int, None] = {}
+        # Mostly what BM25 would bring; the rest is the same country's other fields and the field in other countries.
+        for _ in range(4 * count):
+            if len(chosen) == count:
+                break
+            draw = rng.random()
+            if draw < 0.7 and hard:
+                position = rng.choice(hard)
+            elif draw < 0.82:
+                position = rng.choice(self._by_country[passage["country"]])
+            elif draw < 0.94:
+                position = rng.choice(self._by_field[passage["field"]])
+            else:
+                position = rng.choice(self._all)
+            if position != fact["gold"]:
+                chosen[position] = None
+        while len(chosen) < count:
+            position = rng.choice(self._all)
+            if position != fact["gold"]:
+                chosen[position] = None
+        return list(chosen)
+
+    def draw(self, rng: random.Random, mixture: Mixture) -> Example:
+        """One example; ``rng`` alone decides which."""
+        if rng.random() < mixture.curated:
+            fact = rng.choice(self._by_relation[rng.choice(self._relations)])
+        else:
+            fact = rng.choice(self.labels)
+        gold_passage = self.passages[fact["gold"]]
+        country, text, answer = gold_passage["country"], gold_passage["text"], fact["answer"]
+        renamed = revalued = False
+        if rng.random() < mixture.counterfactual:
+            renamed = rng.random() < 0.75
+            revalued = not renamed or rng.random() < 0.75
+        name = self._invented_name(rng) if renamed else country
+        positions: list[int | None] = [fact["gold"], *self._distractors(rng, fact, mixture.n_passages - 1)]
+        rng.shuffle(positions)
+        gold = positions.index(fact["gold"])
+        passages = [self.passages[position] for position in positions if position is not None]
+        titles = [f"{passage['country']}: {passage['field']}" for passage in passages]
+        texts = [passage["text"] for passage in passages]
+        if revalued:
+            answer = self._other_value(rng, fact)
+            texts[gold] = text[: fact["start"]] + answer + text[fact["start"] + len(fact["answer"]) :]
+            positions[gold] = None
+        if renamed:
+            for i, passage in enumerate(passages):
+                if passage["country"] == country:
+                    titles[i] = f"{name}: {passage['field']}"
+                    positions[i] = None
+        return Example(self._question(rng, fact, name, renamed=renamed), answer, titles, texts, positions, gold)
+
+    def _other_value(self, rng: random.Random, fact: dict[str, Any]) -> str:
+        if fact["answer"][0].isupper() and rng.random() < 0.5:
+            return self._invented_name(rng)
+        return rng.choice(self._values[fact["relation"]])
+
+    def prompt_ids(self, example: Example) -> list[np.ndarray]:
+        """``question: ... title: ... context: ...`` of each passage as uint16[tokens], end token included."""
+        question = self.words.encode(f"question: {example.question}")
+        head = np.array(question, dtype=np.uint16)
+        prompts = []
+        for title, text, position in zip(example.titles, example.texts, example.positions, strict=True):
+            if position is None:
+                tail = np.array(self.words.encode(f"title: {title} context: {text}"), dtype=np.uint16)
+            else:
+                tail = self._tails[position]
+            ids = np.concatenate((head, tail))[: self.passage_length - 1]
+            prompts.append(np.append(ids, np.uint16(EOS_ID)))
+        return prompts
+
+    def target_ids(self, example: Example) -> list[int]:
+        """The answer's ids, end token included, cut to ``MAX_TARGET_TOKENS``."""
+        return [*self.words.encode(example.answer)[: MAX_TARGET_TOKENS - 1], EOS_ID]

@@ -1,0 +1,222 @@
+"""The relations that questions are asked about: where a fact stands, and which short string answers it.
+
+Comes in: ``Passage`` (``factbook.py``). Goes out: ``Fact``: passage, answers, place of the trained answer.
+The questions' wordings stand in ``wordings.py``.
+
+Every answer is a substring of its passage, so that a reader can copy it. ``answers[0]`` is the one that is
+trained; the others are accepted too (another item of a list, a name with its title, a number with its unit).
+
+Left out on purpose, though the Factbook has the field:
+    terrain: a description of a whole clause; no two people would give the same short answer.
+    nouns for a people: "Frenchman(men), Frenchwoman(women)" is a dictionary entry, not an answer; the adjective stays.
+    public debt: each country's figure is of another year (1997 to 2023), so that a question cannot name the year.
+    dual citizenship, citizenship by birth: "yes" and "no" are not strings to be found.
+    cabinet, electoral process, flag, etymology: descriptions of a paragraph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from training.answers import (
+    Extract,
+    anthem,
+    clause,
+    code,
+    comparison,
+    coordinates,
+    currency,
+    date,
+    first_item,
+    former_ruler,
+    government,
+    holiday_date,
+    items,
+    largest_city,
+    leader,
+    local_name,
+    measure,
+    number,
+    place,
+    region,
+    river,
+    share,
+    short_clause,
+    short_items,
+    time_zone,
+    titled_leader,
+)
+from training.factbook import Leaf, Passage
+
+MAX_ANSWER_WORDS = 9
+
+
+@dataclasses.dataclass(frozen=True)
+class Relation:
+    """A relation, the places where its value may stand, and how answers are read off the value.
+
+    Attributes:
+        name: Names the relation in the data files and in ``wordings.py``.
+        paths: (field, label, ...) of the leaves that hold the value; the first that a country has is used.
+        extract: value -> answers, all substrings of the value, the trained one first; [] if there is no good one.
+    """
+
+    name: str
+    paths: tuple[tuple[str, ...], ...]
+    extract: Extract
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """An answered relation: ``passage.text[start:start + len(answers[0])] == answers[0]``."""
+
+    relation: str
+    answers: tuple[str, ...]
+    start: int
+
+
+def _at(name: str, extract: Extract, *paths: str) -> Relation:
+    return Relation(name, tuple(tuple(path.split(" > ")) for path in paths), extract)
+
+
+RELATIONS: tuple[Relation, ...] = (
+    _at("capital", clause, "Capital > name"),
+    _at("official name", clause, "Country name > conventional long form"),
+    _at("local name", local_name, "Country name > local short form"),
+    _at("location", region, "Map references"),
+    _at("coordinates", coordinates, "Geographic coordinates"),
+    _at("neighbour", items, "Land boundaries > border countries"),
+    _at("highest point", place, "Elevation > highest point"),
+    _at("lowest point", place, "Elevation > lowest point"),
+    _at("mean elevation", measure, "Elevation > mean elevation"),
+    _at("coastline", measure, "Coastline"),
+    _at("area", measure, "Area > total"),
+    _at("land area", measure, "Area > land"),
+    _at("water area", measure, "Area > water"),
+    _at("size compared", comparison, "Area - comparative"),
+    _at("land borders length", measure, "Land boundaries > total"),
+    _at("territorial sea", measure, "Maritime claims > territorial sea"),
+    _at("longest river", river, "Major rivers (by length in km)"),
+    _at("climate", short_clause, "Climate"),
+    _at("natural hazard", short_items, "Natural hazards"),
+    _at("natural resource", short_items, "Natural resources"),
+    _at("population", number, "Population > total"),
+    _at("population growth", share, "Population growth rate"),
+    _at("largest city", largest_city, "Major urban areas - population"),
+    _at("urban share", share, "Urbanization > urban population"),
+    _at("demonym", clause, "Nationality > adjective"),
+    _at("language", items, "Languages > Languages", "Languages"),
+    _at("religion", items, "Religions"),
+    _at("ethnic group", items, "Ethnic groups"),
+    _at("median age", measure, "Median age > total"),
+    _at("birth rate", measure, "Birth rate"),
+    _at("death rate", measure, "Death rate"),
+    _at("fertility rate", measure, "Total fertility rate"),
+    _at("infant mortality", measure, "Infant mortality rate > total"),
+    _at("maternal mortality", measure, "Maternal mortality ratio"),
+    _at("life expectancy", measure, "Life expectancy at birth > total population"),
+    _at("life expectancy of men", measure, "Life expectancy at birth > male"),
+    _at("life expectancy of women", measure, "Life expectancy at birth > female"),
+    _at("obesity rate", share, "Obesity - adult prevalence rate"),
+    _at("government type", government, "Government type"),
+    _at("president", titled_leader("president"), "Executive branch > chief of state"),
+    _at("prime minister", titled_leader("prime minister"), "Executive branch > head of government"),
+    _at(
+        "monarch",
+        titled_leader("king", "queen", "sultan", "amir", "grand duke", "prince", "emperor"),
+        "Executive branch > chief of state",
+    ),
+    _at("head of state", leader, "Executive branch > chief of state"),
+    _at("head of government", leader, "Executive branch > head of government"),
+    _at("legislature", clause, "Legislative branch > legislature name"),
+    _at("chambers of the legislature", clause, "Legislative branch > legislative structure"),
+    _at("highest court", clause, "Judicial branch > highest court(s)"),
+    _at("legal system", clause, "Legal system"),
+    _at("voting age", measure, "Suffrage"),
+    _at("naturalization", measure, "Citizenship > residency requirement for naturalization"),
+    _at("independence date", date, "Independence"),
+    _at("independence from", former_ruler, "Independence"),
+    _at("national holiday", clause, "National holiday"),
+    _at("national holiday date", holiday_date, "National holiday"),
+    _at("national symbol", short_items, "National symbol(s)"),
+    _at("national colour", items, "National color(s)"),
+    _at("national anthem", anthem, "National anthem(s) > title"),
+    _at("world heritage sites", number, "National heritage > total World Heritage Sites"),
+    _at("time zone", time_zone, "Capital > time difference"),
+    _at("currency", currency, "Exchange rates > Currency"),
+    _at("gdp per capita", measure, "Real GDP per capita > Real GDP per capita 2023"),
+    _at("gdp growth", share, "Real GDP growth rate > Real GDP growth rate 2023"),
+    _at("inflation", share, "Inflation rate (consumer prices) > Inflation rate (consumer prices) 2023"),
+    _at("unemployment", share, "Unemployment rate > Unemployment rate 2023"),
+    _at("military spending", share, "Military expenditures > Military Expenditures 2023"),
+    _at("export partner", first_item, "Exports - partners"),
+    _at("import partner", first_item, "Imports - partners"),
+    _at("export", items, "Exports - commodities"),
+    _at("import", items, "Imports - commodities"),
+    _at("farm product", items, "Agricultural products"),
+    _at("industry", short_items, "Industries"),
+    _at("airports", number, "Airports"),
+    _at("railways", measure, "Railways > total"),
+    _at("electricity access", share, "Electricity access > electrification - total population"),
+    _at("internet users", share, "Internet users > percent of population"),
+    _at("internet code", code, "Internet country code"),
+    _at("aircraft code", code, "Civil aircraft registration country code prefix"),
+    _at("carbon dioxide", measure, "Carbon dioxide emissions > total emissions"),
+)
+
+
+def _usable(answer: str) -> bool:
+    return (
+        bool(re.search(r"\w", answer))
+        and len(answer.split()) <= MAX_ANSWER_WORDS
+        and answer.lower() not in {"none", "na", "n/a", "note", "unknown", "no"}
+    )
+
+
+def fact_from_leaf(relation: Relation, leaf: Leaf) -> Fact | None:
+    """The fact that a leaf holds, or None if nothing short and sensible answers the relation."""
+    answers = [answer for answer in dict.fromkeys(relation.extract(leaf.value)) if answer]
+    if not answers or not _usable(answers[0]):
+        return None
+    offset = leaf.value.find(answers[0])
+    if offset < 0:
+        return None
+    # The list's other items are answers to the singular question as well, each if it is a usable string.
+    accepted = (answers[0], *(answer for answer in answers[1:] if _usable(answer)))
+    return Fact(relation.name, accepted, leaf.start + offset)
+
+
+def facts_from_passage(passage: Passage) -> list[Fact]:
+    """The facts of a passage, in the order of ``RELATIONS``, at most one a relation."""
+    facts = []
+    leaves = {leaf.path: leaf for leaf in reversed(passage.leaves)}  # the first leaf of a path wins
+    for relation in RELATIONS:
+        for path in relation.paths:
+            if path in leaves:
+                fact = fact_from_leaf(relation, leaves[path])
+                if fact is not None:
+                    facts.append(fact)
+                    break
+    return facts
+
+
+def label_facts(passage: Passage) -> list[Fact]:
+    """Training-only facts: each leaf's label asks for the start of its value. Never evaluated.
+
+    Their ``relation`` is the label as words ("Sex ratio at birth"), not a name in ``RELATIONS``.
+    """
+    facts = []
+    for leaf in passage.leaves:
+        if len(leaf.path) == 1:
+            label = leaf.path[0]
+        elif leaf.path[0].lower() in leaf.path[-1].lower():
+            label = leaf.path[-1]
+        else:
+            label = f"{leaf.path[0]} {leaf.path[-1]}"
+        answer = re.split(r"\s*[(;]", leaf.value)[0].strip(" ,.:")
+        if len(answer.split()) > MAX_ANSWER_WORDS:
+            answer = re.split(r",(?!\d{3})|:\s", answer)[0].strip()
+        if _usable(answer) and leaf.value.find(answer) >= 0:
+            facts.append(Fact(" ".join(label.split()), (answer,), leaf.start + leaf.value.find(answer)))
+    return facts

@@ -1,0 +1,162 @@
+"""`make evaluate`: the demo readers through Triton, on held-out and on human-written questions.
+
+Every answer on the held-out questions is asked for one at a time and eight at once, and compared with the greedy answer of the torch
+reader: same text, same number of tokens. Prints a table, and a last line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from clients.evaluation import Evaluation, Prediction, evaluate
+from clients.examples import Example, read_examples
+from clients.reader_client import ReaderClient
+from export.checkpoint import load_checkpoint
+from export.repository import repository_from_engines
+from serving.limits import Limits
+from serving.manifest import Manifest
+from serving.prompt import PromptEncoder
+from serving.server import TritonServer, models_of
+
+CORPUS, CHECKPOINTS, ENGINES = Path("build/corpus"), Path("checkpoints"), Path("build/engines")
+CONCURRENCY = 8
+TORCH_BATCH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class ReaderResult:
+    """One reader's numbers; times are the client's, at the concurrency that their name says."""
+
+    em: float
+    questions: int
+    served_equals_torch: bool
+    differing: int
+    questions_per_s: float
+    p50_ms: float
+    p99_ms: float
+    alone_p50_ms: float
+    failed: int
+    parameters: int
+    real_em: float
+
+
+def torch_answers(checkpoint: Path, engines: Path, examples: Sequence[Example]) -> list[tuple[str, int]]:
+    """Greedy (text, number of tokens) of the torch reader, from the prompt that the server makes."""
+    reader = load_checkpoint(checkpoint).reader
+    prompt = PromptEncoder(Tokenizer.from_file(str(engines / "tokenizer.json")), Manifest.load(engines))
+    answers = []
+    for start in tqdm(range(0, len(examples), TORCH_BATCH), desc=f"torch {checkpoint.name}", file=sys.stderr):
+        rows = []
+        for example in examples[start : start + TORCH_BATCH]:
+            tokens = prompt.encode(example.question, [c.text for c in example.contexts], [c.title or "" for c in example.contexts])
+            rows.append((tokens.input_ids, tokens.attention_mask))
+        shape = (len(rows), max(len(ids) for ids, _ in rows), max(ids.shape[1] for ids, _ in rows))
+        batch = np.zeros((2, *shape), np.int64)
+        for i, row in enumerate(rows):
+            for j, array in enumerate(row):
+                batch[j, i, : array.shape[0], : array.shape[1]] = array
+        made = reader.generate(torch.from_numpy(batch[0]), torch.from_numpy(batch[1]), Limits().default_max_new_tokens)
+        answers += [(prompt.text(tokens), len(tokens)) for tokens in made.tokens]
+    return answers
+
+
+def ask_all(
+    server: TritonServer, model: str, examples: Sequence[Example], concurrency: int, what: str
+) -> tuple[Evaluation, list[Prediction]]:
+    """Ask every example and keep its prediction."""
+    predictions: list[Prediction] = []
+    with ReaderClient(server.grpc_url, model) as client, tqdm(total=len(examples), desc=what, file=sys.stderr) as bar:
+
+        def keep(prediction: Prediction) -> None:
+            predictions.append(prediction)
+            bar.update()
+
+        result = evaluate(client, examples, concurrency=concurrency, warmup=CONCURRENCY, on_prediction=keep)
+    return result, predictions
+
+
+def measure(server: TritonServer, model: str, name: str, heldout: list[Example], real: list[Example], no_torch: bool) -> ReaderResult:
+    """All numbers of the checkpoint `name`, which `model` serves."""
+    alone, alone_predictions = ask_all(server, model, heldout, 1, f"{name} one at a time")
+    together, together_predictions = ask_all(server, model, heldout, CONCURRENCY, f"{name} {CONCURRENCY} at once")
+    on_real, _ = ask_all(server, model, real, CONCURRENCY, f"{name} human-written")
+    engines = ENGINES / name
+    differing = 0
+    if not no_torch:
+        wanted = torch_answers(CHECKPOINTS / name, engines, heldout)
+        for predictions in (alone_predictions, together_predictions):
+            found = [(p.answer.text, p.answer.tokens) if p.answer else None for p in predictions]
+            differing += sum(f != w for f, w in zip(found, wanted, strict=True))
+    return ReaderResult(
+        em=round(together.em or 0.0, 2),
+        questions=len(heldout),
+        served_equals_torch=differing == 0 and not no_torch,
+        differing=differing,
+        questions_per_s=round(together.questions_per_s or 0.0, 1),
+        p50_ms=round((together.latency_s(50) or 0) * 1e3, 1),
+        p99_ms=round((together.latency_s(99) or 0) * 1e3, 1),
+        alone_p50_ms=round((alone.latency_s(50) or 0) * 1e3, 1),
+        failed=alone.failed + together.failed + on_real.failed,
+        parameters=int(Manifest.load(engines).provenance["parameters"]),
+        real_em=round(on_real.em or 0.0, 1),
+    )
+
+
+def main() -> int:
+    """Measure all demo readers; the exit code is 0 if no request failed and every served answer was the torch reader's."""
+    parser = argparse.ArgumentParser(prog="python -m training.served", description=__doc__)
+    parser.add_argument("--limit", type=int, help="only the first held-out questions")
+    parser.add_argument("--no-torch", action="store_true", help="skip the comparison with torch")
+    arguments = parser.parse_args()
+    heldout = list(read_examples(CORPUS / "heldout.jsonl", limit=arguments.limit))
+    real = list(read_examples(CORPUS / "real.jsonl"))
+    results: dict[str, ReaderResult] = {}
+    with TritonServer(models_of(["fid", "fido"], stream=False)) as server:
+        for name in ("fid", "fido"):
+            results[name] = measure(server, name, name, heldout, real, arguments.no_torch)
+    # the converted reader is served as `fido` from a repository of its own
+    name = "fido_converted"
+    command = [sys.executable, "-m", "export", "onnx", str(CHECKPOINTS / name), str(ENGINES / name)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    with tempfile.TemporaryDirectory() as scratch:
+        repository_from_engines(ENGINES / name, Path(scratch), "fido", Limits())
+        with TritonServer(models_of(["fido"], stream=False), Path(scratch)) as server:
+            results[name] = measure(server, "fido", name, heldout, real, arguments.no_torch)
+    print(_table(results))
+    summary: dict[str, Any] = {n: dataclasses.asdict(r) for n, r in results.items()}
+    summary["real_questions"] = {"questions": len(real), **{n: r.real_em for n, r in results.items()}}
+    print(json.dumps(summary))
+    compared = arguments.no_torch or all(r.served_equals_torch for r in results.values())
+    return 0 if compared and not any(r.failed for r in results.values()) else 1
+
+
+def _table(results: dict[str, ReaderResult]) -> str:
+    names = {"fid": "FiD", "fido": "FiDO", "fido_converted": "FiDO converted + up-trained"}
+    lines = [
+        "| reader | EM | EM, human-written | parameters | ms a question, alone | questions/s, 8 at once | equals torch |",
+        "|" + "---|" * 7,
+    ]
+    for name, r in results.items():
+        equal = "all" if r.served_equals_torch else f"all but {r.differing}"
+        lines.append(
+            f"| {names[name]} | {r.em:.1f} | {r.real_em:.1f} | {r.parameters / 1e6:.2f} M | {r.alone_p50_ms:.0f} "
+            f"| {r.questions_per_s:.0f} | {equal} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""The training loop: from random weights or from a converted reader, resumable, within a budget of seconds or steps.
+
+Comes in: ``build/corpus/`` and options. Goes out, in the output directory:
+    state.pt            everything a resumed run needs, replaced in one step every ``save_every_s`` seconds
+    training_log.jsonl  one line an evaluation: elapsed seconds, step, loss, learning rate, exact match
+    config.json, model.safetensors, tokenizer.json: the averaged weights in fp16, as ``export.checkpoint`` saves them
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import random
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from torch.nn import functional
+
+from export.checkpoint import save_reader
+from export.model import Reader
+from training.batches import Batch, BatchFactory
+from training.evaluation import predict, score
+from training.examples import ExampleSource
+from training.gradients import GraphedGradients, eager_gradients
+from training.records import read_jsonl
+from training.schedule import FROM_SCRATCH, UP_TRAINING, batch_plan, learning_rate
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """How to train. Give ``seconds`` or ``steps``, not both.
+
+    Attributes:
+        corpus: Directory made by ``python -m training corpus``.
+        out: Output directory; a ``state.pt`` there is resumed.
+        seconds: Budget in seconds of training, over all resumptions; evaluations count.
+        steps: Budget in steps, for tests and for runs that must repeat exactly.
+        seed: Of weights, batches and dropout.
+        cuda_graphs: Replay forward and backward pass as one CUDA graph for each batch shape. A reader this small
+            leaves the GPU waiting for kernel launches otherwise; torch.compile helps as well but takes over a minute.
+        peak_learning_rate: Of all weights but the embedding.
+        embedding_factor: Times that for the embedding, whose entries are near 1 where others are near 0.07.
+        up_training: Shorter warm-up, no one-passage stage: the weights come from a trained reader.
+    """
+
+    corpus: pathlib.Path
+    out: pathlib.Path
+    seconds: float | None = None
+    steps: int | None = None
+    seed: int = 0
+    device: str = "cuda"
+    num_workers: int = 3
+    cuda_graphs: bool = True
+    peak_learning_rate: float = 2e-3
+    embedding_factor: float = 5.0
+    weight_decay: float = 0.01
+    dropout_rate: float = 0.05
+    average_decay: float = 0.999
+    warmup_steps: int = 300
+    passages_per_batch: int = 640
+    up_training: bool = False
+    evaluate_every_s: float = 60.0
+    evaluation_questions: int = 256
+    save_every_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if (self.seconds is None) == (self.steps is None):
+            raise ValueError(f"budget: wanted either seconds or steps, got seconds={self.seconds} and steps={self.steps}")
+
+
+class Trainer:
+    """One reader being trained."""
+
+    def __init__(self, reader: Reader, options: TrainOptions):
+        self.options = options
+        self.device = torch.device(options.device)
+        self.stages = UP_TRAINING if options.up_training else FROM_SCRATCH
+        self.tokenizer = Tokenizer.from_file(str(options.corpus / "tokenizer.json"))
+        self.reader = reader.to(self.device).float().train().requires_grad_(True)
+        self.reader.dropout_rate = options.dropout_rate
+        self.averaged = copy.deepcopy(self.reader).eval().requires_grad_(False)
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.reader.named_parameters():
+            groups.setdefault(self._rate_factor(name), []).append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": parameters, "factor": factor} for factor, parameters in groups.items()],
+            lr=options.peak_learning_rate,
+            betas=(0.9, 0.98),
+            weight_decay=options.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+        self.step = 0
+        self.elapsed_before_s = 0.0
+        self._started_s = time.monotonic()
+        graphs = options.cuda_graphs and self.device.type == "cuda"
+        make_gradients = GraphedGradients if graphs else eager_gradients
+        self._gradients = make_gradients(self._loss, list(self.reader.parameters()))
+        options.out.mkdir(parents=True, exist_ok=True)
+        self._resume()
+
+    def _rate_factor(self, name: str) -> float:
+        # AdamW's steps are of one size for all weights, whatever their own size.
+        if "embedding" in name:
+            return self.options.embedding_factor
+        if name.endswith(".q.weight"):
+            # T5 folds the 1/sqrt(d_kv) of the scores into q: its weights are smaller by that, so are its steps.
+            return self.reader.config.encoder.d_kv**-0.5
+        return 1.0
+
+    @property
+    def state_file(self) -> pathlib.Path:
+        """Where the run is kept for resumption."""
+        return self.options.out / "state.pt"
+
+    def elapsed_s(self) -> float:
+        """Seconds trained, earlier runs included."""
+        return self.elapsed_before_s + time.monotonic() - self._started_s
+
+    def progress(self, step: int) -> float:
+        """Share of the budget that is used, 0 to 1; by steps it is known ahead, by seconds it is now."""
+        if self.options.steps is not None:
+            return step / self.options.steps
+        assert self.options.seconds is not None
+        return self.elapsed_s() / self.options.seconds
+
+    def _loss(self, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        # The decoder reads the targets shifted right behind the start token, which is the pad token.
+        shifted = functional.pad(targets, (1, 0))[:, :-1]
+        # No cache of cast weights: a CUDA graph would replay the cast of the weights it was captured with.
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False):
+            logits = self.reader(input_ids, (input_ids != 0).long(), shifted)
+        return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=0)
+
+    def _tensor(self, ids: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(ids.astype(np.int32))
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True).long()
+
+    def train_step(self, batch: Batch) -> torch.Tensor:
+        """One update of weights and their average; returns the loss, still on the device."""
+        progress = self.progress(self.step)
+        rate = learning_rate(
+            self.options.peak_learning_rate, progress, self.step, self.options.warmup_steps, 0.05 if self.options.up_training else 0.35
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        loss = self._gradients(self._tensor(batch.input_ids), self._tensor(batch.targets))
+        nn.utils.clip_grad_norm_(self.reader.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(self.options.average_decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.averaged.parameters()), list(self.reader.parameters()), 1.0 - decay)
+        return loss
+
+    def _finished(self) -> bool:
+        return self.progress(self.step) >= 1.0
+
+    def run(self, stop_after_steps: int | None = None) -> None:
+        """Trains until the budget is spent, then saves the averaged reader.
+
+        Args:
+            stop_after_steps: Leave after this many steps as if cut off: state saved, no checkpoint. For tests.
+        """
+        options = self.options
+        source = ExampleSource(options.corpus, self.tokenizer, self.reader.config.passage_length)
+        held_out = read_jsonl(options.corpus / "heldout.jsonl")
+        held_out = random.Random(0).sample(held_out, min(options.evaluation_questions, len(held_out)))
+        losses: list[torch.Tensor] = []
+        evaluated_s = saved_s = self.elapsed_s()
+        with BatchFactory(source, options.seed, options.num_workers) as factory:
+            planned = first = self.step
+            while not self._finished():
+                while len(factory) < 2 * options.num_workers + 2:
+                    factory.plan(
+                        batch_plan(self.stages, self.progress(planned), planned, options.seed, options.passages_per_batch)
+                    )
+                    planned += 1
+                losses.append(self.train_step(factory.next()[1]))
+                if stop_after_steps is not None and self.step - first >= stop_after_steps:
+                    self.save_state()
+                    return
+                now_s = self.elapsed_s()
+                if now_s - evaluated_s >= options.evaluate_every_s:
+                    self._log(losses, held_out)
+                    losses, evaluated_s = [], now_s
+                if now_s - saved_s >= options.save_every_s:
+                    self.save_state()
+                    self.save_checkpoint()
+                    saved_s = self.elapsed_s()
+        self._log(losses, held_out)
+        self.save_state()
+        self.save_checkpoint()
+
+    def _log(self, losses: list[torch.Tensor], held_out: list[dict[str, Any]]) -> None:
+        line = {
+            "elapsed_s": round(self.elapsed_s(), 1),
+            "step": self.step,
+            "loss": round(float(torch.stack(losses).mean()), 4) if losses else None,
+            "learning_rate": round(self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["factor"], 6),
+        }
+        for n_passages in (1, 10):
+            answered = predict(self.averaged, self.tokenizer, held_out, n_passages)
+            line[f"heldout_em_{n_passages}"] = round(score(answered).em, 2)
+        line["questions"] = len(held_out)
+        with (self.options.out / "training_log.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+        print(f"{self.options.out.name}: " + " ".join(f"{key}={value}" for key, value in line.items()), flush=True)
+
+    def save_state(self) -> None:
+        """Writes ``state.pt`` in one step."""
+        state = {
+            "step": self.step,
+            "elapsed_s": self.elapsed_s(),
+            "reader": self.reader.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+        }
+        beside = self.state_file.with_suffix(".part")
+        torch.save(state, beside)
+        os.replace(beside, self.state_file)
+
+    def _resume(self) -> None:
+        torch.manual_seed(self.options.seed)
+        if not self.state_file.is_file():
+            return
+        state = torch.load(self.state_file, map_location=self.device, weights_only=True)
+        self.reader.load_state_dict(state["reader"])
+        self.averaged.load_state_dict(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["torch_rng"].cpu())
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+        self.step, self.elapsed_before_s = state["step"], state["elapsed_s"]
+        self._started_s = time.monotonic()
+        print(f"{self.options.out.name}: resumed at step {self.step}, {self.elapsed_before_s:.0f} s", flush=True)
+
+    def save_checkpoint(self) -> None:
+        """Writes the averaged weights in fp16 with a note of how they were trained."""
+        options = {
+            key: str(value) if isinstance(value, pathlib.Path) else value for key, value in dataclasses.asdict(self.options).items()
+        }
+        notes = {
+            "training": {key: value for key, value in options.items() if key not in ("corpus", "out")},
+            "step": self.step,
+            "elapsed_s": round(self.elapsed_s(), 1),
+            "parameters": sum(parameter.numel() for parameter in self.reader.parameters()),
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        }
+        save_reader(self.options.out, self.averaged, self.options.corpus / "tokenizer.json", notes=notes)
