@@ -11,7 +11,7 @@ SELF_LENGTH_START = 16  # tokens first reserved for an answer; doubled when it o
 
 
 def cache_length(tokens: int, smallest: int = 64) -> int:
-    """Length to reserve for `tokens`: a quarter of the power of two below it is the step, so at most a fifth is reserved in vain."""
+    """Length to reserve for `tokens`, in steps of 64 or of a quarter of the power of two below it: at most a quarter more than needed."""
     step = max(smallest, 1 << max(tokens.bit_length() - 3, 0))
     return -(-tokens // step) * step
 

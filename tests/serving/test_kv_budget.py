@@ -1,0 +1,60 @@
+"""Memory of keys and values: what the arithmetic says is what the engine reserves, and a budget is kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.kv_budget import cache_length, plan, self_cache_length
+from serving.limits import Limits, LimitsError
+from serving.manifest import Manifest
+from serving.onnx_engine import OnnxDecoder
+from serving.tensors import EngineSizes
+
+# FiD-base and FiDO-base (LSA-6, MQ) at 40 x 256 tokens in fp16: 377 and 5.2 MB a question, the arithmetic of the FiDO paper
+FID_BASE = EngineSizes(768, 12, tuple(range(12)), 12, 12, 64, 32128)
+FIDO_BASE = EngineSizes(768, 12, (5, 11), 12, 1, 64, 32128)
+
+
+@pytest.mark.parametrize(("sizes", "megabytes"), [(FID_BASE, 377.5), (FIDO_BASE, 5.2)])
+def test_cross_attention_cache_of_the_base_size_is_what_the_arithmetic_says(sizes, megabytes):
+    assert 40 * 256 * sizes.cross_kv_bytes_per_token(2) / 1e6 == pytest.approx(megabytes, abs=0.1)
+
+
+@given(st.integers(1, 200_000))
+def test_reserved_lengths_cover_and_waste_at_most_a_quarter(tokens):
+    assert tokens <= cache_length(tokens) <= max(tokens + 63, tokens * 1.25)
+    assert tokens <= self_cache_length(tokens) <= max(16, 2 * tokens)
+
+
+def test_a_budget_lowers_the_slots_and_none_leaves_them():
+    limits = Limits(max_passages=40, max_new_tokens=32, slots=16)
+    free = plan(FID_BASE, limits, 256, 4)
+    assert free.slots == 16
+    tight = plan(FID_BASE, Limits(max_passages=40, max_new_tokens=32, slots=16, kv_cache_bytes=3 * free.bytes_per_question + 1), 256, 4)
+    assert tight.slots == 3
+    assert f"{free.bytes_per_question:,} bytes of keys and values a question" in str(free)
+
+
+def test_a_budget_too_small_for_one_question_says_what_it_takes():
+    with pytest.raises(LimitsError, match=r"kv_cache_bytes: wanted at least [\d,]+ for one question of 40 passages x 256 tokens"):
+        plan(FID_BASE, Limits(kv_cache_bytes=1000), 256, 4)
+
+
+def test_the_engine_never_reserves_more_than_planned(engines):
+    _, directory = engines["fid"]
+    manifest = Manifest.load(directory)
+    limits = Limits(max_passages=6, max_new_tokens=20, default_max_new_tokens=20, slots=3)
+    budget = plan(manifest.sizes, limits, manifest.prompt.passage_length, 4)
+    decoder = OnnxDecoder(directory, manifest, budget.slots)
+    longest = limits.max_passages * manifest.prompt.passage_length
+    for slot in range(limits.slots):
+        hidden = np.zeros((longest, manifest.sizes.d_model_encoder), np.float32)
+        decoder.admit(slot, slot, hidden, np.zeros(longest, np.int32))
+    for step in range(limits.max_new_tokens):
+        decoder.step(np.zeros(3, np.int32), np.full(3, step, np.int32), np.zeros(3, np.float32))
+    assert decoder.reserved_bytes() == budget.slots * budget.bytes_per_question
+    decoder.admit(0, 0, np.zeros((10, manifest.sizes.d_model_encoder), np.float32), np.zeros(10, np.int32))
+    assert decoder.reserved_bytes() < budget.slots * budget.bytes_per_question, "a long question's memory is given back once it has left"
