@@ -30,6 +30,7 @@ from serving.limits import Limits
 from serving.manifest import Manifest
 from serving.prompt import PromptEncoder
 from serving.server import TritonServer, models_of
+from training.records import read_jsonl
 
 CORPUS, CHECKPOINTS, ENGINES = Path("build/corpus"), Path("checkpoints"), Path("build/engines")
 CONCURRENCY = 8
@@ -38,7 +39,10 @@ TORCH_BATCH = 8
 
 @dataclasses.dataclass(frozen=True)
 class ReaderResult:
-    """One reader's numbers; times are the client's, at the concurrency that their name says."""
+    """One reader's numbers; times are the client's, at the concurrency that their name says.
+
+    `gold_on_top`: percent of the held-out questions whose gold passage has the highest passage score.
+    """
 
     em: float
     questions: int
@@ -51,6 +55,7 @@ class ReaderResult:
     failed: int
     parameters: int
     real_em: float
+    gold_on_top: float
 
 
 def torch_answers(checkpoint: Path, engines: Path, examples: Sequence[Example]) -> list[tuple[str, int]]:
@@ -112,7 +117,20 @@ def measure(server: TritonServer, model: str, name: str, heldout: list[Example],
         failed=alone.failed + together.failed + on_real.failed,
         parameters=int(Manifest.load(engines).provenance["parameters"]),
         real_em=round(on_real.em or 0.0, 1),
+        gold_on_top=round(gold_on_top(heldout, together_predictions), 1),
     )
+
+
+def gold_on_top(examples: Sequence[Example], predictions: Sequence[Prediction]) -> float:
+    """Percent of the answers that rest most on the passage they were made from."""
+    gold = {r["id"]: next((c["title"], c["text"]) for c in r["ctxs"] if c["id"] == r["gold"]) for r in read_jsonl(CORPUS / "heldout.jsonl")}
+    hits = []
+    for example, prediction in zip(examples, predictions, strict=True):
+        if prediction.answer is not None:
+            scores = prediction.answer.passage_scores
+            top = example.contexts[scores.index(max(scores))]
+            hits.append((top.title, top.text) == gold[example.id])
+    return 100 * sum(hits) / max(len(hits), 1)
 
 
 def main() -> int:
@@ -146,13 +164,13 @@ def main() -> int:
 def _table(results: dict[str, ReaderResult]) -> str:
     names = {"fid": "FiD", "fido": "FiDO", "fido_converted": "FiDO converted + up-trained"}
     lines = [
-        "| reader | EM | EM, human-written | parameters | ms a question, alone | questions/s, 8 at once | equals torch |",
-        "|" + "---|" * 7,
+        "| reader | EM | EM, human-written | gold passage on top | parameters | ms a question, alone | questions/s, 8 at once | equals torch |",
+        "|" + "---|" * 8,
     ]
     for name, r in results.items():
-        equal = "all" if r.served_equals_torch else f"all but {r.differing}"
+        equal = "all" if r.served_equals_torch else f"all but {r.differing}" if r.differing else "not compared"
         lines.append(
-            f"| {names[name]} | {r.em:.1f} | {r.real_em:.1f} | {r.parameters / 1e6:.2f} M | {r.alone_p50_ms:.0f} "
+            f"| {names[name]} | {r.em:.1f} | {r.real_em:.1f} | {r.gold_on_top:.1f}% | {r.parameters / 1e6:.2f} M | {r.alone_p50_ms:.0f} "
             f"| {r.questions_per_s:.0f} | {equal} |"
         )
     return "\n".join(lines)
