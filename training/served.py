@@ -164,7 +164,8 @@ def main() -> int:
 def _table(results: dict[str, ReaderResult]) -> str:
     names = {"fid": "FiD", "fido": "FiDO", "fido_converted": "FiDO converted + up-trained"}
     lines = [
-        "| reader | EM | EM, human-written | gold passage on top | parameters | ms a question, alone | questions/s, 8 at once | equals torch |",
+        "| reader | EM | EM, human-written | gold passage on top | parameters | ms a question, alone | questions/s, 8 at once | "
+        "equals torch |",
         "|" + "---|" * 8,
     ]
     for name, r in results.items():
