@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 from .server import LOOPBACK, TritonServer, models_of, tls_arguments
+from .supervisor import keep_serving
 from .tritonserver import PROJECT, ServerError
 
 
@@ -33,30 +34,31 @@ def main() -> int:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    server = TritonServer(
-        models_of(arguments.readers, stream=arguments.stream),
-        arguments.repository,
-        (arguments.http_port, arguments.grpc_port, arguments.metrics_port),
-        arguments.address,
-        arguments.log,
-        extra=[*tls_arguments(arguments.tls_certificate, arguments.tls_key, arguments.tls_root), *arguments.extra],
-    )
+
+    def new_server() -> TritonServer:
+        return TritonServer(
+            models_of(arguments.readers, stream=arguments.stream),
+            arguments.repository,
+            (arguments.http_port, arguments.grpc_port, arguments.metrics_port),
+            arguments.address,
+            arguments.log,
+            extra=[*tls_arguments(arguments.tls_certificate, arguments.tls_key, arguments.tls_root), *arguments.extra],
+        )
+
+    def announce(server: TritonServer) -> None:
+        print(f"models    {' '.join(server.models)}")
+        print(f"gRPC      {server.grpc_url}")
+        print(f"HTTP      {server.http_url}/v2/models/{arguments.readers[0]}/generate")
+        print(f"metrics   {server.metrics_url}")
+        print(f"log       {server.log}")
+        print("ready; Ctrl-C stops", flush=True)
+
     try:
-        with server:
-            print(f"models    {' '.join(server.models)}")
-            print(f"gRPC      {server.grpc_url}")
-            print(f"HTTP      {server.http_url}/v2/models/{arguments.readers[0]}/generate")
-            print(f"metrics   {server.metrics_url}")
-            print(f"log       {server.log}")
-            print("ready; Ctrl-C stops", flush=True)
-            while not stop.wait(0.5):
-                if server.process is not None and server.process.poll() is not None:
-                    print(f"tritonserver ended by itself with code {server.process.returncode}; see {server.log}", file=sys.stderr)
-                    return 1
-            print("stopping", flush=True)
+        keep_serving(new_server, stop, announce)
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print("stopped", flush=True)
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,8 @@ from .tritonserver import PROJECT, ServerError, environment, find_installation, 
 
 LOOPBACK = "127.0.0.1"
 SHM = Path("/dev/shm")
+SHM_PREFIX = "fido-"
+SCRATCH_PREFIX = "fido-triton-"
 PR_SET_PDEATHSIG = 1
 
 
@@ -79,10 +82,10 @@ class TritonServer:
         self.models, self.repository, self.address = tuple(models), Path(repository), address
         self.http_port, self.grpc_port, self.metrics_port = ports or free_ports(3)
         self._start_timeout_s, self._drain_timeout_s, self._extra = start_timeout_s, drain_timeout_s, tuple(extra)
-        self._scratch = tempfile.TemporaryDirectory(prefix="fido-triton-")
+        self._scratch = tempfile.TemporaryDirectory(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-")
         self.log = log or Path(self._scratch.name, "tritonserver.log")
         # names the Python backend's shared memory, so that ours can be told from others' and removed
-        self.shm_prefix = f"fido-{os.getpid()}-{self.grpc_port}-"
+        self.shm_prefix = f"{SHM_PREFIX}{os.getpid()}-{self.grpc_port}-"
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -114,6 +117,7 @@ class TritonServer:
 
     def _start(self) -> None:
         require_numpy_1()
+        remove_leftovers()
         installation = find_installation()
         scratch = Path(self._scratch.name)
         # a repository of links to the wanted models: Triton then needs no model control, through which clients could load others
@@ -185,13 +189,27 @@ class TritonServer:
                     found[model] = pid
         return found
 
-    def stop(self) -> None:
-        """End the server: requests in flight may finish, then every process and every shared memory region of it goes."""
+    def failure(self) -> str | None:
+        """None while the server and all its models live, else what has died.
+
+        Triton 2.51 neither restarts a model whose process has died nor stops calling it ready; every request to it fails.
+        """
+        if self.process is None or self.process.poll() is not None:
+            return "tritonserver has ended" + ("" if self.process is None else f" with code {self.process.returncode}")
+        dead = sorted(set(self.models) - set(self.model_processes()))
+        return f"the process of {', '.join(dead)} has died" if dead else None
+
+    def stop(self, drain_timeout_s: float | None = None) -> None:
+        """End the server: requests in flight may finish, then every process and every shared memory region of it goes.
+
+        Args:
+            drain_timeout_s: how long they may take; by default what the server was made with.
+        """
         process, self.process = self.process, None
         if process is not None:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(self._drain_timeout_s + 10)
+                process.wait(self._drain_timeout_s + 10 if drain_timeout_s is None else drain_timeout_s)
             except subprocess.TimeoutExpired:
                 pass
             try:
@@ -202,6 +220,18 @@ class TritonServer:
         for region in SHM.glob(f"{self.shm_prefix}*"):
             region.unlink(missing_ok=True)
         self._scratch.cleanup()
+
+
+def remove_leftovers() -> None:
+    """Remove shared memory and scratch folders of servers whose launcher was killed before it could."""
+    for folder, prefix in ((SHM, SHM_PREFIX), (Path(tempfile.gettempdir()), SCRATCH_PREFIX)):
+        for path in folder.glob(f"{prefix}*"):
+            launcher = path.name.removeprefix(prefix).partition("-")[0]
+            if launcher.isdigit() and not Path(f"/proc/{launcher}").exists():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
 
 def _children(pid: int) -> list[int]:

@@ -1,0 +1,113 @@
+"""`python -m serving` as a process: it stops cleanly, and it starts again what was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from clients.reader_client import ReaderClient, ReaderError
+from export.repository import repository_from_engines
+from serving import supervisor
+from serving.limits import Limits
+from serving.server import SHM, SHM_PREFIX, _children, free_ports, remove_leftovers
+from serving.tritonserver import ServerError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def launched(engines, tmp_path):
+    repository_from_engines(engines["fido"][1], tmp_path / "repository", "fido", Limits())
+    http, grpc, metrics = (str(port) for port in free_ports(3))
+    command = [sys.executable, "-m", "serving", "--readers", "fido", "--repository", str(tmp_path / "repository")]
+    command += ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics, "--log", str(tmp_path / "log")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    yield process, f"127.0.0.1:{grpc}"
+    process.kill()
+    process.wait()
+
+
+def answers(url: str, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            with ReaderClient(url, "fido", timeout_s=3) as client:
+                return client.answer("w1", ["w2"]).tokens > 0
+        except ReaderError:
+            time.sleep(0.2)
+    return False
+
+
+def processes_of(pid: int) -> dict[str, int]:
+    found = {}
+    for child in _children(pid):
+        command = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
+        name = Path(command[0]).name
+        found["tritonserver" if name == "tritonserver" else "fido_encoder" if any("/fido_encoder/" in c for c in command) else "fido"] = (
+            child
+        )
+    return found
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("victim", ["fido", "fido_encoder", "tritonserver"])
+def test_what_is_killed_is_started_again_and_ctrl_c_leaves_nothing(launched, victim):
+    process, url = launched
+    assert answers(url, 60)
+    first = processes_of(process.pid)
+    os.kill(first[victim], signal.SIGKILL)
+    time.sleep(1)
+    assert answers(url, 60), "no answer after kill -9"
+    second = processes_of(process.pid)
+    assert not set(first.values()) & set(second.values())
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and output.endswith("stopping\nstopped\n") and "starting again" in output
+    assert not [pid for pid in second.values() if Path(f"/proc/{pid}").exists()]
+    assert not list(SHM.glob(f"{SHM_PREFIX}{process.pid}-*"))
+
+
+class DyingServer:
+    """A server of which a model is dead as soon as it is ready."""
+
+    log, started = "log", 0
+
+    def __enter__(self):
+        DyingServer.started += 1
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def failure(self):
+        return "the process of fido has died"
+
+    def stop(self, drain_timeout_s):
+        pass
+
+
+def test_a_server_that_keeps_dying_is_given_up(monkeypatch):
+    monkeypatch.setattr(supervisor, "CHECK_PERIOD_S", 0.001)
+    with pytest.raises(ServerError, match="died 5 times within 60 s, last because the process of fido has died"):
+        supervisor.keep_serving(DyingServer, threading.Event(), lambda server: None)
+    assert DyingServer.started == 5
+
+
+def test_leftovers_of_a_dead_launcher_are_removed_and_those_of_the_living_are_not():
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    stale, ours = SHM / f"{SHM_PREFIX}{dead.pid}-1-x", SHM / f"{SHM_PREFIX}{os.getpid()}-1-x"
+    stale.touch()
+    ours.touch()
+    try:
+        remove_leftovers()
+        assert not stale.exists() and ours.exists()
+    finally:
+        ours.unlink()
