@@ -28,7 +28,7 @@ CORPUS := build/corpus/heldout.jsonl
 SERVED := model_repository/fid/1/manifest.json model_repository/fido/1/manifest.json
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {sub(/:.*/, "", $$1); printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## make .venv and install what every other target needs
 
@@ -82,6 +82,12 @@ evaluate: export $(CORPUS) ## EM of all demo readers through Triton on held-out 
 bench: export $(CORPUS) ## through Triton, in process and PyTorch beside each other, on this machine
 	$(PY) -m perf.chain
 
+bench-load: export $(CORPUS) ## throughput and latency at concurrency 1 to 64, and the worth of decoding in flight
+	$(PY) -m perf.load
+
+stress: export ## faults and fuzz against the real server, about 10 minutes (STRESS_MINUTES=60 soaks)
+	$(PY) -m tests.stress $(if $(STRESS_MINUTES),--minutes $(STRESS_MINUTES))
+
 test: export $(CORPUS) ## all tests
 	$(PY) -m pytest
 
@@ -95,4 +101,4 @@ clean: ## remove everything that was built, and the environment
 	find model_repository -path '*/1/*' ! -name model.py -type f -delete
 
 FORCE:
-.PHONY: help setup export serve ask demo evaluate bench test lint clean FORCE
+.PHONY: help setup export serve ask demo evaluate bench bench-load stress test lint clean FORCE
