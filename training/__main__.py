@@ -1,4 +1,4 @@
-"""``python -m training corpus | train | up-train | evaluate | campaign``."""
+"""``python -m training corpus | train | up-train | refine | evaluate | campaign``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def _parser() -> argparse.ArgumentParser:
     up_train.add_argument("--from", dest="source", type=pathlib.Path, required=True, help="checkpoint of the FiD reader")
     up_train.add_argument("--period", type=int, default=2, help="encoder_decoder_attention_period of the result")
     up_train.add_argument("--num-kv-heads", type=int, default=1)
-    for command in (train, up_train):
+    refine = commands.add_parser("refine", help="train a trained reader further with every country renamed; CPU will do")
+    refine.add_argument("--from", dest="source", type=pathlib.Path, required=True, help="checkpoint to start from")
+    for command in (train, up_train, refine):
         command.add_argument("--out", type=pathlib.Path, required=True)
         command.add_argument("--corpus", type=pathlib.Path, default=CORPUS)
         budget = command.add_mutually_exclusive_group(required=True)
@@ -32,9 +34,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--device", default="cuda")
         command.add_argument("--num-workers", type=int, default=3)
-        command.add_argument("--peak-learning-rate", type=float, default=2e-3 if command is train else 1e-3)
+        command.add_argument("--peak-learning-rate", type=float, default={train: 2e-3, up_train: 1e-3, refine: 4e-4}[command])
         command.add_argument("--passages-per-batch", type=int, default=640)
         command.add_argument("--evaluate-every-s", type=float, default=60.0)
+        command.add_argument("--evaluation-questions", type=int, default=256)
+        command.add_argument("--threads", type=int, help="of torch, on the CPU")
         command.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false")
 
     evaluate = commands.add_parser("evaluate", help="greedy answers and exact match of a checkpoint")
@@ -58,22 +62,32 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    import torch
+
     from export.checkpoint import load_reader
     from export.convert import fido_from_fid
     from export.model import Reader
     from training.readers import reader_config
     from training.trainer import Trainer, TrainOptions
 
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     names = {field.name for field in dataclasses.fields(TrainOptions)}
     given = {key: value for key, value in vars(arguments).items() if key in names}
     if arguments.command == "train":
         reader = Reader(reader_config(arguments.reader))
         reader.reset_parameters(arguments.seed)
-        options = TrainOptions(**given)
-    else:
+        Trainer(reader, TrainOptions(**given)).run()
+        return
+    history = json.loads((arguments.source / "config.json").read_text(encoding="utf-8"))["notes"]
+    history = history.get("runs", [history])
+    if arguments.command == "up-train":
         reader = fido_from_fid(load_reader(arguments.source), arguments.period, arguments.num_kv_heads)
         options = TrainOptions(**given, up_training=True, warmup_steps=100)
-    Trainer(reader, options).run()
+    else:
+        reader = load_reader(arguments.source)
+        options = TrainOptions(**given, refining=True, warmup_steps=50, average_decay=0.998)
+    Trainer(reader, options, history).run()
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -108,7 +122,7 @@ def main() -> None:
 
         for name, lines in build_corpus(arguments.out).items():
             print(f"{arguments.out / name}: {lines} lines")
-    elif arguments.command in ("train", "up-train"):
+    elif arguments.command in ("train", "up-train", "refine"):
         _train(arguments)
     elif arguments.command == "evaluate":
         _evaluate(arguments)

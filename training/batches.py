@@ -19,11 +19,12 @@ from training.examples import MAX_TARGET_TOKENS, ExampleSource, Mixture
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-    """What step ``step`` trains on."""
+    """What step ``step`` trains on; ``passage_length`` cuts prompts shorter than the reader would."""
 
     step: int
     batch_size: int
     mixture: Mixture
+    passage_length: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +43,12 @@ class Batch:
 def make_batch(source: ExampleSource, plan: BatchPlan, seed: int) -> Batch:
     """The batch of a step."""
     rng = random.Random(seed * 1_000_003 + plan.step)
-    inputs = np.zeros((plan.batch_size, plan.mixture.n_passages, source.passage_length), dtype=np.uint16)
+    length = plan.passage_length or source.passage_length
+    inputs = np.zeros((plan.batch_size, plan.mixture.n_passages, length), dtype=np.uint16)
     targets = np.zeros((plan.batch_size, MAX_TARGET_TOKENS), dtype=np.uint16)
     for row in range(plan.batch_size):
-        example = source.draw(rng, plan.mixture)
-        for column, prompt in enumerate(source.prompt_ids(example)):
+        example = source.draw_fitting(rng, plan.mixture, length) if plan.passage_length else source.draw(rng, plan.mixture)
+        for column, prompt in enumerate(source.prompt_ids(example, length)):
             inputs[row, column, : len(prompt)] = prompt
         answer = source.target_ids(example)
         targets[row, : len(answer)] = answer

@@ -114,9 +114,7 @@ def _tokenizer_texts(passages: Sequence[Passage], held_out: frozenset[str]) -> I
                     yield "question: " + ask(template, name)
 
 
-def build_corpus(
-    directory: pathlib.Path, passages: Sequence[Passage] | None = None, min_facts: int = MIN_FACTS
-) -> dict[str, int]:
+def build_corpus(directory: pathlib.Path, passages: Sequence[Passage] | None = None, min_facts: int = MIN_FACTS) -> dict[str, int]:
     """Writes every file of the corpus; returns how many lines each has.
 
     Args:
@@ -140,9 +138,7 @@ def build_corpus(
     }
     (directory / "countries.json").write_text(json.dumps(countries, ensure_ascii=False, indent=1), encoding="utf-8")
     counts["train.jsonl"] = write_jsonl(directory / "train.jsonl", _train_facts(passages, index, held_out))
-    counts["heldout.jsonl"] = write_jsonl(
-        directory / "heldout.jsonl", _held_out_examples(passages, index, held_out, N_PASSAGES)
-    )
+    counts["heldout.jsonl"] = write_jsonl(directory / "heldout.jsonl", _held_out_examples(passages, index, held_out, N_PASSAGES))
     many = list(_held_out_examples(passages, index, held_out, N_MANY_PASSAGES))
     chosen = sorted(random.Random(SEED + 3).sample(range(len(many)), min(N_MANY_QUESTIONS, len(many))))
     counts["heldout_40.jsonl"] = write_jsonl(directory / "heldout_40.jsonl", (many[i] for i in chosen))

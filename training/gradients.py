@@ -71,7 +71,7 @@ class GraphedGradients:
         return captured.loss.clone()
 
     def _pass(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        torch._foreach_zero_([parameter.grad for parameter in self._parameters])
+        torch._foreach_zero_([parameter.grad for parameter in self._parameters if parameter.grad is not None])
         value = self._loss(input_ids, targets)
         value.backward()
         return value.detach()

@@ -6,6 +6,7 @@ use are expanded by one hand-written table, at query time only; nothing is learn
 
 from __future__ import annotations
 
+import collections
 import functools
 import re
 import unicodedata
@@ -239,7 +240,7 @@ class PassageIndex:
     """BM25 (k1 0.9, b 0.4) over title and start of text.
 
     A question may name a country by an alias ("usa") or by its people's adjective ("french"): the country's own name
-    is then added to the query.
+    then takes the word's place in the query.
     """
 
     def __init__(self, passages: Sequence[Passage]):
@@ -252,8 +253,11 @@ class PassageIndex:
         countries = dict.fromkeys(passage.country for passage in passages)
         self._full_names = sorted((" ".join(_words(country)) for country in countries), key=len, reverse=True)
         self._names: list[tuple[str, list[str]]] = []
+        # "French" is said of France and of five of its territories: the one with most passages is meant.
+        sizes = collections.Counter(passage.country for passage in passages)
+        owners = {adjectives[country]: country for country in sorted(adjectives, key=lambda country: sizes[country])}
         for country in countries:
-            spoken = [*ALIASES.get(country, ()), *([adjectives[country]] if country in adjectives else [])]
+            spoken = [*ALIASES.get(country, ()), *(adjective for adjective, owner in owners.items() if owner == country)]
             self._names += [(" ".join(_words(name)), terms(country)) for name in spoken]
 
     def query_terms(self, question: str) -> list[str]:
@@ -271,7 +275,8 @@ class PassageIndex:
             spaced = spaced.replace(f" {name} ", " ")
         for spoken, country in self._names:
             if f" {spoken} " in spaced:
-                found += country
+                # The country is meant, not what else the word stands for: "french people" are not French Polynesia's.
+                found = [term for term in found if term not in terms(spoken)] + country
         return list(dict.fromkeys(found))
 
     def search(self, question: str, n_passages: int) -> list[tuple[int, float]]:

@@ -26,12 +26,12 @@ from torch.nn import functional
 
 from export.checkpoint import save_reader
 from export.model import Reader
-from training.batches import Batch, BatchFactory
+from training.batches import Batch, BatchFactory, BatchPlan
 from training.evaluation import predict, score
 from training.examples import ExampleSource
 from training.gradients import GraphedGradients, eager_gradients
 from training.records import read_jsonl
-from training.schedule import FROM_SCRATCH, UP_TRAINING, batch_plan, learning_rate
+from training.schedule import FROM_SCRATCH, UP_TRAINING, batch_plan, learning_rate, refinement_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +46,11 @@ class TrainOptions:
         seed: Of weights, batches and dropout.
         cuda_graphs: Replay forward and backward pass as one CUDA graph for each batch shape. A reader this small
             leaves the GPU waiting for kernel launches otherwise; torch.compile helps as well but takes over a minute.
+        bfloat16: Autocast; the weights stay fp32.
         peak_learning_rate: Of all weights but the embedding.
         embedding_factor: Times that for the embedding, whose entries are near 1 where others are near 0.07.
         up_training: Shorter warm-up, no one-passage stage: the weights come from a trained reader.
+        refining: Short prompts, every country renamed in most examples; the weights come from a trained reader.
     """
 
     corpus: pathlib.Path
@@ -59,6 +61,7 @@ class TrainOptions:
     device: str = "cuda"
     num_workers: int = 3
     cuda_graphs: bool = True
+    bfloat16: bool = True
     peak_learning_rate: float = 2e-3
     embedding_factor: float = 5.0
     weight_decay: float = 0.01
@@ -67,6 +70,7 @@ class TrainOptions:
     warmup_steps: int = 300
     passages_per_batch: int = 640
     up_training: bool = False
+    refining: bool = False
     evaluate_every_s: float = 60.0
     evaluation_questions: int = 256
     save_every_s: float = 60.0
@@ -79,9 +83,18 @@ class TrainOptions:
 class Trainer:
     """One reader being trained."""
 
-    def __init__(self, reader: Reader, options: TrainOptions):
+    def __init__(self, reader: Reader, options: TrainOptions, history: list[dict[str, Any]] | None = None):
+        """Prepares a run, or goes on with the one in ``options.out``.
+
+        Args:
+            reader: With the weights to start from.
+            options: How to train.
+            history: Notes of the runs that ``reader`` comes from.
+        """
         self.options = options
+        self.history = history or []
         self.device = torch.device(options.device)
+        self._hold = 0.05 if options.up_training or options.refining else 0.35
         self.stages = UP_TRAINING if options.up_training else FROM_SCRATCH
         self.tokenizer = Tokenizer.from_file(str(options.corpus / "tokenizer.json"))
         self.reader = reader.to(self.device).float().train().requires_grad_(True)
@@ -135,7 +148,7 @@ class Trainer:
         # The decoder reads the targets shifted right behind the start token, which is the pad token.
         shifted = functional.pad(targets, (1, 0))[:, :-1]
         # No cache of cast weights: a CUDA graph would replay the cast of the weights it was captured with.
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.bfloat16, cache_enabled=False):
             logits = self.reader(input_ids, (input_ids != 0).long(), shifted)
         return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=0)
 
@@ -148,9 +161,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> torch.Tensor:
         """One update of weights and their average; returns the loss, still on the device."""
         progress = self.progress(self.step)
-        rate = learning_rate(
-            self.options.peak_learning_rate, progress, self.step, self.options.warmup_steps, 0.05 if self.options.up_training else 0.35
-        )
+        rate = learning_rate(self.options.peak_learning_rate, progress, self.step, self.options.warmup_steps, self._hold)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         loss = self._gradients(self._tensor(batch.input_ids), self._tensor(batch.targets))
@@ -161,6 +172,11 @@ class Trainer:
         with torch.no_grad():
             torch._foreach_lerp_(list(self.averaged.parameters()), list(self.reader.parameters()), 1.0 - decay)
         return loss
+
+    def _plan(self, step: int) -> BatchPlan:
+        if self.options.refining:
+            return refinement_plan(step, self.options.seed)
+        return batch_plan(self.stages, self.progress(step), step, self.options.seed, self.options.passages_per_batch)
 
     def _finished(self) -> bool:
         return self.progress(self.step) >= 1.0
@@ -181,9 +197,7 @@ class Trainer:
             planned = first = self.step
             while not self._finished():
                 while len(factory) < 2 * options.num_workers + 2:
-                    factory.plan(
-                        batch_plan(self.stages, self.progress(planned), planned, options.seed, options.passages_per_batch)
-                    )
+                    factory.plan(self._plan(planned))
                     planned += 1
                 losses.append(self.train_step(factory.next()[1]))
                 if stop_after_steps is not None and self.step - first >= stop_after_steps:
@@ -248,15 +262,13 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Writes the averaged weights in fp16 with a note of how they were trained."""
-        options = {
-            key: str(value) if isinstance(value, pathlib.Path) else value for key, value in dataclasses.asdict(self.options).items()
-        }
-        notes = {
-            "training": {key: value for key, value in options.items() if key not in ("corpus", "out")},
+        options = {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in dataclasses.asdict(self.options).items()}
+        run = {
+            "options": {key: value for key, value in options.items() if key not in ("corpus", "out")},
             "step": self.step,
             "elapsed_s": round(self.elapsed_s(), 1),
             "parameters": sum(parameter.numel() for parameter in self.reader.parameters()),
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         }
-        save_reader(self.options.out, self.averaged, self.options.corpus / "tokenizer.json", notes=notes)
+        save_reader(self.options.out, self.averaged, self.options.corpus / "tokenizer.json", notes={"runs": [*self.history, run]})

@@ -1,0 +1,150 @@
+"""`python -m tests.stress`: do to a running server what clients, operators and machines do to servers, and count what goes wrong.
+
+One pass over all faults takes under 10 minutes on two cores; with --minutes above that the rest of the time is a soak: the faults that
+clients commit, again and again, on one server whose memory must stay flat. Loopback only, on a copy of the repository; ends nothing that
+it has not started. Exit code 0 if nothing was wrong, lost, crashed or left behind, and everything was measured.
+
+Not sent: the gRPC header `triton_grpc_error`. Every stream that it ends with an error may kill Triton 2.51, and no option forbids it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from serving.tritonserver import PROJECT
+
+from . import client_faults, fatal_requests, file_faults, process_faults
+from .arena import Arena, ArenaError, run_fault
+from .questions import READERS, corpus_cases, limits_of, word_cases
+from .soak import growths
+from .tally import Tally, last_line, notes, table
+
+PASS_MINUTES = 10.0
+WARM_UP_ROUNDS = 2
+CASES = 6  # of each reader
+LONG_TOKENS = 96  # of the long ones
+CORPUS = PROJECT / "build/corpus/heldout.jsonl"
+
+Fault = Callable[[Arena, Tally], None]
+CLIENT_FAULTS: dict[str, Fault] = {
+    "malformed gRPC": client_faults.malformed_grpc,
+    "malformed HTTP": client_faults.malformed_http,
+    "cancel storm": client_faults.cancel_storm,
+    "cancel storm, streams": client_faults.cancel_storm_streams,
+    "deadlines too short": client_faults.deadlines_too_short,
+    "slow readers": client_faults.slow_readers,
+    "hanging up": client_faults.hanging_up,
+    "overload": client_faults.overload,
+}
+# what may end processes, or starts servers of its own
+OTHER_FAULTS: dict[str, Fault] = {
+    "fatal to Triton 2.51": fatal_requests.fatal_requests,
+    **process_faults.KILLS,
+    "kill -9 all models": process_faults.kill_all_models,
+    "kill -9 tritonserver": process_faults.kill_tritonserver,
+    "kill -9 launcher": process_faults.kill_launcher,
+    "kill -9 everything": process_faults.kill_all,
+    "shutdown under load": process_faults.shutdown_under_load,
+    "full /dev/shm": file_faults.full_shm,
+    "files damaged, running": file_faults.damaged_while_running,
+    "files damaged, start": file_faults.damaged_at_start,
+}
+FAULTS = CLIENT_FAULTS | OTHER_FAULTS
+
+
+def make_arena(repository: Path, scratch: Path, seed: int, scale: float, *, words: bool) -> Arena:
+    """An arena on a copy of the repository, with reference questions but no server yet."""
+    copy = scratch / "repository"
+    shutil.copytree(repository, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    limits = {reader: limits_of(copy, reader) for reader in READERS}
+    cases = {}
+    for reader, bounds in limits.items():
+        short = word_cases(reader, bounds, seed, CASES) if words else corpus_cases(reader, bounds, seed, CASES, CORPUS)
+        cases[reader] = [*short, short[0].lengthened(min(LONG_TOKENS, bounds.max_new_tokens))]
+    return Arena(copy, scratch, limits, cases, random.Random(seed), scale)
+
+
+def run_pass(arena: Arena, names: list[str], tallies: dict[str, Tally]) -> None:
+    """Every named fault once; what it counted is added to its row."""
+    for name in names:
+        started = time.monotonic()
+        tally = run_fault(arena, name, FAULTS[name], harmless=name in CLIENT_FAULTS)
+        tallies.setdefault(name, Tally(name)).absorb(tally)
+        verdict = "" if tally.sound else "  <- see below"
+        print(f"{time.strftime('%H:%M:%S')} {name}: {tally.tries} tries in {time.monotonic() - started:.1f} s{verdict}", flush=True)
+
+
+def soak(arena: Arena, tallies: dict[str, Tally], until_s: float) -> list[str]:
+    """Rounds of the clients' faults on one server until the time is over; gives the report, and counts growth as left behind."""
+    tally = tallies.setdefault("soak", Tally("soak"))
+    for what in arena.stop():
+        tally.leave(what)
+    arena.start()
+    for _ in range(WARM_UP_ROUNDS):
+        run_pass(arena, list(CLIENT_FAULTS), tallies)
+
+    def sample() -> dict[str, int]:
+        return {**arena.server.memory(), "/dev/shm": arena.server.shm_bytes()}
+
+    start, processes, rounds = sample(), arena.server.processes(), 0
+    while time.monotonic() < until_s:
+        run_pass(arena, list(CLIENT_FAULTS), tallies)
+        rounds += 1
+    if arena.server.processes() != processes:
+        return ["memory     not comparable: a process has been replaced"]
+    found = growths(start, sample())
+    for growth in found:
+        if not growth.is_flat:
+            tally.leave(str(growth))
+    return [f"memory after {rounds} rounds, from the end of the warm-up:", *map(str, found)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the faults, print the table; gives the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.stress", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=float(os.environ.get("STRESS_MINUTES") or PASS_MINUTES), help="default 10")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", metavar="FAULT", choices=list(FAULTS), help=f"any of: {', '.join(FAULTS)}")
+    parser.add_argument("--repository", type=Path, default=PROJECT / "model_repository")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the tries")
+    parser.add_argument("--words", action="store_true", help="the repository holds the tests' tiny readers, who know w0, w1, ...")
+    arguments = parser.parse_args(argv)
+    started = time.monotonic()
+    tallies: dict[str, Tally] = {}
+    report: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="fido-stress-") as scratch:
+        arena = make_arena(arguments.repository, Path(scratch), arguments.seed, arguments.scale, words=arguments.words)
+        try:
+            arena.start()
+            arena.learn()
+            run_pass(arena, arguments.only or list(FAULTS), tallies)
+            if arguments.minutes > PASS_MINUTES and not arguments.only:
+                report = soak(arena, tallies, started + arguments.minutes * 60)
+            end = Tally("shutdown")
+            for what in arena.stop():
+                end.leave(what)
+            if not end.sound:
+                tallies["shutdown"] = end
+        except ArenaError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        finally:
+            arena.stop()
+    rows = list(tallies.values())
+    print("", table(rows), "", *report, *notes(rows), f"seed {arguments.seed}, {time.monotonic() - started:.0f} s", sep="\n")
+    print(last_line(rows))
+    return 0 if all(row.sound for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

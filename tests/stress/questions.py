@@ -1,0 +1,100 @@
+"""Reference questions: what the suite asks, and the answers it must get, before, beside and after every fault."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from google.protobuf import text_format
+from tritonclient.grpc import service_pb2
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from clients.examples import read_examples
+from clients.request import ReaderRequest, infer_message_from_tensors, tensors_from_request
+from serving.limits import Limits
+
+READERS = ("fid", "fido")
+LOG_PROB_TOLERANCE = 1e-2  # of an answer's sum: steps in company add in another order
+
+
+@dataclasses.dataclass
+class Case:
+    """One question to one reader; `text` and `tokens` are what an undisturbed server answered."""
+
+    reader: str
+    question: str
+    passages: list[str]
+    titles: list[str]
+    max_new_tokens: int
+    min_new_tokens: int
+    text: str = ""
+    tokens: int = 0
+    log_prob: float = 0.0
+
+    def tensors(self, model: str) -> dict[str, np.ndarray]:
+        """As READER_TENSORS names them."""
+        request = ReaderRequest(self.question, self.passages, self.titles, self.max_new_tokens, self.min_new_tokens)
+        return tensors_from_request(request, model=model)
+
+    def message(self, model: str) -> service_pb2.ModelInferRequest:
+        """The gRPC request."""
+        return infer_message_from_tensors(model, self.tensors(model))
+
+    def body(self) -> dict[str, Any]:
+        """The JSON for `generate` and `generate_stream`."""
+        names = ("question", "passages", "titles", "max_new_tokens", "min_new_tokens")
+        return {name: getattr(self, name) for name in names}
+
+    def fits(self, text: str, tokens: int, log_prob: float) -> bool:
+        """Whether this is the right answer."""
+        return (text, tokens) == (self.text, self.tokens) and abs(log_prob - self.log_prob) <= LOG_PROB_TOLERANCE
+
+    def lengthened(self, tokens: int) -> Case:
+        """The same question, answered in exactly so many tokens."""
+        return dataclasses.replace(self, max_new_tokens=tokens, min_new_tokens=tokens)
+
+
+def limits_of(repository: Path, reader: str) -> Limits:
+    """The bounds that a served reader's configuration states."""
+    config = text_format.Parse((repository / reader / "config.pbtxt").read_text(encoding="utf-8"), ModelConfig())
+    return Limits.from_parameters({key: {"string_value": value.string_value} for key, value in config.parameters.items()})
+
+
+def word_cases(reader: str, limits: Limits, seed: int, count: int) -> list[Case]:
+    """Questions in the words of the tests' tiny tokenizer."""
+    rng = random.Random(f"{reader} {seed}")
+
+    def words(most: int) -> str:
+        return " ".join(f"w{rng.randrange(80)}" for _ in range(rng.randint(1, most)))
+
+    cases = []
+    for _ in range(count):
+        n = rng.randint(1, min(6, limits.max_passages))
+        texts, titles = [words(30) for _ in range(n)], [words(3) for _ in range(n)]
+        most = rng.randint(1, min(30, limits.max_new_tokens))
+        cases.append(Case(reader, words(8), texts, titles, most, rng.randint(0, most)))
+    return cases
+
+
+def corpus_cases(reader: str, limits: Limits, seed: int, count: int, data: Path) -> list[Case]:
+    """Questions of a data set in FiD's format, with as many passages as it has."""
+    examples = list(read_examples(data, n_context=limits.max_passages))
+    chosen = random.Random(f"{reader} {seed}").sample(examples, min(count, len(examples)))
+    most = min(32, limits.max_new_tokens)
+    return [Case(reader, e.question, [c.text for c in e.contexts], [c.title or "" for c in e.contexts], most, 0) for e in chosen]
+
+
+def largest_case(case: Case, limits: Limits) -> Case:
+    """The question with as many and as long passages as its reader takes: the most memory that one request may need."""
+    words = " ".join(case.passages) or case.question
+    passage = (words * (limits.max_passage_characters // len(words) + 1))[: limits.max_passage_characters]
+    return dataclasses.replace(case, passages=[passage] * limits.max_passages, titles=[""] * limits.max_passages)
+
+
+def by_reader(cases: Sequence[Case]) -> dict[str, list[Case]]:
+    """The cases of each reader."""
+    return {reader: [case for case in cases if case.reader == reader] for reader in READERS}
