@@ -87,6 +87,7 @@ class TritonServer:
         # names the Python backend's shared memory, so that ours can be told from others' and removed
         self.shm_prefix = f"{SHM_PREFIX}{os.getpid()}-{self.grpc_port}-"
         self.process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
 
     @property
     def http_url(self) -> str:
@@ -145,7 +146,8 @@ class TritonServer:
             *self._extra,
         ]
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as log:
+        self._log_start = self.log.stat().st_size if self.log.exists() else 0
+        with self.log.open("ab") as log:  # append: after a restart the log still says what the last server died of
             # a session of its own: Ctrl-C at the terminal reaches us only, and we decide how the server ends
             self.process = subprocess.Popen(
                 command,
@@ -171,7 +173,7 @@ class TritonServer:
         raise ServerError(f"tritonserver was not ready after {self._start_timeout_s:.0f} s:\n{self._log_faults()}")
 
     def _log_faults(self) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = self.log.read_bytes()[self._log_start :].decode("utf-8", errors="replace").splitlines()
         faults = [line for line in lines if line.startswith("E") or "UNAVAILABLE" in line or "error" in line.lower()]
         return "\n".join((faults or lines)[-20:])
 

@@ -17,8 +17,8 @@ from .tritonserver import ServerError
 CHECK_PERIOD_S = 0.25
 # What still runs beside a dead model may end within this; a request to the dead one never will.
 DRAIN_AFTER_DEATH_S = 2.0
-# A server that dies this often within so short a time will go on dying: say so and end.
-MOST_DEATHS, WITHIN_S = 5, 60.0
+# A server that dies again within CALM_S is started again after a pause, which doubles each time.
+FIRST_PAUSE_S, LONGEST_PAUSE_S, CALM_S = 0.5, 30.0, 60.0
 
 
 def keep_serving(new_server: Callable[[], TritonServer], stop: threading.Event, announce: Callable[[TritonServer], None]) -> None:
@@ -30,20 +30,28 @@ def keep_serving(new_server: Callable[[], TritonServer], stop: threading.Event, 
         announce: called with each server once it is ready.
 
     Raises:
-        ServerError: if the first start fails, or servers keep dying.
+        ServerError: if the first start fails. A later one that fails is tried again.
     """
-    deaths: list[float] = []
+    pause_s = 0.0
+    served_before = False
     while not stop.is_set():
-        with new_server() as server:
-            announce(server)
-            while not stop.wait(CHECK_PERIOD_S):
-                if failure := server.failure():
-                    break
-            else:
-                print("stopping", flush=True)
-                return
-            print(f"{failure}; starting again (see {server.log})", file=sys.stderr, flush=True)
-            server.stop(DRAIN_AFTER_DEATH_S)
-        deaths = [moment for moment in deaths if moment > time.monotonic() - WITHIN_S] + [time.monotonic()]
-        if len(deaths) >= MOST_DEATHS:
-            raise ServerError(f"the server died {len(deaths)} times within {WITHIN_S:.0f} s, last because {failure}")
+        started_s = time.monotonic()
+        try:
+            with new_server() as server:
+                announce(server)
+                served_before = True
+                while not stop.wait(CHECK_PERIOD_S):
+                    if failure := server.failure():
+                        break
+                else:
+                    print("stopping", flush=True)
+                    return
+                server.stop(DRAIN_AFTER_DEATH_S)
+        except ServerError as error:
+            if not served_before:
+                raise
+            failure = str(error)
+        calm = time.monotonic() - started_s > CALM_S
+        pause_s = 0.0 if calm else min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * pause_s))
+        print(f"{failure}; starting again" + (f" in {pause_s:.1f} s" if pause_s else ""), file=sys.stderr, flush=True)
+        stop.wait(pause_s)

@@ -62,19 +62,21 @@ def torch_answers(checkpoint: Path, engines: Path, examples: Sequence[Example]) 
     """Greedy (text, number of tokens) of the torch reader, from the prompt that the server makes."""
     reader = load_checkpoint(checkpoint).reader
     prompt = PromptEncoder(Tokenizer.from_file(str(engines / "tokenizer.json")), Manifest.load(engines))
-    answers = []
-    for start in tqdm(range(0, len(examples), TORCH_BATCH), desc=f"torch {checkpoint.name}", file=sys.stderr):
-        rows = []
-        for example in examples[start : start + TORCH_BATCH]:
-            tokens = prompt.encode(example.question, [c.text for c in example.contexts], [c.title or "" for c in example.contexts])
-            rows.append((tokens.input_ids, tokens.attention_mask))
+    encoded = [prompt.encode(e.question, [c.text for c in e.contexts], [c.title or "" for c in e.contexts]) for e in examples]
+    # questions of like length together: every passage of a batch is padded to its longest
+    order = sorted(range(len(examples)), key=lambda i: encoded[i].input_ids.shape[1])
+    answers: list[tuple[str, int]] = [("", 0)] * len(examples)
+    for start in tqdm(range(0, len(order), TORCH_BATCH), desc=f"torch {checkpoint.name}", file=sys.stderr):
+        chosen = order[start : start + TORCH_BATCH]
+        rows = [(encoded[i].input_ids, encoded[i].attention_mask) for i in chosen]
         shape = (len(rows), max(len(ids) for ids, _ in rows), max(ids.shape[1] for ids, _ in rows))
         batch = np.zeros((2, *shape), np.int64)
         for i, row in enumerate(rows):
             for j, array in enumerate(row):
                 batch[j, i, : array.shape[0], : array.shape[1]] = array
         made = reader.generate(torch.from_numpy(batch[0]), torch.from_numpy(batch[1]), Limits().default_max_new_tokens)
-        answers += [(prompt.text(tokens), len(tokens)) for tokens in made.tokens]
+        for i, tokens in zip(chosen, made.tokens, strict=True):
+            answers[i] = (prompt.text(tokens), len(tokens))
     return answers
 
 

@@ -75,12 +75,14 @@ def test_what_is_killed_is_started_again_and_ctrl_c_leaves_nothing(launched, vic
 
 
 class DyingServer:
-    """A server of which a model is dead as soon as it is ready."""
+    """A server of which a model is dead as soon as it is ready; the fourth does not even start."""
 
-    log, started = "log", 0
+    started = 0
 
     def __enter__(self):
         DyingServer.started += 1
+        if DyingServer.started == 4:
+            raise ServerError("no memory")
         return self
 
     def __exit__(self, *_):
@@ -93,11 +95,34 @@ class DyingServer:
         pass
 
 
-def test_a_server_that_keeps_dying_is_given_up(monkeypatch):
-    monkeypatch.setattr(supervisor, "CHECK_PERIOD_S", 0.001)
-    with pytest.raises(ServerError, match="died 5 times within 60 s, last because the process of fido has died"):
-        supervisor.keep_serving(DyingServer, threading.Event(), lambda server: None)
-    assert DyingServer.started == 5
+def test_a_server_that_keeps_dying_is_started_again_after_longer_and_longer_pauses(monkeypatch, capsys):
+    for name, seconds in (("CHECK_PERIOD_S", 0.001), ("FIRST_PAUSE_S", 0.01), ("LONGEST_PAUSE_S", 0.06)):
+        monkeypatch.setattr(supervisor, name, seconds)
+    stop = threading.Event()
+    announced = []
+
+    def announce(server):
+        announced.append(server)
+        if len(announced) == 6:
+            stop.set()
+
+    supervisor.keep_serving(DyingServer, stop, announce)
+    assert DyingServer.started == 7 and len(announced) == 6
+    messages = capsys.readouterr().err.splitlines()
+    assert [line.split(";")[0] for line in messages] == [
+        *["the process of fido has died"] * 3,
+        "no memory",
+        *["the process of fido has died"] * 2,
+    ]
+
+
+def test_a_first_start_that_fails_is_an_error():
+    class Broken(DyingServer):
+        def __enter__(self):
+            raise ServerError("no engines")
+
+    with pytest.raises(ServerError, match="no engines"):
+        supervisor.keep_serving(Broken, threading.Event(), lambda server: None)
 
 
 def test_leftovers_of_a_dead_launcher_are_removed_and_those_of_the_living_are_not():
