@@ -216,7 +216,8 @@ def test_a_cancelled_question_frees_its_slot_and_its_place(server):
         inputs.append(grpcclient.InferInput(name, list(array.shape), "INT32" if array.dtype == np.int32 else "BYTES"))
         inputs[-1].set_data_from_numpy(array)
     with grpcclient.InferenceServerClient(server.grpc_url) as client:
-        calls = [client.async_infer("fid", inputs, callback=lambda result, error: None) for _ in range(60)]
+        calls = [client.async_infer("fid", inputs, callback=lambda result, error: None) for _ in range(400)]
+        time.sleep(0.1)  # some are being decoded now, and far more wait
         for call in calls:
             call.cancel()
     assert wait_for(lambda: metric(server, "reader_in_hand_questions", model="fid") == 0)

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from export.checkpoint import load_reader
 from export.config import ReaderConfig, StackConfig
@@ -55,8 +56,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(corpus, tmp_path):
 
 def test_saved_checkpoints_load_and_convert(corpus, tmp_path):
     Trainer(tiny_reader(), options(corpus, tmp_path / "fid", 2)).run()
+    assert {weight.dtype for weight in load_file(tmp_path / "fid" / "model.safetensors").values()} == {torch.float16}
     loaded = load_reader(tmp_path / "fid")
-    assert loaded.embedding.weight.dtype == torch.float16
     converted = fido_from_fid(loaded, 2, 1)
     trainer = Trainer(converted, options(corpus, tmp_path / "converted", 2, up_training=True))
     trainer.run()
