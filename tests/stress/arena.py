@@ -12,7 +12,6 @@ from pathlib import Path
 
 from clients.reader_client import ReaderClient, ReaderError
 from serving.limits import Limits
-from serving.supervisor import MOST_DEATHS
 
 from .asking import Asker, Outcome, ask_http
 from .questions import READERS, Case
@@ -23,6 +22,8 @@ MODELS = tuple(f"{reader}{suffix}" for reader in READERS for suffix in ("", "_st
 RECOVERY_TIMEOUT_S = 60.0
 GAUGES_TIMEOUT_S = 5.0
 REASONABLE = 5.0  # seconds that one reference question may take on a server that is well
+
+STRIKES_A_LAUNCHER = 3
 
 
 class ArenaError(RuntimeError):
@@ -95,8 +96,8 @@ class Arena:
         return left
 
     def strike(self) -> None:
-        """To be called before anything deadly: a launcher gives up on a server that keeps dying, so it is a new one every few deaths."""
-        if self._strikes >= MOST_DEATHS - 2:
+        """To be called before anything deadly: a launcher pauses longer with every death, so it is a new one every few of them."""
+        if self._strikes >= STRIKES_A_LAUNCHER:
             self.stop()
             self.start()
         self._strikes += 1
