@@ -176,9 +176,9 @@ def measure_base_step(batches: Sequence[int], steps: int) -> dict[str, Any]:
 def main() -> int:
     """Measure, print, and keep the result."""
     parser = argparse.ArgumentParser(prog="python -m perf.chain", description=__doc__)
-    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20, help="decoder steps of the base preset")
+    parser.add_argument("--steps", type=int, default=10, help="decoder steps of the base preset")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4], help="FiD-base keeps 755 MB a question in fp32")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
