@@ -15,6 +15,10 @@ FID_FLAGS ?=
 FIDO_FLAGS ?=
 # Bounds written into the served models' configuration, as `python -m export repository --help` lists them.
 LIMITS ?=
+# What runs them: tensorrt, onnxruntime-gpu, onnxruntime, or auto for the fastest that this machine has.
+ENGINE ?= auto
+# What runs the encoder inside Triton: python, or tensorrt in NVIDIA's container (serving/container/).
+TRITON_BACKEND ?= python
 # What is served, and where.
 READERS ?= fid fido
 STREAM ?=
@@ -40,27 +44,30 @@ $(INSTALLED): requirements.txt requirements-triton.txt requirements-export.txt r
 
 export: $(SERVED) ## checkpoints -> ONNX engines -> model repository (FID=... FIDO=... for your own)
 
+# Engines for a GPU are built for the limits that they will serve.
+ENGINE_HERE = $(if $(filter auto,$(ENGINE)),$(shell $(PY) -m export detect),$(ENGINE))
+MADE_WITH = $($(shell echo $* | tr a-z A-Z)) $($(shell echo $* | tr a-z A-Z)_FLAGS) $(ENGINE_HERE) $(if $(filter-out onnxruntime,$(ENGINE_HERE)),$(LIMITS))
+
 # One stamp a reader holds what it is made with; it changes only when that changes, so that `make export FID=other` exports again
 # and a second `make export` does nothing.
-build/engines/%.made-with: FORCE
+build/engines/%.made-with: $(INSTALLED) FORCE
 	@mkdir -p $(@D)
-	@echo '$($(shell echo $* | tr a-z A-Z)) $($(shell echo $* | tr a-z A-Z)_FLAGS)' | cmp -s - $@ || \
-	  echo '$($(shell echo $* | tr a-z A-Z)) $($(shell echo $* | tr a-z A-Z)_FLAGS)' > $@
+	@echo '$(MADE_WITH)' | cmp -s - $@ || echo '$(MADE_WITH)' > $@
 
 build/engines/limits.made-with: FORCE
 	@mkdir -p $(@D)
-	@echo '$(LIMITS)' | cmp -s - $@ || echo '$(LIMITS)' > $@
+	@echo '$(LIMITS) $(TRITON_BACKEND)' | cmp -s - $@ || echo '$(LIMITS) $(TRITON_BACKEND)' > $@
 
-EXPORT_CODE := $(wildcard export/*.py) serving/tensors.py serving/manifest.py serving/limits.py
+EXPORT_CODE := $(wildcard export/*.py) $(addprefix serving/,tensors.py manifest.py limits.py step_parts.py gpu_plan.py)
 
 build/engines/fid/manifest.json: $(INSTALLED) $(EXPORT_CODE) build/engines/fid.made-with $(wildcard $(FID)/*.json $(FID)/*.safetensors $(FID)/*.bin)
-	$(PY) -m export onnx $(FID) $(@D) $(FID_FLAGS)
+	$(PY) -m export build $(FID) $(@D) --engine $(ENGINE_HERE) $(FID_FLAGS) $(LIMITS)
 
 build/engines/fido/manifest.json: $(INSTALLED) $(EXPORT_CODE) build/engines/fido.made-with $(wildcard $(FIDO)/*.json $(FIDO)/*.safetensors $(FIDO)/*.bin)
-	$(PY) -m export onnx $(FIDO) $(@D) $(FIDO_FLAGS)
+	$(PY) -m export build $(FIDO) $(@D) --engine $(ENGINE_HERE) $(FIDO_FLAGS) $(LIMITS)
 
 model_repository/%/1/manifest.json: build/engines/%/manifest.json build/engines/limits.made-with
-	$(PY) -m export repository $(<D) --reader $* $(LIMITS)
+	$(PY) -m export repository $(<D) --reader $* --triton-backend $(TRITON_BACKEND) $(LIMITS)
 	@touch $@
 
 serve: export ## run Triton on the repository until Ctrl-C (READERS="fid fido", STREAM=1 for the streaming models)
@@ -85,10 +92,16 @@ bench: export $(CORPUS) ## through Triton, in process and PyTorch beside each ot
 bench-load: export $(CORPUS) ## throughput and latency at concurrency 1 to 64, and the worth of decoding in flight
 	$(PY) -m perf.load
 
-stress: export ## faults and fuzz against the real server, about 10 minutes (STRESS_MINUTES=60 soaks)
+stress: export $(CORPUS) ## faults and fuzz against the real server, about 10 minutes (STRESS_MINUTES=60 soaks)
 	$(PY) -m tests.stress $(if $(STRESS_MINUTES),--minutes $(STRESS_MINUTES))
 
-test: export $(CORPUS) ## all tests
+gpu-test: export $(CORPUS) ## on a GPU: engines, kernels, decoder and the six served models against fp32 on the CPU
+	$(PY) -m export onnx $(FID) build/cpu_engines/fid $(FID_FLAGS)
+	$(PY) -m export onnx $(FIDO) build/cpu_engines/fido $(FIDO_FLAGS)
+	$(PY) -m tests.gpu
+
+test: ENGINE := onnxruntime
+test: export $(CORPUS) ## all tests that need no GPU
 	$(PY) -m pytest
 
 lint: $(INSTALLED) ## ruff and mypy
@@ -101,4 +114,4 @@ clean: ## remove everything that was built, and the environment
 	find model_repository -path '*/1/*' ! -name model.py -type f -delete
 
 FORCE:
-.PHONY: help setup export serve ask demo evaluate bench bench-load stress test lint clean FORCE
+.PHONY: help setup export serve ask demo evaluate bench bench-load stress gpu-test test lint clean FORCE

@@ -10,13 +10,18 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serving.limits import Limits, LimitsError
-from serving.manifest import ManifestError
+from serving.limits import Limits
+from serving.manifest import SUFFIXES
 
-from .config import FIDO_PERIOD, ConfigError, reader_preset
+from .config import FIDO_PERIOD, reader_preset
 
 if TYPE_CHECKING:  # torch is imported only by the command that needs it, so that --help is quick
+    from serving.manifest import Manifest
+
     from .checkpoint import Checkpoint
+
+
+FAULTS = ("CheckpointError", "ConfigError", "EngineError", "ExportError", "LimitsError", "ManifestError", "PassError")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,7 +38,6 @@ def _parser() -> argparse.ArgumentParser:
 
     onnx = commands.add_parser("onnx", parents=[checkpoint], help="checkpoint -> ONNX engines and manifest")
     onnx.add_argument("engines", type=Path, help="directory to write")
-    onnx.add_argument("--opset", type=int, default=None)
 
     preset = commands.add_parser("preset", help="a reader of published size with random weights, for benchmarks -> ONNX engines")
     preset.add_argument("name", help="base, large, ... or base-xl, large-xxl (encoder-decoder)")
@@ -45,6 +49,27 @@ def _parser() -> argparse.ArgumentParser:
     preset.add_argument("--tokenizer", required=True, help="tokenizer.json or a directory with one")
     preset.add_argument("--seed", type=int, default=0)
 
+    for command in (onnx, preset):
+        command.add_argument("--opset", type=int, help="of the graphs (default: 18; with --gpu 17, the newest that TensorRT 8.6 reads)")
+        command.add_argument("--gpu", action="store_true", help="graphs for the GPU: half precision, the decoder step in parts")
+        command.add_argument("--precision", choices=("float16", "bfloat16"), default="float16", help="of --gpu (default: %(default)s)")
+
+    build = commands.add_parser("build", parents=[checkpoint], help="checkpoint -> engines of one kind, by the steps above and below")
+    build.add_argument("engines", type=Path, help="directory to write; graphs for a GPU are kept beside it, as NAME.graphs")
+    build.add_argument("--engine", choices=("auto", *SUFFIXES), default="auto", help="default: the fastest that this machine has")
+    build.add_argument("--precision", choices=("float16", "bfloat16"), default="float16", help="on a GPU (default: %(default)s)")
+    build.add_argument("--opset", type=int)
+    build.add_argument("--timing-cache", type=Path, default=Path("build/tensorrt-timing.cache"))
+    _add_limits(build)
+
+    engine = commands.add_parser("engine", help="graphs made with --gpu -> TensorRT engines for this machine's GPU")
+    engine.add_argument("graphs", type=Path)
+    engine.add_argument("engines", type=Path, help="directory to write")
+    engine.add_argument("--timing-cache", type=Path, default=Path("build/tensorrt-timing.cache"))
+    _add_limits(engine)
+
+    commands.add_parser("detect", help="print the engine that fits this machine: tensorrt, onnxruntime-gpu or onnxruntime")
+
     convert = commands.add_parser("convert", parents=[checkpoint], help="FiD -> FiDO, a start for up-training")
     convert.add_argument("output", type=Path, help="directory to write, in our own layout")
     convert.add_argument("--period", type=int, default=FIDO_PERIOD)
@@ -54,8 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     repository.add_argument("engines", type=Path)
     repository.add_argument("--reader", choices=("fid", "fido"), required=True, help="name to serve under")
     repository.add_argument("--repository", type=Path, default=Path("model_repository"))
-    for field in dataclasses.fields(Limits):
-        repository.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default, help="default: %(default)s")
+    backends = ("python", "tensorrt")
+    repository.add_argument("--triton-backend", choices=backends, default="python", help="of the encoder: tensorrt in NVIDIA's container")
+    _add_limits(repository)
 
     compare = commands.add_parser("compare", parents=[checkpoint], help="each stage against the one before it")
     compare.add_argument("engines", type=Path)
@@ -63,15 +89,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_limits(command: argparse.ArgumentParser) -> None:
+    for field in dataclasses.fields(Limits):
+        command.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default, help="default: %(default)s")
+
+
+def _limits(arguments: argparse.Namespace) -> Limits:
+    return Limits(**{name: getattr(arguments, name) for name in Limits.names()})
+
+
 def main() -> int:
     """Run one command; faults of the input are told in a line each, not by a traceback."""
     arguments = _parser().parse_args()
-    from .onnx_graph import ExportError
-    from .weights import CheckpointError
-
+    command = globals()[f"_{arguments.command}"]
     try:
-        return int(globals()[f"_{arguments.command}"](arguments))
-    except (CheckpointError, ConfigError, ExportError, LimitsError, ManifestError) as error:
+        return int(command(arguments))
+    except (ValueError, RuntimeError) as error:
+        # by name, since some of their modules import torch, which not every command needs
+        if type(error).__name__ not in FAULTS:
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -88,10 +124,49 @@ def _load(arguments: argparse.Namespace) -> Checkpoint:
     )
 
 
-def _onnx(arguments: argparse.Namespace) -> int:
-    from .onnx_graph import OPSET, export_reader
+def _export(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Manifest:
+    opset = {} if arguments.opset is None else {"opset": arguments.opset}
+    if arguments.gpu:
+        from .gpu_graphs import export_gpu_reader
 
-    manifest = export_reader(_load(arguments), arguments.engines, arguments.opset or OPSET)
+        return export_gpu_reader(checkpoint, arguments.engines, arguments.precision, **opset)
+    from .onnx_graph import export_reader
+
+    return export_reader(checkpoint, arguments.engines, **opset)
+
+
+def _engine(arguments: argparse.Namespace) -> int:
+    from .engine import build_engines
+
+    manifest = build_engines(arguments.graphs, arguments.engines, _limits(arguments), arguments.timing_cache)
+    assert manifest.build is not None
+    print(f"{arguments.engines}: {manifest.reader}, TensorRT {manifest.build.version} for {manifest.build.gpu}")
+    return 0
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from .engine import fitting_engine
+
+    engine = fitting_engine() if arguments.engine == "auto" else arguments.engine
+    arguments.gpu = engine != "onnxruntime"
+    if engine != "tensorrt":
+        return _onnx(arguments)
+    engines = arguments.engines
+    arguments.engines = arguments.graphs = engines.with_name(f"{engines.name}.graphs")
+    _onnx(arguments)
+    arguments.engines = engines
+    return _engine(arguments)
+
+
+def _detect(arguments: argparse.Namespace) -> int:
+    from .engine import fitting_engine
+
+    print(fitting_engine())
+    return 0
+
+
+def _onnx(arguments: argparse.Namespace) -> int:
+    manifest = _export(_load(arguments), arguments)
     megabytes = sum((arguments.engines / file).stat().st_size for file in manifest.files) / 1e6
     seconds = sum(manifest.provenance["export_s"].values())
     print(f"{arguments.engines}: {manifest.reader}, {manifest.provenance['parameters']:,} parameters, {megabytes:.1f} MB, {seconds:.1f} s")
@@ -101,13 +176,12 @@ def _onnx(arguments: argparse.Namespace) -> int:
 def _preset(arguments: argparse.Namespace) -> int:
     from .checkpoint import Checkpoint, read_tokenizer
     from .model import Reader
-    from .onnx_graph import export_reader
 
     config = reader_preset(arguments.name, fido=arguments.fido, period=arguments.period, num_kv_heads=arguments.num_kv_heads)
     reader = Reader(dataclasses.replace(config, passage_length=arguments.passage_length))
     reader.reset_parameters(arguments.seed)
     checkpoint = Checkpoint(reader.eval(), read_tokenizer(Path(arguments.tokenizer)), f"random-{arguments.name}", "random weights")
-    manifest = export_reader(checkpoint, arguments.engines)
+    manifest = _export(checkpoint, arguments)
     print(f"{arguments.engines}: {manifest.reader} {arguments.name}, {manifest.provenance['parameters']:,} random parameters")
     return 0
 
@@ -135,8 +209,8 @@ def _convert(arguments: argparse.Namespace) -> int:
 def _repository(arguments: argparse.Namespace) -> int:
     from .repository import repository_from_engines
 
-    limits = Limits(**{name: getattr(arguments, name) for name in Limits.names()})
-    repository_from_engines(arguments.engines, arguments.repository, arguments.reader, limits)
+    native = arguments.triton_backend == "tensorrt"
+    repository_from_engines(arguments.engines, arguments.repository, arguments.reader, _limits(arguments), native_encoder=native)
     print(f"{arguments.repository}: {arguments.reader}, {arguments.reader}_encoder, {arguments.reader}_stream")
     return 0
 

@@ -23,6 +23,7 @@ def engine_sizes(config: ReaderConfig) -> EngineSizes:
     """What the shapes of the engines depend on."""
     return EngineSizes(
         d_model_encoder=config.encoder.d_model,
+        d_model_decoder=config.decoder.d_model,
         num_decoder_layers=config.decoder.num_layers,
         cross_attention_layers=config.cross_attention_layers,
         num_heads=config.decoder.num_heads,
@@ -43,12 +44,15 @@ class Projection(nn.Module):
         self.register_buffer("weight", torch.cat([linear.weight.detach() for linear in linears]).t().contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        """float[..., in] -> float[..., sum of outs]."""
-        return torch.matmul(x, self.weight)
+        """float[..., in] -> float[..., sum of outs], in the weights' type."""
+        return torch.matmul(x.to(self.weight.dtype), self.weight)
 
 
 class GraphNorm(nn.Module):
-    """RMSNorm written as x / sqrt(mean(x^2) + eps): the form that inference engines recognise and run as one kernel."""
+    """RMSNorm written as x / sqrt(mean(x^2) + eps): the form that inference engines recognise and run as one kernel.
+
+    Its arithmetic and its weight are fp32 whatever the type of x.
+    """
 
     weight: Tensor
 
@@ -60,7 +64,7 @@ class GraphNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """float[..., d_model] -> the same."""
         wide = x.float()
-        return (wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)).to(x.dtype) * self.weight
+        return (wide / torch.sqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon) * self.weight).to(x.dtype)
 
 
 class FusedFeedForward(nn.Module):
@@ -143,7 +147,9 @@ class EncoderGraph(nn.Module):
         positions = torch.arange(input_ids.shape[1], dtype=torch.int32, device=input_ids.device)
         position_bias = self.bias(positions[None, :] - positions[:, None]).permute(2, 0, 1)[None]
         x = functional.embedding(input_ids, self.embedding)
-        bias = position_bias + (1 - attention_mask[:, None, None, :]).to(x.dtype) * MASKED
+        # fp16 ends at 65,504: a larger penalty would be an infinity, and 0 times that is not a number
+        penalty = -3e4 if x.dtype == torch.float16 else MASKED
+        bias = position_bias + (1 - attention_mask[:, None, None, :]).to(x.dtype) * penalty
         for layer in self.layers:
             x = layer(x, bias)
         return self.final_norm(x)

@@ -8,9 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
-import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +26,7 @@ from serving.tensors import EngineSizes, GraphTensors, cross_kv_tensors, decoder
 from .checkpoint import Checkpoint
 from .graphs import CrossKVGraph, DecoderStepGraph, EncoderGraph, engine_sizes
 from .model import Reader
+from .staging import replacing
 from .weights import CheckpointError
 
 OPSET = 18
@@ -116,10 +114,8 @@ def export_reader(checkpoint: Checkpoint, directory: Path, opset: int = OPSET) -
         ExportError: if a graph is not as specified.
         CheckpointError: if the tokenizer has tokens without an embedding. `directory` is as before in either case.
     """
-    _require_fitting_tokenizer(checkpoint)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
-    try:
+    require_fitting_tokenizer(checkpoint)
+    with replacing(directory) as beside:
         sizes = engine_sizes(checkpoint.reader.config)
         seconds = {}
         for name, (module_of, tensors_of) in GRAPHS.items():
@@ -127,17 +123,13 @@ def export_reader(checkpoint: Checkpoint, directory: Path, opset: int = OPSET) -
             onnx_from_module(module_of(checkpoint.reader), tensors_of(sizes), beside / f"{name}.onnx", opset)
             seconds[name] = round(time.perf_counter() - started, 2)
         (beside / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
-        manifest = _manifest(checkpoint, sizes, beside, opset, seconds)
+        manifest = describe_reader(checkpoint, beside, opset, seconds)
         (beside / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(beside, directory)
-        return manifest
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    return manifest
 
 
-def _require_fitting_tokenizer(checkpoint: Checkpoint) -> None:
+def require_fitting_tokenizer(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless every token has an embedding."""
     rows = checkpoint.reader.config.vocab_size
     largest = max(Tokenizer.from_str(checkpoint.tokenizer_json).get_vocab(with_added_tokens=True).values(), default=0)
     if largest >= rows:
@@ -147,13 +139,14 @@ def _require_fitting_tokenizer(checkpoint: Checkpoint) -> None:
         )
 
 
-def _manifest(checkpoint: Checkpoint, sizes: EngineSizes, directory: Path, opset: int, seconds: dict[str, float]) -> Manifest:
+def describe_reader(checkpoint: Checkpoint, directory: Path, opset: int, seconds: dict[str, float]) -> Manifest:
+    """The manifest of fp32 engines for the CPU in `directory`: everything that lies there belongs to them."""
     config = checkpoint.reader.config
     return Manifest(
         reader=config.kind,
         engine="onnxruntime",
         precision="float32",
-        sizes=sizes,
+        sizes=engine_sizes(config),
         prompt=Prompt(PROMPT_TEMPLATE, config.passage_length, config.append_eos),
         pad_token_id=config.pad_token_id,
         eos_token_id=config.eos_token_id,

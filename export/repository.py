@@ -13,12 +13,14 @@ from typing import Any
 from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from serving.gpu_plan import encoder_batch
 from serving.limits import Limits
-from serving.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
+from serving.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, ManifestError
 from serving.tensors import READER_TENSORS, EngineSizes, GraphTensors, encoder_tensors
 
 READERS = ("fid", "fido")
 VERSION = "1"
+NATIVE_ENGINE = "model.plan"  # what Triton's TensorRT backend looks for
 HEADER = "# Rendered by `python -m export repository` from serving/tensors.py and serving/limits.py: change those, not this.\n"
 MODEL_FILES = {
     "encoder": '"""Triton entry point of the encoder model."""\n\n'
@@ -26,8 +28,9 @@ MODEL_FILES = {
     "reader": '"""Triton entry point of the reader: the chain behind one request."""\n\n'
     "from serving.reader_model import ReaderModel as TritonPythonModel  # noqa: F401\n",
 }
+BIAS_TABLES = ("self_attention_bias", "cross_attention_bias")  # of GPU readers
 # Which engine files each model's version folder holds, besides the manifest. The stream model reads those of the unary one.
-ENGINE_FILES = {"encoder": ("encoder",), "reader": ("cross_kv", "decoder_step"), "stream": ()}
+ENGINE_FILES = {"encoder": ("encoder",), "reader": ("cross_kv", "decoder_step", *BIAS_TABLES), "stream": ()}
 
 
 def model_names(reader: str) -> dict[str, str]:
@@ -50,45 +53,65 @@ def _io(tensors: GraphTensors, *, batched: bool) -> dict[str, Any]:
     }
 
 
-def _common(name: str, parameters: dict[str, str]) -> dict[str, Any]:
+def _common(name: str, parameters: dict[str, str], *, on_gpu: bool) -> dict[str, Any]:
     return {
         "name": name,
         "backend": "python",
-        "instance_group": [{"kind": "KIND_CPU", "count": 1}],
+        "instance_group": [{"kind": "KIND_GPU", "count": 1, "gpus": [0]} if on_gpu else {"kind": "KIND_CPU", "count": 1}],
         "parameters": {key: {"string_value": value} for key, value in sorted(parameters.items())},
     }
 
 
-def encoder_config(reader: str, sizes: EngineSizes, limits: Limits) -> dict[str, Any]:
+def encoder_config(reader: str, sizes: EngineSizes, limits: Limits, *, on_gpu: bool = False) -> dict[str, Any]:
     """`<reader>_encoder`: a passage is one element of Triton's batch, so the dynamic batcher joins questions."""
+    names = ("intra_op_threads", *(("max_passages", "encoder_batch") if on_gpu else ()))
     return {
-        **_common(model_names(reader)["encoder"], limits.to_parameters(("intra_op_threads",))),
-        **_io(encoder_tensors(sizes), batched=True),
+        **_common(model_names(reader)["encoder"], limits.to_parameters(names), on_gpu=on_gpu),
+        **_io(encoder_tensors(sizes, "float16" if on_gpu else "float32"), batched=True),
         # the largest question must fit in one batch
-        "max_batch_size": limits.max_passages,
+        "max_batch_size": encoder_batch(limits) if on_gpu else limits.max_passages,
         "dynamic_batching": {},
     }
 
 
-def reader_config(reader: str, limits: Limits, *, stream: bool) -> dict[str, Any]:
+def native_encoder_config(reader: str, sizes: EngineSizes, limits: Limits) -> dict[str, Any]:
+    """`<reader>_encoder` for Triton's own TensorRT backend, as NVIDIA's container has it: no Python between the batcher and the engine."""
+    config = encoder_config(reader, sizes, limits, on_gpu=True)
+    del config["parameters"]
+    return config | {
+        "backend": "tensorrt",
+        "default_model_filename": NATIVE_ENGINE,
+        "instance_group": [{"kind": "KIND_GPU", "count": 1, "gpus": [0], "profile": ["0"]}],
+        # waits a little for passages of other questions: a full batch costs less a passage
+        "dynamic_batching": {"max_queue_delay_microseconds": 1000},
+    }
+
+
+def reader_config(reader: str, limits: Limits, *, stream: bool, on_gpu: bool = False) -> dict[str, Any]:
     """`<reader>` (one response) or `<reader>_stream` (decoupled); neither batches in Triton, since the decode loop does."""
     fields = {
-        **_common(model_names(reader)["stream" if stream else "reader"], {"reader": reader, **limits.to_parameters()}),
+        **_common(model_names(reader)["stream" if stream else "reader"], {"reader": reader, **limits.to_parameters()}, on_gpu=on_gpu),
         **_io(READER_TENSORS, batched=False),
         "max_batch_size": 0,
     }
     return fields | ({"model_transaction_policy": {"decoupled": True}} if stream else {})
 
 
-def write_models(repository: Path, reader: str, sizes: EngineSizes, limits: Limits) -> None:
+def write_models(
+    repository: Path, reader: str, sizes: EngineSizes, limits: Limits, *, on_gpu: bool = False, native_encoder: bool = False
+) -> None:
     """Write config.pbtxt and 1/model.py of a reader's three models; what has not changed is left as it is."""
     configs = {
-        "encoder": encoder_config(reader, sizes, limits),
-        "reader": reader_config(reader, limits, stream=False),
-        "stream": reader_config(reader, limits, stream=True),
+        "encoder": native_encoder_config(reader, sizes, limits) if native_encoder else encoder_config(reader, sizes, limits, on_gpu=on_gpu),
+        "reader": reader_config(reader, limits, stream=False, on_gpu=on_gpu),
+        "stream": reader_config(reader, limits, stream=True, on_gpu=on_gpu),
     }
     for role, name in model_names(reader).items():
         _write(repository / name / "config.pbtxt", render_config(configs[role]))
+        if role == "encoder" and native_encoder:
+            (repository / name / VERSION).mkdir(parents=True, exist_ok=True)
+            (repository / name / VERSION / "model.py").unlink(missing_ok=True)
+            continue
         _write(repository / name / VERSION / "model.py", MODEL_FILES["encoder" if role == "encoder" else "reader"])
 
 
@@ -98,7 +121,7 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def repository_from_engines(engines: Path, repository: Path, reader: str, limits: Limits) -> None:
+def repository_from_engines(engines: Path, repository: Path, reader: str, limits: Limits, *, native_encoder: bool = False) -> None:
     """Render a reader's models and place its engines in them.
 
     Args:
@@ -106,13 +129,18 @@ def repository_from_engines(engines: Path, repository: Path, reader: str, limits
         repository: the model repository.
         reader: "fid" or "fido", the name to serve under.
         limits: written into the configurations.
+        native_encoder: serve the encoder by Triton's own TensorRT backend, which NVIDIA's container has and the wheel has not.
 
     Raises:
-        ManifestError: if the engine files are not those of their manifest. Nothing is written then.
+        ManifestError: if the engine files are not those of their manifest, or not TensorRT's for a native encoder. Nothing is written then.
     """
     manifest = Manifest.load(engines)
     manifest.verify(engines, tuple(manifest.files))
-    write_models(repository, reader, manifest.sizes, limits)
+    if native_encoder and manifest.engine != "tensorrt":
+        raise ManifestError(
+            f"{engines}: wanted TensorRT engines for Triton's tensorrt backend, got {manifest.engine}; `make export ENGINE=tensorrt`"
+        )
+    write_models(repository, reader, manifest.sizes, limits, on_gpu=manifest.on_gpu, native_encoder=native_encoder)
     for role, name in model_names(reader).items():
         folder = repository / name / VERSION
         stems = ENGINE_FILES[role]
@@ -122,7 +150,8 @@ def repository_from_engines(engines: Path, repository: Path, reader: str, limits
         if role != "stream":
             # the manifest last: until it is there, the folder does not load
             for file in (*files, MANIFEST_FILE):
-                _place(engines / file, folder / file)
+                native = native_encoder and role == "encoder" and file == manifest.engine_file("encoder")
+                _place(engines / file, folder / (NATIVE_ENGINE if native else file))
 
 
 def _place(source: Path, target: Path) -> None:

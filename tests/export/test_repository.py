@@ -10,10 +10,19 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from export.checkpoint import load_reader
 from export.graphs import engine_sizes
-from export.repository import READERS, encoder_config, reader_config, render_config, repository_from_engines, write_models
+from export.repository import (
+    HEADER,
+    READERS,
+    encoder_config,
+    native_encoder_config,
+    reader_config,
+    render_config,
+    repository_from_engines,
+    write_models,
+)
 from serving.limits import Limits
 from serving.manifest import Manifest, ManifestError
-from serving.tensors import READER_TENSORS
+from serving.tensors import READER_TENSORS, EngineSizes
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,4 +81,37 @@ def test_damaged_engines_are_not_placed(engines, tmp_path):
     (tmp_path / "engines" / "tokenizer.json").unlink()
     with pytest.raises(ManifestError, match=r"encoder.onnx: SHA-256 wanted[\s\S]*tokenizer.json: missing"):
         repository_from_engines(tmp_path / "engines", tmp_path / "repository", "fid", Limits())
+    assert not (tmp_path / "repository").exists()
+
+
+def test_the_encoder_for_nvidias_container_is_a_native_tensorrt_model() -> None:
+    """Parsed by Triton's own protobuf; the text is what was reviewed."""
+    sizes = EngineSizes(768, 768, 12, (5, 11), 12, 1, 64, 32128)
+    text = render_config(native_encoder_config("fido", sizes, Limits(encoder_batch=120)))
+    assert text_format.Parse(text, ModelConfig()).instance_group[0].profile == ["0"]
+    assert text.removeprefix(HEADER) == (
+        'name: "fido_encoder"\nmax_batch_size: 120\n'
+        'input {\n  name: "input_ids"\n  data_type: TYPE_INT32\n  dims: -1\n}\n'
+        'input {\n  name: "attention_mask"\n  data_type: TYPE_INT32\n  dims: -1\n}\n'
+        'output {\n  name: "encoder_hidden_states"\n  data_type: TYPE_FP16\n  dims: -1\n  dims: 768\n}\n'
+        'instance_group {\n  count: 1\n  gpus: 0\n  kind: KIND_GPU\n  profile: "0"\n}\n'
+        'default_model_filename: "model.plan"\n'
+        "dynamic_batching {\n  max_queue_delay_microseconds: 1000\n}\n"
+        'backend: "tensorrt"\n'
+    )
+
+
+def test_gpu_models_are_placed_on_the_gpu_and_take_half_precision() -> None:
+    sizes = EngineSizes(768, 768, 12, (5, 11), 12, 1, 64, 32128)
+    limits = Limits(max_passages=40, encoder_batch=120)
+    encoder = json_format.ParseDict(encoder_config("fid", sizes, limits, on_gpu=True), ModelConfig())
+    assert encoder.instance_group[0].kind == ModelConfig().instance_group.add().KIND_GPU and encoder.max_batch_size == 120
+    assert encoder.output[0].data_type == 10  # TYPE_FP16
+    reader = json_format.ParseDict(reader_config("fid", limits, stream=True, on_gpu=True), ModelConfig())
+    assert list(reader.instance_group[0].gpus) == [0] and reader.model_transaction_policy.decoupled
+
+
+def test_a_native_encoder_wants_tensorrt_engines(engines, tmp_path: Path):
+    with pytest.raises(ManifestError, match="wanted TensorRT engines for Triton's tensorrt backend, got onnxruntime"):
+        repository_from_engines(engines["fid"][1], tmp_path / "repository", "fid", Limits(), native_encoder=True)
     assert not (tmp_path / "repository").exists()

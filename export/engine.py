@@ -1,0 +1,241 @@
+"""ONNX -> TensorRT: every graph of a GPU reader compiled for the GPU of this machine, by Polygraphy.
+
+Comes in: a directory that gpu_graphs.py wrote. Goes out: the same with .plan files in place of .onnx, and a manifest that records what
+they were built with and for. One way for TensorRT 8.6, 10, 11 and TensorRT-RTX: the precision is in the graphs. From 10 on the compiler
+takes types as they are; 8.6 is told layer by layer to do so. Needs neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from serving.gpu_plan import Shapes, profile_ranges, profile_shapes
+from serving.limits import Limits
+from serving.manifest import MANIFEST_FILE, EngineBuild, EngineError, Manifest, sha256_of_file
+from serving.step_parts import packed_cross_kv_tensors, step_part_tensors, step_parts
+from serving.tensors import GraphTensors, encoder_tensors
+
+from .staging import replacing
+
+STRONGLY_TYPED_FROM = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One engine to build: its name and its optimization profiles."""
+
+    name: str
+    profiles: list[dict[str, Shapes]]
+
+
+def tasks_of(manifest: Manifest, limits: Limits) -> list[Task]:
+    """All engines of a reader with their profiles."""
+    graphs: list[tuple[str, GraphTensors]] = [
+        ("encoder", encoder_tensors(manifest.sizes, "float16")),
+        ("cross_kv", packed_cross_kv_tensors(manifest.sizes)),
+        *((part.name, step_part_tensors(manifest.sizes, part)) for part in step_parts(manifest.sizes)),
+    ]
+    length = manifest.prompt.passage_length
+    return [Task(name, [profile_shapes(tensors, ranges) for ranges in profile_ranges(name, limits, length)]) for name, tensors in graphs]
+
+
+def build_engines(graphs: Path, directory: Path, limits: Limits, timing_cache: Path, say: Callable[[str], None] = print) -> Manifest:
+    """Compile all graphs of a reader, one after the other: builds time kernels, and two on one GPU spoil each other's times.
+
+    Args:
+        graphs: directory that `export_gpu_reader` wrote.
+        directory: for the engines; replaced if it exists, left as it is if anything fails.
+        limits: what the engines must be able to serve: passages, slots, passages a call.
+        timing_cache: file that keeps kernel timings from build to build; made if missing.
+        say: told about progress.
+
+    Raises:
+        ManifestError: if the graphs are damaged.
+        EngineError: if a build fails.
+    """
+    manifest = Manifest.load(graphs)
+    manifest.verify(graphs, tuple(manifest.files))
+    with replacing(directory) as beside:
+        gpu, compute_capability, version = describe_gpu()
+        tasks = tasks_of(manifest, limits)
+        say(f"{graphs}: {len(tasks)} engines with TensorRT {version} for {gpu}")
+        compiler = Compiler(manifest.precision, timing_cache)
+        seconds: dict[str, float] = {}
+        for number, task in enumerate(tasks, 1):
+            started = time.perf_counter()
+            plan = compiler.compile(graphs / f"{task.name}.onnx", task.profiles)
+            file = f"{task.name}.plan"
+            (beside / file).write_bytes(plan)
+            seconds[file] = round(time.perf_counter() - started, 1)
+            say(f"  {number:3} of {len(tasks)}  {file}: {seconds[file]:.1f} s, {len(plan) / 1e6:.1f} MB")
+        compiler.save_timings()
+        for name in manifest.files:
+            if not name.endswith((".onnx", ".onnx.data")):
+                shutil.copyfile(graphs / name, beside / name)
+        built = dataclasses.replace(
+            manifest,
+            engine="tensorrt",
+            files={file.name: sha256_of_file(file) for file in sorted(beside.iterdir())},
+            build=EngineBuild(gpu, compute_capability, version, {f"{task.name}.plan": task.profiles for task in tasks}, seconds),
+        )
+        (beside / MANIFEST_FILE).write_text(built.to_json(), encoding="utf-8")
+    return built
+
+
+def describe_gpu() -> tuple[str, str, str]:
+    """Name and compute capability of the GPU, and the version of the compiler.
+
+    Raises:
+        EngineError: if there is no GPU or no TensorRT.
+    """
+    try:
+        import cupy
+        import tensorrt
+
+        properties = cupy.cuda.runtime.getDeviceProperties(0)
+    except ImportError as error:
+        raise EngineError(f"TensorRT engines cannot be built here: {error}; see requirements-gpu.txt") from error
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise EngineError(f"TensorRT engines cannot be built here: no usable GPU ({error})") from error
+    return properties["name"].decode(), f"{properties['major']}.{properties['minor']}", tensorrt.__version__
+
+
+def fitting_engine() -> str:
+    """What `make export` makes where nobody says: "tensorrt" if a GPU and TensorRT are here, else "onnxruntime-gpu" or "onnxruntime"."""
+    try:
+        describe_gpu()
+        return "tensorrt"
+    except EngineError:
+        pass
+    try:
+        import cupy
+        import onnxruntime
+
+        has_gpu = cupy.cuda.runtime.getDeviceCount() > 0
+        return "onnxruntime-gpu" if has_gpu and "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "onnxruntime"
+    except ImportError:
+        return "onnxruntime"
+    except cupy.cuda.runtime.CUDARuntimeError:
+        return "onnxruntime"
+
+
+class Compiler:
+    """TensorRT by Polygraphy, with the kernel timings of one build handed to the next.
+
+    Args:
+        precision: of the graphs; TensorRT 8.6 alone must be told that it may use it.
+        timing_cache: file for the timings; None keeps them in memory only.
+
+    Raises:
+        EngineError: if this TensorRT does not have the precision.
+    """
+
+    def __init__(self, precision: str, timing_cache: Path | None = None):
+        trt = self._trt = _tensorrt()
+        self._typed = trt.__name__ != "tensorrt" or int(trt.__version__.split(".")[0]) >= STRONGLY_TYPED_FROM
+        # 8.6 writes a cache that it cannot read ("Myelin error from unknown graph"); in memory it serves
+        self._timing_cache = timing_cache if self._typed else None
+        self._timings: Any = None
+        self._kept: list[Any] = []  # what the timings in memory may refer to
+        self._options: dict[str, Any] = {}
+        if not self._typed:
+            if precision != "float16":
+                raise EngineError(f"precision {precision} needs TensorRT 10 or later, here is {trt.__version__}; export float16")
+            # the plugin libraries of this version need cuBLAS 12 and cuDNN 8; its own kernels do as well
+            own = [trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS]
+            sharing = [trt.PreviewFeature.PROFILE_SHARING_0806]  # several contexts of one profile: the default from 10 on
+            self._options = {
+                "fp16": True,
+                "tf32": True,
+                "precision_constraints": "obey",
+                "tactic_sources": own,
+                "preview_features": sharing,
+            }
+
+    def compile(self, path: Path, profiles: list[dict[str, Shapes]]) -> bytes:
+        """One ONNX file to a serialized engine.
+
+        Args:
+            path: the graph.
+            profiles: input name -> (min, opt, max) shapes, one dictionary a profile.
+
+        Raises:
+            EngineError: if TensorRT refuses; its log, on standard error, names the node.
+        """
+        # Polygraphy looks for TensorRT when it is first used; _tensorrt() has found it by now
+        from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network, network_from_onnx_path
+        from polygraphy.exception import PolygraphyException
+        from polygraphy.logger import G_LOGGER
+
+        G_LOGGER.module_severity = {"": G_LOGGER.ERROR}
+        listed = []
+        for shapes in profiles:
+            profile = Profile()
+            for name, (least, best, most) in shapes.items():
+                profile.add(name, min=least, opt=best, max=most)
+            listed.append(profile)
+        try:
+            built = network_from_onnx_path(str(path), **({"strongly_typed": True} if self._typed else {}))
+            builder, network, _ = built
+            if not self._typed:
+                _obey_types(self._trt, network, path)
+            config = CreateConfig(profiles=listed, **self._options)(builder, network)
+            if self._timings is None:
+                self._timings = config.create_timing_cache(self._saved_timings())
+            config.set_timing_cache(self._timings, True)
+            self._kept.append((built, config))
+            return bytes(engine_bytes_from_network(built, config=config))
+        except PolygraphyException as error:
+            raise EngineError(f"{path.name}: TensorRT {self._trt.__version__} cannot build it: {error}") from error
+
+    def _saved_timings(self) -> bytes:
+        return self._timing_cache.read_bytes() if self._timing_cache is not None and self._timing_cache.exists() else b""
+
+    def save_timings(self) -> None:
+        """Write the timings to the file, for the next reader."""
+        if self._timing_cache is not None and self._timings is not None:
+            self._timing_cache.parent.mkdir(parents=True, exist_ok=True)
+            self._timing_cache.write_bytes(bytes(self._timings.serialize()))
+
+
+def _tensorrt() -> Any:
+    """The TensorRT that Polygraphy uses: tensorrt, or tensorrt_rtx where POLYGRAPHY_USE_TENSORRT_RTX=1."""
+    if os.environ.get("POLYGRAPHY_USE_TENSORRT_RTX") == "1":
+        try:
+            import tensorrt_rtx
+        except ImportError:  # the bindings' wheel without the one that gives them this name
+            import tensorrt_rtx_bindings as tensorrt_rtx
+
+            sys.modules["tensorrt_rtx"] = tensorrt_rtx  # Polygraphy imports it from here
+        return tensorrt_rtx
+    import tensorrt
+
+    return tensorrt
+
+
+def _obey_types(trt: Any, network: Any, path: Path) -> None:
+    """Pin every arithmetic layer to the type that its node has in the graph, as TensorRT 10 does by itself.
+
+    Without it 8.6 computes the norms in half precision. The network cannot be asked: 8.6 calls every tensor fp32 that has no type set.
+    """
+    import onnx
+
+    model = onnx.shape_inference.infer_shapes(onnx.load(str(path)))
+    types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.output)}
+    dtypes = {onnx.TensorProto.FLOAT: trt.float32, onnx.TensorProto.FLOAT16: trt.float16}
+    wanted = {node.name: dtypes.get(types.get(node.output[0], 0)) for node in model.graph.node}
+    kinds = trt.LayerType
+    arithmetic = {kinds.ELEMENTWISE, kinds.REDUCE, kinds.UNARY, kinds.MATRIX_MULTIPLY, kinds.SOFTMAX, kinds.ACTIVATION}
+    for layer in network:
+        dtype = wanted.get(layer.name)
+        if layer.type in arithmetic and dtype is not None:
+            layer.precision = dtype
+            for i in range(layer.num_outputs):
+                layer.set_output_type(i, dtype)

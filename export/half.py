@@ -1,0 +1,118 @@
+"""Half precision without overflow: the graphs' weights rescaled by powers of two so that every activation fits, then cast.
+
+T5's residual stream outgrows fp16 (65,504). Every reader of it divides by its root mean square first, so that a common factor on all its
+writers (embedding, attention outputs, feed-forward outputs) changes nothing once epsilon is multiplied by the factor's square; a power of
+two changes no mantissa either. The same goes for the inner activations of the feed-forward layer, whose factor the output weights undo.
+Norms and softmax-free sums stay fp32 (graphs.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .graphs import BiasTable, EncoderGraph, FusedFeedForward, GraphNorm, Projection
+from .layers import Attention, FeedForward
+from .model import DecoderLayer, EncoderLayer, Reader
+from .step_parts import PackedCrossKVGraph, StepPartGraph
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+LARGEST = 65504.0  # of fp16
+# What is measured on sample tokens must stay this far below the largest number: other inputs reach further.
+HEADROOM = 32.0
+SAMPLE_PASSAGES, SAMPLE_LENGTH, SAMPLE_TARGETS = 8, 64, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """Powers of two, at most 1, on what one stack's layers write.
+
+    Attributes:
+        residual: on the residual stream.
+        inner: on the inner activations of the feed-forward layers.
+    """
+
+    residual: float
+    inner: float
+
+
+@torch.no_grad()
+def measured_scales(reader: Reader, seed: int = 0) -> dict[str, Scales]:
+    """For "encoder" and "decoder": scales that leave HEADROOM over what random tokens reach in fp32."""
+    largest = {"encoder": [0.0, 0.0], "decoder": [0.0, 0.0]}
+    hooks = []
+
+    def watch(stack: str, place: int, *, inputs: bool) -> object:
+        def hook(_: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+            largest[stack][place] = max(largest[stack][place], float((given[0] if inputs else made).abs().max()))
+
+        return hook
+
+    for stack, module in (("encoder", reader.encoder), ("decoder", reader.decoder)):
+        for child in module.modules():
+            if isinstance(child, EncoderLayer | DecoderLayer):
+                hooks += [child.register_forward_hook(watch(stack, 0, inputs=i)) for i in (True, False)]  # type: ignore[arg-type]
+            elif isinstance(child, FeedForward):
+                hooks.append(child.wo.register_forward_hook(watch(stack, 1, inputs=True)))  # type: ignore[arg-type]
+                hooks.append(child.wo.register_forward_hook(watch(stack, 0, inputs=False)))  # type: ignore[arg-type]
+            elif isinstance(child, Attention):
+                hooks.append(child.o.register_forward_hook(watch(stack, 0, inputs=False)))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = reader.config.vocab_size
+    ids = torch.randint(0, vocabulary, (1, SAMPLE_PASSAGES, SAMPLE_LENGTH), generator=generator)
+    targets = torch.randint(0, vocabulary, (1, SAMPLE_TARGETS), generator=generator)
+    try:
+        reader(ids, torch.ones_like(ids), targets)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {stack: Scales(*(_power_of_two(value) for value in values)) for stack, values in largest.items()}
+
+
+def _power_of_two(largest: float) -> float:
+    """The largest power of two, at most 1, that brings `largest` to LARGEST / HEADROOM or below."""
+    return 1.0 if largest * HEADROOM <= LARGEST else 2.0 ** math.floor(math.log2(LARGEST / HEADROOM / largest))
+
+
+def to_half(graph: EncoderGraph | PackedCrossKVGraph | StepPartGraph, scales: dict[str, Scales], dtype: torch.dtype) -> None:
+    """Rescale a graph's weights and cast them; norms and the vocabulary projection stay fp32."""
+    if isinstance(graph, EncoderGraph):
+        _rescale(graph, scales["encoder"])
+    elif isinstance(graph, StepPartGraph):
+        _rescale(graph, scales["decoder"])
+    keep = {id(graph.project)} if isinstance(graph, StepPartGraph) and graph.part.before is None else set()
+    for module in graph.modules():
+        if isinstance(module, Projection) and id(module) not in keep:
+            module.weight = module.weight.to(dtype)
+        elif isinstance(module, BiasTable):
+            module.table = module.table.to(dtype)
+    embedding = getattr(graph, "embedding", None)
+    if embedding is not None:
+        graph.embedding = embedding.to(dtype)
+
+
+def _writers(graph: EncoderGraph | StepPartGraph) -> Iterator[Projection]:
+    for name, module in graph.named_modules():
+        if isinstance(module, Projection) and name.rsplit(".", 1)[-1] in ("o", "wo"):
+            yield module
+
+
+def _rescale(graph: EncoderGraph | StepPartGraph, scales: Scales) -> None:
+    if graph.embedding is not None:
+        graph.embedding = graph.embedding * scales.residual
+    for projection in _writers(graph):
+        projection.weight = projection.weight * scales.residual
+    for module in graph.modules():
+        if isinstance(module, GraphNorm):
+            module.epsilon = module.epsilon * scales.residual**2
+        elif isinstance(module, FusedFeedForward):
+            # of the gated form only the branch without the gelu may be scaled; relu lets a positive factor through
+            first = module.wi.weight.shape[1] // 2 if module.gated else 0
+            factor = torch.ones(module.wi.weight.shape[1])
+            factor[first:] = scales.inner
+            module.wi.weight = module.wi.weight * factor
+            module.wo.weight = module.wo.weight / scales.inner

@@ -1,0 +1,79 @@
+"""Building and loading GPU engines where there is no GPU: refused in words, and nothing is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from export.checkpoint import Checkpoint
+from export.engine import build_engines, describe_gpu, fitting_engine, tasks_of
+from export.gpu_graphs import export_gpu_reader
+from serving.engines import load_decoder, load_encoder
+from serving.limits import Limits
+from serving.manifest import EngineError, Manifest, ManifestError
+from tests.conftest import FIDO, random_reader
+
+WIDE = dataclasses.replace(FIDO, decoder=dataclasses.replace(FIDO.decoder, d_kv=8))
+
+
+@pytest.fixture
+def graphs(tmp_path: Path, tokenizer_json: str) -> Path:
+    export_gpu_reader(Checkpoint(random_reader(WIDE), tokenizer_json, "test", "own"), tmp_path / "graphs")
+    return tmp_path / "graphs"
+
+
+@pytest.fixture
+def no_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+
+
+def test_there_is_a_task_for_every_graph_with_the_limits_in_its_profile(graphs: Path) -> None:
+    manifest = Manifest.load(graphs)
+    tasks = tasks_of(manifest, Limits(slots=5, max_passages=7))
+    assert sorted(f"{task.name}.onnx" for task in tasks) == sorted(file for file in manifest.files if file.endswith(".onnx"))
+    assert tasks[0].profiles[0]["input_ids"][2] == (7, manifest.prompt.passage_length)
+    assert tasks[2].profiles[0]["decoder_input_ids"][2] == (5,)
+
+
+def test_without_a_gpu_the_cpu_is_what_fits(no_cupy: None) -> None:
+    assert fitting_engine() == "onnxruntime"
+    with pytest.raises(EngineError, match=r"TensorRT engines cannot be built here: .*requirements-gpu.txt"):
+        describe_gpu()
+
+
+def test_a_failed_build_leaves_nothing(no_cupy: None, graphs: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError):
+        build_engines(graphs, tmp_path / "engines", Limits(), tmp_path / "cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["graphs"]
+
+
+def test_damaged_graphs_are_not_built(graphs: Path, tmp_path: Path) -> None:
+    (graphs / "encoder.onnx").write_bytes(b"")
+    with pytest.raises(ManifestError, match=r"encoder\.onnx: SHA-256"):
+        build_engines(graphs, tmp_path / "engines", Limits(), tmp_path / "cache")
+
+
+def test_gpu_engines_are_refused_where_cupy_is_missing(no_cupy: None, graphs: Path) -> None:
+    for load in (load_encoder, load_decoder):
+        with pytest.raises(EngineError, match="need CuPy, which is not installed"):
+            load(graphs, Manifest.load(graphs), Limits())
+
+
+def test_an_engine_that_nobody_knows_is_refused(graphs: Path) -> None:
+    manifest = dataclasses.replace(Manifest.load(graphs), engine="openvino")
+    for load in (load_encoder, load_decoder):
+        with pytest.raises(ManifestError, match="wanted one of onnxruntime, onnxruntime-gpu, tensorrt, got 'openvino'"):
+            load(graphs, manifest, Limits())
+
+
+def test_an_altered_manifest_is_refused(graphs: Path) -> None:
+    path = graphs / "manifest.json"
+    fields = json.loads(path.read_text())
+    fields["provenance"]["source"] = "another"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ManifestError, match="it was altered"):
+        Manifest.load(graphs)
