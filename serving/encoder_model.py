@@ -6,14 +6,16 @@ One of the two modules that import Triton's Python backend; everything that can 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from .engines import load_encoder
 from .limits import Limits
 from .manifest import Manifest
-from .onnx_engine import OnnxEncoder
+from .metrics import EncoderMetrics
 from .tensors import ShapeError, encoder_tensors
 
 
@@ -27,10 +29,12 @@ class EncoderModel:
         try:
             limits = Limits.from_parameters(parameters)
             manifest = Manifest.load(directory)
-            self._encoder = OnnxEncoder(directory, manifest, limits.intra_op_threads)
+            self._encoder = load_encoder(directory, manifest, limits, int(args["model_instance_device_id"]))
         except (ValueError, RuntimeError) as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from error
-        self._tensors = encoder_tensors(manifest.sizes)
+        self._tensors = encoder_tensors(manifest.sizes, "float16" if manifest.on_gpu else "float32")
+        self._on_gpu = manifest.on_gpu
+        self._metrics = EncoderMetrics(args["model_name"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Encode all requests of the batch together; each gets its own rows, or its own error."""
@@ -47,6 +51,10 @@ class EncoderModel:
             batch.append((arrays[0], arrays[1]))
             places.append(place)
         (output,) = self._tensors.outputs
-        for place, hidden in zip(places, self._encoder.encode(batch), strict=True):
-            responses[place] = pb_utils.InferenceResponse([pb_utils.Tensor(output.name, hidden)])
+        started = time.perf_counter()
+        encoded = self._encoder.encode(batch)
+        self._metrics.encoded(time.perf_counter() - started, sum(len(m) for _, m in batch), int(sum(m.sum() for _, m in batch)))
+        for place, hidden in zip(places, encoded, strict=True):
+            tensor = pb_utils.Tensor.from_dlpack(output.name, hidden) if self._on_gpu else pb_utils.Tensor(output.name, hidden)
+            responses[place] = pb_utils.InferenceResponse([tensor])
         return responses

@@ -10,9 +10,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from .decode_loop import DecodeLoop, Question
+from .engines import load_decoder, load_encoder
 from .limits import Limits
 from .manifest import TOKENIZER_FILE, Manifest
-from .onnx_engine import OnnxDecoder, OnnxEncoder
 from .prompt import PromptEncoder
 
 
@@ -33,10 +33,12 @@ class InProcessReader:
         manifest = Manifest.load(engines)
         manifest.verify(engines, (TOKENIZER_FILE,))
         self.prompt = PromptEncoder(Tokenizer.from_file(str(engines / TOKENIZER_FILE)), manifest)
-        self._encoder = OnnxEncoder(engines, manifest, limits.intra_op_threads)
+        self._encoder = load_encoder(engines, manifest, limits)
         self._encoding = threading.Lock()  # one call at a time keeps all cores busy; two would share them
+        decoder = load_decoder(engines, manifest, limits)
+        self._pack = decoder.pack
         self._loop = DecodeLoop(
-            OnnxDecoder(engines, manifest, limits.slots, limits.intra_op_threads),
+            decoder,
             start_token=manifest.decoder_start_token_id,
             eos_token=manifest.eos_token_id,
             max_waiting=limits.max_in_hand,
@@ -66,7 +68,7 @@ class InProcessReader:
             done.set()
 
         most = max_new_tokens or self._default_max_new_tokens
-        hidden = states[tokens.attention_mask.astype(bool)]
+        hidden = self._pack(states, tokens.attention_mask)
         self._loop.submit(Question(hidden, tokens.encoder_positions, most, min_new_tokens, on_token, on_end))
         done.wait()
         if errors[0] is not None:

@@ -13,14 +13,22 @@ from typing import Any
 
 from .tensors import EngineSizes
 
-FORMAT = 1  # raised when a reader of an older manifest would misunderstand this one
+FORMAT = 2  # raised when a reader of an older manifest would misunderstand this one
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 ENGINE_NAMES = ("encoder", "cross_kv", "decoder_step")
+SUFFIXES = {"onnxruntime": ".onnx", "onnxruntime-gpu": ".onnx", "tensorrt": ".plan"}  # of engine files, by what runs them
+
+
+REBUILD = "`make export ENGINE=tensorrt` builds it again"
 
 
 class ManifestError(ValueError):
     """Engine files that are missing, altered, or do not belong together."""
+
+
+class EngineError(RuntimeError):
+    """An engine that cannot be loaded or run here, or does not have the tensors of its manifest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +47,59 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True)
+class EngineBuild:
+    """What compiled engines were built with and for; they run nowhere else.
+
+    Attributes:
+        gpu: its name, as "NVIDIA H200".
+        compute_capability: as "9.0".
+        version: of the compiler, as "8.6.0".
+        profiles: engine file -> its optimization profiles, each input name -> (min, opt, max) shapes.
+        seconds: engine file -> build time.
+    """
+
+    gpu: str
+    compute_capability: str
+    version: str
+    profiles: dict[str, list[dict[str, tuple[tuple[int, ...], ...]]]]
+    seconds: dict[str, float]
+
+    def require_here(self, what: str, gpu: str, compute_capability: str, version: str) -> None:
+        """Refuse engines of another GPU or another TensorRT, which would fail to load or, worse, run slowly.
+
+        Raises:
+            EngineError: naming every difference.
+        """
+        here = {"gpu": gpu, "compute_capability": compute_capability, "version": version}
+        names = {"gpu": "GPU", "compute_capability": "compute capability", "version": "TensorRT"}
+        faults = [
+            f"{names[key]}: built for {getattr(self, key)}, here {found}" for key, found in here.items() if getattr(self, key) != found
+        ]
+        if faults:
+            raise EngineError(f"{what}: {'; '.join(faults)}; {REBUILD}")
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> EngineBuild:
+        """The inverse of dataclasses.asdict, through JSON."""
+        profiles = {
+            file: [{name: tuple(tuple(shape) for shape in shapes) for name, shapes in profile.items()} for profile in listed]
+            for file, listed in fields["profiles"].items()
+        }
+        return cls(**{**fields, "profiles": profiles})
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """Contents of manifest.json.
 
     Attributes:
         reader: "fid" or "fido".
-        engine: what runs the files: "onnxruntime".
-        precision: of weights and activations: "float32".
+        engine: what runs the files: "onnxruntime" (CPU), "onnxruntime-gpu" or "tensorrt".
+        precision: of weights and activations: "float32", "float16" or "bfloat16". GPU engines take and give hidden states in float16.
         files: name -> SHA-256 of every file that belongs to the engines.
         weights_sha256: of the checkpoint's weights: engines of one checkpoint share it.
         provenance: source, versions, opset; informative, not read by the server.
+        build: of compiled engines, what they were built with and for: the server refuses them elsewhere.
     """
 
     reader: str
@@ -62,17 +113,28 @@ class Manifest:
     files: dict[str, str]
     weights_sha256: str
     provenance: dict[str, Any]
+    build: EngineBuild | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the engines run on a GPU, with the decoder step in parts (step_parts.py)."""
+        return self.engine != "onnxruntime"
+
+    def engine_file(self, name: str) -> str:
+        """File of the engine called `name`."""
+        return name + SUFFIXES[self.engine]
 
     def to_json(self) -> str:
-        """The text of manifest.json."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
+        """The text of manifest.json; it holds a hash of itself."""
+        fields = {"format": FORMAT, **dataclasses.asdict(self)}
+        return json.dumps({**fields, "sha256": _sha256_of_fields(fields)}, indent=2) + "\n"
 
     @classmethod
     def load(cls, directory: Path) -> Manifest:
         """Read `directory`/manifest.json.
 
         Raises:
-            ManifestError: if it is missing, not JSON, of another format, or has other fields.
+            ManifestError: if it is missing, not JSON, of another format, altered, or has other fields.
         """
         path = directory / MANIFEST_FILE
         try:
@@ -81,12 +143,17 @@ class Manifest:
             raise ManifestError(f"{path}: missing; `make export` makes the engines and their manifest") from None
         except (ValueError, OSError) as error:
             raise ManifestError(f"{path}: unreadable ({error}); `make export` makes it again") from error
-        found = fields.pop("format", None) if isinstance(fields, dict) else None
+        found = fields.get("format") if isinstance(fields, dict) else None
         if found != FORMAT:
             raise ManifestError(f"{path}: format: wanted {FORMAT}, got {found!r}; `make export` makes it again")
+        wanted, actual = fields.pop("sha256", None), _sha256_of_fields(fields)
+        if wanted != actual:
+            raise ManifestError(f"{path}: its SHA-256: wanted {wanted}, got {actual}: it was altered; `make export` makes it again")
+        del fields["format"]
         try:
             sizes = {**fields["sizes"], "cross_attention_layers": tuple(fields["sizes"]["cross_attention_layers"])}
-            return cls(**{**fields, "sizes": EngineSizes(**sizes), "prompt": Prompt(**fields["prompt"])})
+            build = EngineBuild.from_dict(fields["build"]) if fields.get("build") else None
+            return cls(**{**fields, "sizes": EngineSizes(**sizes), "prompt": Prompt(**fields["prompt"]), "build": build})
         except (KeyError, TypeError) as error:
             raise ManifestError(f"{path}: other fields than wanted ({error}); `make export` makes it again") from error
 
@@ -111,6 +178,11 @@ class Manifest:
             raise ManifestError(
                 f"{directory}: engine files do not match {MANIFEST_FILE}; `make export` makes them again:\n  " + "\n  ".join(faults)
             )
+
+
+def _sha256_of_fields(fields: dict[str, Any]) -> str:
+    """Hash of a manifest's content, whatever its layout in the file."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_of_file(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Counts and gauges of one reader on Triton's own metrics endpoint, all labelled with the model's name.
+"""Counts and gauges of one model on Triton's own metrics endpoint, all labelled with the model's name.
 
 A metric costs a message to the server each time it is set (tens of microseconds in 2.51), so they are brought up to date a few times a
 second, from a thread of their own, and not at every step.
@@ -30,6 +30,27 @@ COUNTERS = {
     "reader_first_token_seconds_total": "Seconds from arrival to first token, summed over answered questions",
 }
 OUTCOME_COUNTER = ("reader_questions_total", "Questions by how they ended")
+
+
+ENCODER_COUNTERS = {
+    "encoder_engine_seconds_total": "Seconds spent in encoder calls, transfers between models not included",
+    "encoder_passages_total": "Passages encoded",
+    "encoder_tokens_total": "Valid tokens encoded",
+}
+
+
+class EncoderMetrics:
+    """Counts what an encoder model has done."""
+
+    def __init__(self, model: str):
+        counter = pb_utils.MetricFamily.COUNTER
+        self._families = [pb_utils.MetricFamily(name=name, description=text, kind=counter) for name, text in ENCODER_COUNTERS.items()]
+        self._metrics = [family.Metric(labels={"model": model}) for family in self._families]
+
+    def encoded(self, seconds: float, passages: int, tokens: int) -> None:
+        """Count one call."""
+        for metric, value in zip(self._metrics, (seconds, passages, tokens), strict=True):
+            metric.increment(value)
 
 
 class Metrics:

@@ -11,17 +11,13 @@ import numpy as np
 import onnxruntime as ort
 
 from .kv_budget import SELF_LENGTH_START, cache_length, self_cache_length
-from .manifest import Manifest
+from .manifest import EngineError, Manifest
 from .tensors import GraphTensors, cross_kv_tensors, decoder_step_tensors, encoder_tensors
 
 # A call with more tokens than this gains nothing more from batching on a CPU, but its activations outgrow the caches.
 MAX_TOKENS_PER_CALL = 4096
 # Rows of at least this share of a call's longest row are computed with it; shorter ones go to a call of their own.
 LENGTH_SHARE = 0.8
-
-
-class EngineError(RuntimeError):
-    """An engine that cannot be loaded, or does not have the tensors of its manifest."""
 
 
 class OnnxSession:
@@ -79,12 +75,16 @@ class OnnxEncoder:
         return outputs
 
 
-def grouped_by_length(rows: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
+def grouped_by_length(
+    rows: list[tuple[int, int, int]], most_tokens: int = MAX_TOKENS_PER_CALL, most_rows: int | None = None
+) -> list[list[tuple[int, int, int]]]:
     """Split (length, question, row) triples into calls, longest first, so that little padding is computed. Empty rows are left out."""
+    most_rows = most_rows or len(rows)
     groups: list[list[tuple[int, int, int]]] = []
     for row in sorted((row for row in rows if row[0]), reverse=True):
         group = groups[-1] if groups else []
-        if group and row[0] >= LENGTH_SHARE * group[0][0] and (len(group) + 1) * group[0][0] <= MAX_TOKENS_PER_CALL:
+        room = len(group) < most_rows and (len(group) + 1) * (group[0][0] if group else 0) <= most_tokens
+        if group and row[0] >= LENGTH_SHARE * group[0][0] and room:
             group.append(row)
         else:
             groups.append([row])
@@ -124,6 +124,19 @@ class OnnxDecoder:
     def reserved_bytes(self) -> int:
         """Bytes that the caches take now."""
         return sum(cache.nbytes for cache in (*self._self, *self._cross))
+
+    @staticmethod
+    def pack(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """The valid hidden states of a question, one after the other: padding is then neither stored nor read.
+
+        Args:
+            states: float32[n_passages, passage_length, d_model].
+            mask: int32[n_passages, passage_length].
+
+        Returns:
+            float32[encoder_sequence_length, d_model], a copy.
+        """
+        return states[mask.astype(bool)]
 
     def admit(self, slot: int, running: int, hidden: np.ndarray, encoder_positions: np.ndarray) -> None:
         """Compute a question's cross-attention keys and values into a slot.

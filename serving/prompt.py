@@ -54,10 +54,15 @@ class PromptEncoder:
         tokenizer.no_truncation()  # tokenizer.json files carry such settings; the manifest's count here
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        # cuts in the tokenizer's own code: turning the tokens of a long text into Python's numbers would hold up all other threads
+        self._cutter = Tokenizer.from_str(tokenizer.to_str())
+        self._cutter.enable_truncation(manifest.prompt.passage_length)
         self._prompt = manifest.prompt
         self._pad, self._eos = manifest.pad_token_id, manifest.eos_token_id
         # single bytes, from which a tokenizer with byte fallback spells characters that it has no piece for
-        self.byte_tokens = {token for token in (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)) if token is not None}
+        bytes_ = {token for token in (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)) if token is not None}
+        # special tokens are left out of the text, so that the bytes on both sides of one still make one run
+        self.unsettled_tokens = bytes_ | {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
 
     def encode(self, question: str, passages: Sequence[str], titles: Sequence[str] | None = None) -> EncoderInput:
         """Tokenize one question with its passages.
@@ -78,7 +83,7 @@ class PromptEncoder:
             raise PromptError(f"question: {head_tokens} tokens with its prompt, but a passage holds {room}; ask it in fewer words")
         titles = titles if titles is not None else [""] * len(passages)
         texts = [prompt.template.format(question=question, title=t, context=p) for p, t in zip(passages, titles, strict=True)]
-        rows = [e.ids[:room] + end for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        rows = [e.ids[:room] + end for e in self._cutter.encode_batch(texts, add_special_tokens=False)]
         lengths = np.array([len(row) for row in rows])
         width = min(-(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, prompt.passage_length)
         input_ids = np.full((len(rows), width), self._pad, np.int32)
@@ -104,7 +109,7 @@ class TextPieces:
     def add(self, token: int) -> str:
         """The text that is certain now and was not before; may be empty."""
         self._tokens.append(token)
-        if token in self._encoder.byte_tokens:  # a run of bytes is text only once it is whole
+        if token in self._encoder.unsettled_tokens:  # a run of bytes is text only once it is whole
             return ""
         return self._send(self._encoder.text(self._tokens))
 

@@ -17,17 +17,14 @@ import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer
 
 from .decode_loop import DecodeLoop, GivenUpError, LoopCounts, LoopStoppedError, Question, QueueFullError
-from .kv_budget import plan
+from .engines import bytes_per_element, kv_budget, load_decoder
 from .limits import Limits
 from .manifest import TOKENIZER_FILE, Manifest, ManifestError
 from .metrics import Metrics
-from .onnx_engine import OnnxDecoder
 from .prompt import PromptEncoder
 from .reply import Caller, Reply, StreamReply, UnaryReply, send_error
 from .request import read_request
 from .tensors import READER_TENSORS
-
-BYTES_PER_ELEMENT = {"float32": 4}
 
 
 class ReaderModel:
@@ -39,11 +36,12 @@ class ReaderModel:
         config = json.loads(args["model_config"])
         self._streams = bool(config.get("model_transaction_policy", {}).get("decoupled", False))
         try:
-            self._load(config.get("parameters", {}), Path(args["model_repository"]).resolve().parent, args["model_version"])
+            repository = Path(args["model_repository"]).resolve().parent
+            self._load(config.get("parameters", {}), repository, args["model_version"], int(args["model_instance_device_id"]))
         except (ValueError, RuntimeError, KeyError) as error:
             raise pb_utils.TritonModelException(f"{self._name}: {error}") from error
 
-    def _load(self, parameters: dict[str, Any], repository: Path, version: str) -> None:
+    def _load(self, parameters: dict[str, Any], repository: Path, version: str, device: int) -> None:
         limits = self._limits = Limits.from_parameters(parameters)
         reader = parameters["reader"]["string_value"]
         directory = repository / reader / version
@@ -52,10 +50,14 @@ class ReaderModel:
         _require_same_weights(manifest, Manifest.load(repository / self._encoder_model / version), reader)
         manifest.verify(directory, (TOKENIZER_FILE,))
         self._prompt = PromptEncoder(Tokenizer.from_file(str(directory / TOKENIZER_FILE)), manifest)
-        self._sizes, self._bytes_per_element = manifest.sizes, BYTES_PER_ELEMENT[manifest.precision]
-        budget = plan(manifest.sizes, limits, manifest.prompt.passage_length, self._bytes_per_element)
-        engine = OnnxDecoder(directory, manifest, budget.slots, limits.intra_op_threads)
-        pb_utils.Logger.log_info(f"{self._name}: {manifest.engine} {manifest.precision}, {budget}")
+        self._sizes, self._bytes_per_element = manifest.sizes, bytes_per_element(manifest)
+        engine = load_decoder(directory, manifest, limits, device)
+        self._pack = engine.pack
+        # hidden states that are made on the GPU and read there stay there
+        gpu = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_GPU, device) if manifest.on_gpu else None
+        self._where_to_put_states = {"preferred_memory": gpu} if gpu else {}
+        memory = f", {engine.memory}" if hasattr(engine, "memory") else ""
+        pb_utils.Logger.log_info(f"{self._name}: {manifest.engine} {manifest.precision}, {kv_budget(manifest, limits)}{memory}")
         self._loop = DecodeLoop(
             engine, start_token=manifest.decoder_start_token_id, eos_token=manifest.eos_token_id, max_waiting=limits.max_in_hand
         )
@@ -122,12 +124,12 @@ class ReaderModel:
                     pb_utils.Tensor("input_ids", tokens.input_ids),
                     pb_utils.Tensor("attention_mask", tokens.attention_mask),
                 ],
+                **self._where_to_put_states,
             ).exec()
             if response.has_error():
                 raise RuntimeError(f"{self._encoder_model}: {response.error().message()}")
-            states = pb_utils.get_output_tensor_by_name(response, "encoder_hidden_states").as_numpy()
-            # pack: the decoder then neither stores nor reads keys of padding. A copy, as the tensor's memory goes with the response.
-            hidden = states[tokens.attention_mask.astype(bool)]
+            states = _array(pb_utils.get_output_tensor_by_name(response, "encoder_hidden_states"))
+            hidden = self._pack(states, tokens.attention_mask)  # a copy: the tensor's memory goes with the response
             reply.encoded(tokens)
             self._loop.submit(
                 Question(
@@ -146,6 +148,15 @@ class ReaderModel:
 
     def _end_later(self, reply: Reply, error: Exception | None) -> None:
         self._responding.submit(reply.end, error)
+
+
+def _array(tensor: Any) -> Any:
+    """A response's tensor where it lies: NumPy's array of host memory, or CuPy's of the GPU's."""
+    if tensor.is_cpu():
+        return tensor.as_numpy()
+    import cupy
+
+    return cupy.from_dlpack(tensor)
 
 
 def _require_same_weights(decoder: Manifest, encoder: Manifest, reader: str) -> None:

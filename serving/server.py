@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from .manifest import MANIFEST_FILE, Manifest, ManifestError
 from .tritonserver import PROJECT, ServerError, environment, find_installation, prepared_backends, require_numpy_1
 
 LOOPBACK = "127.0.0.1"
@@ -27,6 +28,7 @@ SHM = Path("/dev/shm")
 SHM_PREFIX = "fido-"
 SCRATCH_PREFIX = "fido-triton-"
 PR_SET_PDEATHSIG = 1
+CUDA_POOL_BYTES = 1 << 30  # a question of 40 x 256 tokens has 16 MB of hidden states at base size, and many are under way at once
 
 
 def models_of(readers: Sequence[str], *, stream: bool) -> list[str]:
@@ -40,6 +42,19 @@ def tls_arguments(certificate: Path | None, key: Path | None, root: Path | None)
         return []
     arguments = ["--grpc-use-ssl=true", f"--grpc-server-cert={certificate}", f"--grpc-server-key={key}"]
     return arguments + (["--grpc-use-ssl-mutual=true", f"--grpc-root-cert={root}"] if root else [])
+
+
+def pool_arguments(repository: Path) -> list[str]:
+    """Memory pools for the models of a repository: hidden states pass between GPU models through Triton's own pool."""
+
+    def on_gpu(directory: Path) -> bool:
+        try:
+            return Manifest.load(directory).on_gpu
+        except ManifestError:
+            return False  # the model itself says what is wrong when it loads
+
+    found = any(on_gpu(path.parent) for path in repository.glob(f"*/*/{MANIFEST_FILE}"))
+    return [f"--cuda-memory-pool-byte-size=0:{CUDA_POOL_BYTES}"] if found else []
 
 
 def free_ports(count: int) -> list[int]:
@@ -143,6 +158,7 @@ class TritonServer:
             f"--grpc-port={self.grpc_port}",
             f"--metrics-port={self.metrics_port}",
             f"--exit-timeout-secs={int(self._drain_timeout_s)}",
+            *pool_arguments(chosen),
             *self._extra,
         ]
         self.log.parent.mkdir(parents=True, exist_ok=True)

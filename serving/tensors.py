@@ -73,12 +73,15 @@ class EngineSizes:
     """What the shapes of a reader's engines depend on; travels in the manifest.
 
     Attributes:
+        d_model_encoder: width of the hidden states.
+        d_model_decoder: width of the decoder's residual stream.
         cross_attention_layers: decoder layers that have cross-attention, 0-based over the whole decoder.
         reads_encoder_positions: the checkpoint has a relative bias in cross-attention, so the step needs each key's place in the
             padded sequence.
     """
 
     d_model_encoder: int
+    d_model_decoder: int
     num_decoder_layers: int
     cross_attention_layers: tuple[int, ...]
     num_heads: int

@@ -14,8 +14,8 @@ from serving.onnx_engine import OnnxDecoder
 from serving.tensors import EngineSizes
 
 # FiD-base and FiDO-base (LSA-6, MQ) at 40 x 256 tokens in fp16: 377 and 5.2 MB a question, the arithmetic of the FiDO paper
-FID_BASE = EngineSizes(768, 12, tuple(range(12)), 12, 12, 64, 32128)
-FIDO_BASE = EngineSizes(768, 12, (5, 11), 12, 1, 64, 32128)
+FID_BASE = EngineSizes(768, 768, 12, tuple(range(12)), 12, 12, 64, 32128)
+FIDO_BASE = EngineSizes(768, 768, 12, (5, 11), 12, 1, 64, 32128)
 
 
 @pytest.mark.parametrize(("sizes", "megabytes"), [(FID_BASE, 377.5), (FIDO_BASE, 5.2)])

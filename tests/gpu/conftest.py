@@ -1,0 +1,73 @@
+"""Readers for the GPU tests: engines under build/engines, the graphs they were built from, and fp32 engines for the CPU beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serving.limits import Limits
+from serving.manifest import Manifest
+from serving.onnx_engine import OnnxEncoder
+
+ENGINES = Path(os.environ.get("GPU_ENGINES", "build/engines"))
+GRAPHS = Path(os.environ.get("GPU_GRAPHS", "build/engines"))
+CPU_ENGINES = Path(os.environ.get("CPU_ENGINES", "build/cpu_engines"))
+HELDOUT = Path("build/corpus/heldout.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuReader:
+    """One reader three times over.
+
+    Attributes:
+        graphs: half-precision ONNX that the engines were built from.
+        cpu: fp32 engines for ONNX Runtime.
+        states: fp32 hidden states of some held-out questions, packed, with the places of each token.
+    """
+
+    name: str
+    engines: Path
+    graphs: Path
+    cpu: Path
+    manifest: Manifest
+    cpu_manifest: Manifest
+    limits: Limits
+    inputs: list[tuple[np.ndarray, np.ndarray]]
+    states: list[tuple[np.ndarray, np.ndarray]]
+
+
+def limits_of(engines: Path) -> Limits:
+    """Limits within what the engines were built for."""
+    built = Manifest.load(engines)
+    assert built.build is not None
+    buckets = [profile["decoder_input_ids"][2][0] for profile in built.build.profiles["decoder_step.00.plan"]]
+    return Limits(slots=max(buckets))
+
+
+@pytest.fixture(scope="session", params=["fid", "fido"])
+def gpu_reader(request: pytest.FixtureRequest) -> GpuReader:
+    from tokenizers import Tokenizer
+
+    from serving.prompt import PromptEncoder
+
+    name = request.param
+    engines, cpu = ENGINES / name, CPU_ENGINES / name
+    manifest, cpu_manifest = Manifest.load(engines), Manifest.load(cpu)
+    assert manifest.weights_sha256 == cpu_manifest.weights_sha256
+    prompt = PromptEncoder(Tokenizer.from_file(str(cpu / "tokenizer.json")), cpu_manifest)
+    encoder = OnnxEncoder(cpu, cpu_manifest)
+    inputs, states = [], []
+    with HELDOUT.open(encoding="utf-8") as lines:
+        for line, passages in zip(lines, (10, 3, 10, 1, 7, 10, 5, 10), strict=False):
+            example = json.loads(line)
+            contexts = example["ctxs"][:passages]
+            tokens = prompt.encode(example["question"], [c["text"] for c in contexts], [c["title"] for c in contexts])
+            (hidden,) = encoder.encode([(tokens.input_ids, tokens.attention_mask)])
+            inputs.append((tokens.input_ids, tokens.attention_mask))
+            states.append((hidden[tokens.attention_mask.astype(bool)], tokens.encoder_positions))
+    return GpuReader(name, engines, GRAPHS / f"{name}.graphs", cpu, manifest, cpu_manifest, limits_of(engines), inputs, states)

@@ -1,0 +1,144 @@
+"""Each stage on the GPU against the one before it: engine = ONNX per output, decoder and encoder = fp32 on the CPU, n = n times one."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+cp = pytest.importorskip("cupy")
+
+import onnxruntime as ort  # noqa: E402
+
+from serving.decode_loop import DecodeLoop, Question  # noqa: E402
+from serving.engines import _gpu_loader, load_decoder, load_encoder  # noqa: E402
+from serving.gpu_engine import Scratch  # noqa: E402
+from serving.onnx_engine import OnnxDecoder  # noqa: E402
+from serving.step_parts import packed_cross_kv_tensors, step_part_tensors, step_parts  # noqa: E402
+from serving.tensors import encoder_tensors  # noqa: E402
+from tests.gpu.conftest import GpuReader  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+STEPS = 12
+# Largest differences that fp16 explains: relative to the largest number of the output, and of a log-probability.
+RELATIVE, LOG_PROB = 1e-2, 2e-2
+
+
+def report(record_property, what: str, value: float) -> None:
+    record_property(what, float(f"{value:.3g}"))
+    print(f"{what}: {value:.3g}")
+
+
+def test_every_engine_equals_its_graph(gpu_reader: GpuReader, record_property) -> None:
+    """The same half-precision graph by TensorRT and by ONNX Runtime's CPU provider."""
+    rng = np.random.default_rng(0)
+    sizes, manifest = gpu_reader.manifest.sizes, gpu_reader.manifest
+    load = _gpu_loader(gpu_reader.engines, manifest, 0)
+    graphs = [("encoder", encoder_tensors(sizes, "float16")), ("cross_kv", packed_cross_kv_tensors(sizes))]
+    graphs += [(part.name, step_part_tensors(sizes, part)) for part in step_parts(sizes)]
+    lengths = {"passages": 7, "passage_length": 64, "encoder_sequence_length": 300, "batch": gpu_reader.limits.slots}
+    for name, tensors in graphs:
+        given = {}
+        for spec in tensors.inputs:
+            shape = spec.shape(lengths)
+            if spec.dtype == "int32":
+                given[spec.name] = np.ones(shape, np.int32) if "mask" in spec.name else rng.integers(2, 3000, shape).astype(np.int32)
+            else:
+                given[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
+        wanted = ort.InferenceSession(str(gpu_reader.graphs / f"{name}.onnx")).run(None, given)
+        stream = cp.cuda.Stream(non_blocking=True)
+        with stream:
+            inputs = {key: cp.asarray(value) for key, value in given.items()}
+            outputs = {spec.name: cp.full(spec.shape(lengths), cp.nan, spec.dtype) for spec in tensors.outputs}
+            load(name, tensors, Scratch()).bind(inputs, outputs).enqueue(stream)
+            stream.synchronize()
+        for spec, want in zip(tensors.outputs, wanted, strict=True):
+            got = outputs[spec.name].get().astype(np.float64)
+            assert np.isfinite(got).all(), (name, spec.name)
+            error = np.abs(got - want).max() / np.abs(want).max()
+            report(record_property, f"{gpu_reader.name} {name} {spec.name}", error)
+            assert error < RELATIVE, (name, spec.name, error)
+
+
+def test_encoder_equals_fp32(gpu_reader: GpuReader, record_property) -> None:
+    encoder = load_encoder(gpu_reader.engines, gpu_reader.manifest, gpu_reader.limits)
+    together = encoder.encode(gpu_reader.inputs)
+    worst = 0.0
+    for (ids, mask), (wanted, _), joint in zip(gpu_reader.inputs, gpu_reader.states, together, strict=True):
+        (alone,) = encoder.encode([(ids, mask)])
+        for found in (joint.get(), alone.get()):
+            assert not found[mask == 0].any()
+            worst = max(worst, float(np.abs(found[mask.astype(bool)].astype(np.float32) - wanted).max() / np.abs(wanted).max()))
+    report(record_property, f"{gpu_reader.name} encoder against fp32", worst)
+    assert worst < RELATIVE
+
+
+def test_decoder_equals_fp32(gpu_reader: GpuReader, record_property) -> None:
+    """Teacher-forced with fp32's tokens, so that a tie does not end the comparison; slots are admitted out of order and moved."""
+    states = gpu_reader.states[:6]
+    gpu = load_decoder(gpu_reader.engines, gpu_reader.manifest, gpu_reader.limits)
+    cpu = OnnxDecoder(gpu_reader.cpu, gpu_reader.cpu_manifest, len(states) + 1)
+    for decoder in (gpu, cpu):
+        for slot, (hidden, places) in enumerate(states):
+            packed = hidden if decoder is cpu else gpu.pack(hidden.astype(np.float16)[None], np.ones((1, len(hidden)), np.int32))
+            decoder.admit(slot, slot, packed, places)
+    tokens, penalty = np.zeros(len(states), np.int32), np.full(len(states), -1e9, np.float32)
+    worst_log_prob = worst_evidence = 0.0
+    for position in range(STEPS):
+        if position == 3:  # the last answer takes the second's place
+            for decoder in (gpu, cpu):
+                decoder.move(len(states) - 1, 1)
+            tokens, penalty = np.concatenate([tokens[:1], tokens[-1:], tokens[2:-1]]), penalty[:-1]
+        at = np.full(len(tokens), position, np.int32)
+        wanted, found = cpu.step(tokens, at, penalty), gpu.step(tokens, at, penalty)
+        worst_log_prob = max(worst_log_prob, float(np.abs(wanted[1] - found[1]).max()))
+        close = wanted[0] == found[0]
+        assert close.mean() > 0.7, (position, wanted[0], found[0])
+        if position == 0:
+            for row, (hidden, _) in enumerate(states):
+                error = np.abs(wanted[2][row, : len(hidden)] - found[2][row, : len(hidden)]).max()
+                worst_evidence = max(worst_evidence, float(error))
+        tokens = wanted[0]
+    report(record_property, f"{gpu_reader.name} log_prob against fp32", worst_log_prob)
+    report(record_property, f"{gpu_reader.name} cross_attention against fp32", worst_evidence)
+    assert worst_log_prob < LOG_PROB and worst_evidence < RELATIVE
+
+
+def test_batch_of_n_equals_n_times_one(gpu_reader: GpuReader) -> None:
+    """Answers in flight, arriving and leaving at random, are token for token those of each question alone."""
+    rng = np.random.default_rng(3)
+    decoder = load_decoder(gpu_reader.engines, gpu_reader.manifest, gpu_reader.limits)
+    packed = [
+        (decoder.pack(hidden.astype(np.float16)[None], np.ones((1, len(hidden)), np.int32)), places) for hidden, places in gpu_reader.states
+    ]
+    loop = DecodeLoop(decoder, start_token=0, eos_token=1, max_waiting=1000)
+
+    def ask(i: int, most: int, leave_at: int | None = None) -> tuple[list[int], threading.Event]:
+        tokens: list[int] = []
+        done = threading.Event()
+        given_up = (lambda: "enough" if len(tokens) >= leave_at else None) if leave_at else (lambda: None)
+        loop.submit(Question(*packed[i], most, 0, lambda token, _: tokens.append(token), lambda _: done.set(), given_up=given_up))
+        return tokens, done
+
+    try:
+        alone = []
+        for i in range(len(packed)):
+            tokens, done = ask(i, 24)
+            assert done.wait(30)
+            alone.append(tokens)
+        running = []
+        for _ in range(300):
+            i, most = int(rng.integers(len(packed))), int(rng.integers(1, 25))
+            leave_at = int(rng.integers(1, 6)) if rng.random() < 0.2 else None
+            running.append((i, most, leave_at, *ask(i, most, leave_at)))
+            if rng.random() < 0.3:
+                running[int(rng.integers(len(running)))][4].wait(1)
+        for i, most, leave_at, tokens, done in running:
+            assert done.wait(30)
+            if leave_at is None:
+                assert tokens == alone[i][:most]
+            else:
+                assert tokens == alone[i][: len(tokens)]
+    finally:
+        loop.stop()

@@ -1,0 +1,89 @@
+"""The decoder step in parts as a DecoderEngine, on ONNX Runtime's CPU provider and NumPy: what the GPU runtime must equal.
+
+It is written for plainness: attention is a loop over rows, in fp32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from serving.manifest import Manifest
+from serving.step_parts import AttentionSite, step_parts
+
+
+class NumpyStep:
+    def __init__(self, directory: Path, manifest: Manifest, slots: int, length: int = 64, self_length: int = 64):
+        self.sizes, self.slots = manifest.sizes, slots
+        self.parts = [(part, ort.InferenceSession(str(directory / f"{part.name}.onnx"))) for part in step_parts(manifest.sizes)]
+        self.cross_kv = ort.InferenceSession(str(directory / "cross_kv.onnx"))
+        self.self_bias = np.load(directory / "self_attention_bias.npy", allow_pickle=False)
+        cross_bias = directory / "cross_attention_bias.npy"
+        self.cross_bias = np.load(cross_bias, allow_pickle=False) if cross_bias.exists() else None
+        self.positions: dict[int, np.ndarray] = {}
+        self.cache: dict[tuple[str, int, int], np.ndarray] = {}  # (kind, layer, slot) -> [tokens, 2 * kv_heads * d_kv]
+
+    def admit(self, slot: int, running: int, hidden: np.ndarray, encoder_positions: np.ndarray) -> None:
+        made = self.cross_kv.run(None, {"encoder_hidden_states": hidden.astype(np.float16)})
+        for layer, rows in zip(self.sizes.cross_attention_layers, made, strict=True):
+            self.cache["cross", layer, slot] = rows.astype(np.float32)
+        self.positions[slot] = encoder_positions
+
+    def move(self, source: int, target: int) -> None:
+        self.positions[target] = self.positions[source]
+        for kind, layer, slot in list(self.cache):
+            if slot == source:
+                self.cache[kind, layer, target] = self.cache[kind, layer, source]
+
+    def attend(self, queries: np.ndarray, rows: np.ndarray, bias: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """[heads, d_kv] and [tokens, 2 * kv_heads * d_kv] -> [heads * d_kv], and the weights summed over heads."""
+        heads, kv_heads, d_kv = self.sizes.num_heads, self.sizes.num_kv_heads, self.sizes.d_kv
+        keys, values = rows.reshape(-1, 2, kv_heads, d_kv).transpose(1, 2, 0, 3)
+        mixed, total = [], np.zeros(len(rows), np.float32)
+        for head in range(heads):
+            group = head // (heads // kv_heads)
+            scores = keys[group] @ queries[head] + (0 if bias is None else bias[:, head])
+            weights = np.exp(scores - scores.max())
+            weights /= weights.sum()
+            mixed.append(weights @ values[group])
+            total += weights
+        return np.concatenate(mixed), total
+
+    def attention(self, site: AttentionSite, made: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        heads, d_kv = self.sizes.num_heads, self.sizes.d_kv
+        out, weights = [], []
+        for row, position in enumerate(positions):
+            queries = made[row, : heads * d_kv].reshape(heads, d_kv)
+            if site.kind == "self":
+                new = made[row : row + 1, heads * d_kv :].astype(np.float16).astype(np.float32)
+                past = self.cache["self", site.layer, row][:position] if position else new[:0]
+                cache = self.cache["self", site.layer, row] = np.concatenate([past, new])
+                bias = self.self_bias[np.minimum(position - np.arange(len(cache)), len(self.self_bias) - 1)]
+            else:
+                cache, bias = self.cache["cross", site.layer, row], None
+                if self.cross_bias is not None:
+                    bias = self.cross_bias[np.clip(position - self.positions[row], 0, len(self.cross_bias) - 1)]
+            mixed, total = self.attend(queries, cache, bias)
+            out.append(mixed)
+            weights.append(total)
+        return np.array(out, np.float32), weights
+
+    def step(self, tokens: np.ndarray, positions: np.ndarray, eos_penalty: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        inputs = {"decoder_input_ids": tokens}
+        evidence = np.zeros((len(tokens), max(len(self.positions[row]) for row in range(len(tokens)))), np.float32)
+        made: list[np.ndarray] = []
+        for part, session in self.parts:
+            made = session.run(None, inputs)
+            if part.before is not None:
+                attended, weights = self.attention(part.before, made[1], positions)
+                inputs = {"residual": made[0], "attended": attended}
+                if part.before.kind == "cross":
+                    for row, total in enumerate(weights):
+                        evidence[row, : len(total)] += total / len(self.sizes.cross_attention_layers)
+        (logits,) = made
+        logits = logits.astype(np.float64)
+        logits[:, 1] += eos_penalty  # the readers of the tests and the demo end with token 1
+        log_probs = logits.max(1) - logits.max(1, keepdims=True)[:, 0] - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1))
+        return logits.argmax(1).astype(np.int32), log_probs.astype(np.float32), evidence
