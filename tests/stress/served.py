@@ -25,6 +25,7 @@ STOP_TIMEOUT_S = 60.0
 SHM = Path("/dev/shm")
 GAUGES = ("reader_active_slots", "reader_waiting_questions", "reader_in_hand_questions", "reader_kv_cache_bytes")
 PR_SET_PDEATHSIG = 1
+READY = "ready; Ctrl-C stops"  # the last line that it prints once it serves: until then a death is a failed start, which it does not mend
 # sets up a /dev/shm of its own, then becomes the command that follows
 PRIVATE_SHM = 'mount -t tmpfs -o size="$0" tmpfs /dev/shm && exec "$@"'
 
@@ -83,7 +84,7 @@ class Served:
                 self._command, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent
             )
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not self.is_ready():
+        while READY not in self.printed():
             if self._launcher.poll() is not None:
                 raise StartError(self.printed())
             if time.monotonic() > deadline:
@@ -95,14 +96,6 @@ class Served:
     def printed(self) -> str:
         """What `python -m serving` has printed."""
         return self._printed.read_text(encoding="utf-8", errors="replace")
-
-    def is_ready(self) -> bool:
-        """What Triton's readiness probe says."""
-        try:
-            with urllib.request.urlopen(f"http://{LOOPBACK}:{self.http_port}/v2/health/ready", timeout=2):
-                return True
-        except (urllib.error.URLError, OSError):
-            return False
 
     def is_running(self) -> bool:
         """Whether `python -m serving` is alive."""
