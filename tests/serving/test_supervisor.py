@@ -20,6 +20,7 @@ from serving.server import SHM, SHM_PREFIX, _children, free_ports, remove_leftov
 from serving.tritonserver import ServerError
 
 ROOT = Path(__file__).parents[2]
+READY = "ready; Ctrl-C stops"
 
 
 @pytest.fixture
@@ -28,10 +29,21 @@ def launched(engines, tmp_path):
     http, grpc, metrics = (str(port) for port in free_ports(3))
     command = [sys.executable, "-m", "serving", "--readers", "fido", "--repository", str(tmp_path / "repository")]
     command += ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics, "--log", str(tmp_path / "log")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    yield process, f"127.0.0.1:{grpc}"
+    printed = tmp_path / "printed"
+    with printed.open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    yield process, f"127.0.0.1:{grpc}", printed
     process.kill()
     process.wait()
+    print(printed.read_text(), (tmp_path / "log").read_text(errors="replace")[-20_000:])  # pytest shows it if the test failed
+
+
+def wait_until_ready(printed: Path, seconds: float) -> None:
+    """Until the launcher says so: Triton answers gRPC a moment before, and a death before that is a failed start, not a restart."""
+    deadline = time.monotonic() + seconds
+    while READY not in printed.read_text():
+        assert time.monotonic() < deadline, f"not ready after {seconds:.0f} s: {printed.read_text()}"
+        time.sleep(0.05)
 
 
 def answers(url: str, seconds: float) -> bool:
@@ -59,7 +71,8 @@ def processes_of(pid: int) -> dict[str, int]:
 @pytest.mark.server
 @pytest.mark.parametrize("victim", ["fido", "fido_encoder", "tritonserver"])
 def test_what_is_killed_is_started_again_and_ctrl_c_leaves_nothing(launched, victim):
-    process, url = launched
+    process, url, printed = launched
+    wait_until_ready(printed, 60)
     assert answers(url, 60)
     first = processes_of(process.pid)
     os.kill(first[victim], signal.SIGKILL)
@@ -68,7 +81,8 @@ def test_what_is_killed_is_started_again_and_ctrl_c_leaves_nothing(launched, vic
     second = processes_of(process.pid)
     assert not set(first.values()) & set(second.values())
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    process.wait(timeout=60)
+    output = printed.read_text()
     assert process.returncode == 0 and output.endswith("stopping\nstopped\n") and "starting again" in output
     assert not [pid for pid in second.values() if Path(f"/proc/{pid}").exists()]
     assert not list(SHM.glob(f"{SHM_PREFIX}{process.pid}-*"))
