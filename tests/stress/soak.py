@@ -1,8 +1,10 @@
-"""Whether memory stays flat: samples of every process and of /dev/shm before and after many rounds of the same load."""
+"""Whether memory stays flat: samples of every process and of /dev/shm between many rounds of the same load."""
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
+from collections.abc import Sequence
 
 FLAT = 0.02  # growth allowed between the end of the warm-up and the end
 GRAIN_BYTES = 1 << 20  # growth below a megabyte is none: small processes would not be flat for a few pages
@@ -31,6 +33,18 @@ class Growth:
         return f"{self.name:<14} {self.start_bytes / 1e6:8.1f} MB -> {self.end_bytes / 1e6:8.1f} MB  {self.share:+7.2%}  {verdict}"
 
 
-def growths(start: dict[str, int], end: dict[str, int]) -> list[Growth]:
-    """One a name; what is only in one of the two has 0 bytes in the other."""
-    return [Growth(name, start.get(name, 0), end.get(name, 0)) for name in sorted({*start, *end})]
+def growths(samples: Sequence[dict[str, int]]) -> list[Growth]:
+    """Growth of each name from the median of the first third of the samples to that of the last third.
+
+    One sample says little: a reader's caches grow and shrink with its questions, so it is a fifth higher or lower a round later.
+
+    Args:
+        samples: in order of time, bytes of each name; a name that a sample lacks has 0 there.
+    """
+    third = max(len(samples) // 3, 1)
+
+    def median(part: Sequence[dict[str, int]], name: str) -> int:
+        return int(statistics.median(sample.get(name, 0) for sample in part))
+
+    names = sorted({name for sample in samples for name in sample})
+    return [Growth(name, median(samples[:third], name), median(samples[-third:], name)) for name in names]

@@ -86,8 +86,17 @@ def test_memory_is_flat_within_two_percent_or_a_megabyte(start, end, flat):
 
 
 def test_growth_of_what_is_only_there_at_the_end_counts_from_nothing():
-    assert [str(g).split()[0] for g in growths({"a": 1}, {"b": 2})] == ["a", "b"]
-    assert not growths({}, {"b": 1 << 30})[0].is_flat
+    assert [str(g).split()[0] for g in growths([{"a": 1}, {"b": 2}])] == ["a", "b"]
+    assert not growths([{}, {"b": 1 << 30}])[0].is_flat
+
+
+def test_one_sample_out_of_line_is_no_growth_and_a_steady_rise_is():
+    def found(*megabytes):
+        return growths([{"x": value * 1_000_000} for value in megabytes])[0]
+
+    assert found(100, 130, 101, 99, 102, 98, 100, 131, 100).is_flat
+    assert found(100, 101, 102, 103, 104, 105, 106, 107, 108).share == pytest.approx(107 / 101 - 1)
+    assert not found(100, 101, 102, 103, 104, 105, 106, 107, 108).is_flat
 
 
 def test_chunks_are_joined_and_a_broken_off_one_is_kept():
