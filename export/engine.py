@@ -144,14 +144,15 @@ class Compiler:
         self._timing_cache = timing_cache if self._typed else None
         self._timings: Any = None
         self._kept: list[Any] = []  # what the timings in memory may refer to
-        self._options: dict[str, Any] = {}
+        # layer by layer names and shapes stay readable in the engine, for perf/gpu_profile.py; it costs no time
+        self._options: dict[str, Any] = {"profiling_verbosity": trt.ProfilingVerbosity.DETAILED}
         if not self._typed:
             if precision != "float16":
                 raise EngineError(f"precision {precision} needs TensorRT 10 or later, here is {trt.__version__}; export float16")
             # the plugin libraries of this version need cuBLAS 12 and cuDNN 8; its own kernels do as well
             own = [trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS]
             sharing = [trt.PreviewFeature.PROFILE_SHARING_0806]  # several contexts of one profile: the default from 10 on
-            self._options = {
+            self._options |= {
                 "fp16": True,
                 "tf32": True,
                 "precision_constraints": "obey",
