@@ -151,13 +151,15 @@ class Compiler:
                 raise EngineError(f"precision {precision} needs TensorRT 10 or later, here is {trt.__version__}; export float16")
             # the plugin libraries of this version need cuBLAS 12 and cuDNN 8; its own kernels do as well
             own = [trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS]
-            sharing = [trt.PreviewFeature.PROFILE_SHARING_0806]  # several contexts of one profile: the default from 10 on
+            # Defaults from 10 on. Naming one switches off those that are not named, so all are: without faster dynamic shapes a call of any
+            # shape takes the time of the largest. Profile sharing is what we need: several contexts of one profile.
+            previews = list(trt.PreviewFeature.__members__.values())
             self._options |= {
                 "fp16": True,
                 "tf32": True,
                 "precision_constraints": "obey",
                 "tactic_sources": own,
-                "preview_features": sharing,
+                "preview_features": previews,
             }
 
     def compile(self, path: Path, profiles: list[dict[str, Shapes]]) -> bytes:

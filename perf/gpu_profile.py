@@ -1,7 +1,7 @@
-"""Where an engine's time goes: `python -m perf.gpu_profile ENGINES NAME SHAPE=...` lists every layer with its time, tactic and share.
+"""Where an engine's time goes: `python -m perf.gpu_profile PLAN NAME=SHAPE ...` lists every layer with its time, tactic and share.
 
-TensorRT's own profiler gives the times, which it takes layer by layer: their sum is larger than the time of the engine undisturbed, which is
-printed beside it.
+TensorRT's own profiler gives the times, which it takes layer by layer: their sum is larger than the time of the engine undisturbed, which
+is printed beside it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import cupy as cp
 import tensorrt as trt
@@ -29,7 +28,7 @@ class Layer:
     ms: float = 0.0
 
 
-class _Times(trt.IProfiler):  # type: ignore[misc]
+class _Times(trt.IProfiler):
     """Collects what TensorRT reports."""
 
     def __init__(self) -> None:
@@ -84,7 +83,8 @@ def profile(plan: bytes, shapes: dict[str, tuple[int, ...]]) -> tuple[float, lis
         stream.synchronize()
     inspector = engine.create_engine_inspector()
     inspector.execution_context = context
-    described = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))["Layers"]
+    # strict=False: 8.6 leaves line breaks in its strings
+    described = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON), strict=False)["Layers"]
     layers = []
     for entry in described:
         if isinstance(entry, str):

@@ -5,6 +5,7 @@ One of the two modules that import Triton's Python backend; everything that can 
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from pathlib import Path
@@ -58,3 +59,8 @@ class EncoderModel:
             tensor = pb_utils.Tensor.from_dlpack(output.name, hidden) if self._on_gpu else pb_utils.Tensor(output.name, hidden)
             responses[place] = pb_utils.InferenceResponse([tensor])
         return responses
+
+    def finalize(self) -> None:
+        """Let the engine go while the process is whole, as ReaderModel does."""
+        del self._encoder
+        gc.collect()

@@ -39,6 +39,8 @@ class GpuDecoder:
         self._encoded, self._generated = capacities
         self._device = cp.cuda.Device()  # of the thread that loads; the loop's thread makes it its own
         self._stream = cp.cuda.Stream(non_blocking=True)
+        # one for all threads that pack: CuPy keeps freed memory by stream, and what a new stream is given comes from cudaMalloc
+        self._packing = cp.cuda.Stream(non_blocking=True)
         with self._stream:
             scratch = Scratch()
             self._cross_kv = load("cross_kv", packed_cross_kv_tensors(sizes), scratch)
@@ -152,11 +154,10 @@ class GpuDecoder:
         Returns:
             float16[encoder_sequence_length, d_model] on the GPU; the copy is finished.
         """
-        stream = cp.cuda.Stream(non_blocking=True)
-        with self._device, stream:
+        with self._device, self._packing:
             on_gpu = states if isinstance(states, cp.ndarray) else cp.asarray(states)
             packed = on_gpu.reshape(-1, on_gpu.shape[-1])[cp.asarray(np.flatnonzero(mask).astype(np.int32))]
-            stream.synchronize()
+            self._packing.synchronize()
         return packed
 
     def admit(self, slot: int, running: int, hidden: cp.ndarray, encoder_positions: np.ndarray) -> None:

@@ -7,6 +7,7 @@ models are the same class under the decoupled policy.
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -107,6 +108,9 @@ class ReaderModel:
         self._loop.stop()
         self._responding.shutdown()
         self._metrics.close()
+        # engines and their memory go while the process is whole: left to its end, a GPU's library may be gone before what needs it
+        del self._pack, self._loop
+        gc.collect()
 
     def _encode(self, reply: Reply) -> None:
         """Tokenize and encode one question, and hand it to the decode loop. Runs on an encoding thread."""
@@ -117,6 +121,7 @@ class ReaderModel:
                 raise GivenUpError(reason)
             asked = reply.asked
             tokens = self._prompt.encode(asked.question, asked.passages, asked.titles)
+            reply.tokenized(tokens)
             response = pb_utils.InferenceRequest(
                 model_name=self._encoder_model,
                 requested_output_names=["encoder_hidden_states"],
@@ -130,7 +135,7 @@ class ReaderModel:
                 raise RuntimeError(f"{self._encoder_model}: {response.error().message()}")
             states = _array(pb_utils.get_output_tensor_by_name(response, "encoder_hidden_states"))
             hidden = self._pack(states, tokens.attention_mask)  # a copy: the tensor's memory goes with the response
-            reply.encoded(tokens)
+            reply.encoded()
             self._loop.submit(
                 Question(
                     hidden,

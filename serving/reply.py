@@ -52,8 +52,12 @@ class Caller:
 
 @dataclasses.dataclass
 class Times:
-    """When each part of the way was over, in seconds of the monotonic clock; 0 = not reached."""
+    """When each part of the way was over, in seconds of the monotonic clock; 0 = not reached.
 
+    Tokenized includes the wait for an encoding thread; encoded the call to the encoder model and the packing.
+    """
+
+    tokenized: float = 0.0
     encoded: float = 0.0
     first_token: float = 0.0
     ended: float = 0.0
@@ -73,11 +77,15 @@ class Reply:
         self._passage_lengths = np.zeros(0, np.int64)
         self._passage_scores = np.zeros(0, np.float32)
 
-    def encoded(self, tokens: EncoderInput) -> None:
-        """The question's passages have been encoded."""
-        self.times.encoded = time.monotonic()
+    def tokenized(self, tokens: EncoderInput) -> None:
+        """The question's prompts have become tokens."""
+        self.times.tokenized = time.monotonic()
         self._passage_lengths = tokens.attention_mask.sum(1)
         self.encoder_tokens = int(self._passage_lengths.sum())
+
+    def encoded(self) -> None:
+        """Its hidden states are there, packed."""
+        self.times.encoded = time.monotonic()
 
     def evidence(self, cross_attention: np.ndarray) -> None:
         """float32[encoder_sequence_length], packed as the passages lie one after the other -> a score for each passage."""
@@ -129,7 +137,8 @@ class Reply:
             "passages": len(self.asked.passages),
             "encoder_tokens": self.encoder_tokens,
             "tokens": len(self.tokens),
-            "encode_ms": ms(arrived, times.encoded),
+            "tokenized_ms": ms(arrived, times.tokenized),
+            "encoded_ms": ms(arrived, times.encoded),
             "first_token_ms": ms(arrived, times.first_token),
             "total_ms": ms(arrived, times.ended),
         }
