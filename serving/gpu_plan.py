@@ -33,10 +33,16 @@ def encoder_batch(limits: Limits) -> int:
 
 
 def profile_ranges(name: str, limits: Limits, passage_length: int) -> list[dict[str, Range]]:
-    """Optimization profiles of an engine: axis name -> range, one dictionary a profile. Each is tuned for the largest that it serves."""
+    """Optimization profiles of an engine: axis name -> range, one dictionary a profile. Each is tuned for the largest that it serves.
+
+    The encoder has one for a question alone and one for a full call, for with TensorRT 8.6 a call costs what the largest number of passages
+    of its profile costs, however few it has (export/engine.py says why it is left at that).
+    """
     if name == "encoder":
-        batch = encoder_batch(limits)
-        return [{"passages": (1, batch, batch), "passage_length": (1, passage_length, passage_length)}]
+        tops = sorted(
+            {limits.max_passages, encoder_batch(limits)}, reverse=True
+        )  # the first serves all: Triton's own backend uses that one
+        return [{"passages": (1, top, top), "passage_length": (1, passage_length, passage_length)} for top in tops]
     if name == "cross_kv":
         longest = limits.max_passages * passage_length
         return [{"encoder_sequence_length": (1, longest, longest)}]

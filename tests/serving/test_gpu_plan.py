@@ -43,8 +43,10 @@ def test_parts_chain_every_attention_of_the_decoder() -> None:
 
 def test_profiles_cover_what_the_limits_allow_and_no_more() -> None:
     limits = Limits(slots=24, max_passages=40, encoder_batch=120)
-    (encoder,) = (profile_shapes(encoder_tensors(FID_BASE, "float16"), r) for r in profile_ranges("encoder", limits, 256))
-    assert encoder["input_ids"] == encoder["attention_mask"] == ((1, 1), (120, 256), (120, 256))
+    full, alone = (profile_shapes(encoder_tensors(FID_BASE, "float16"), r) for r in profile_ranges("encoder", limits, 256))
+    assert full["input_ids"] == full["attention_mask"] == ((1, 1), (120, 256), (120, 256))
+    assert alone["input_ids"] == alone["attention_mask"] == ((1, 1), (40, 256), (40, 256))
+    assert len(profile_ranges("encoder", Limits(max_passages=40, encoder_batch=0), 256)) == 1
     (cross_kv,) = (profile_shapes(packed_cross_kv_tensors(FID_BASE), r) for r in profile_ranges("cross_kv", limits, 256))
     assert cross_kv["encoder_hidden_states"] == ((1, 768), (10240, 768), (10240, 768))
     part = step_parts(FID_BASE)[3]

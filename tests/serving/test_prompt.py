@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -53,6 +54,24 @@ def test_long_passages_are_cut_on_the_right_and_still_end():
     found = encoder().encode("w1", ["w3 " * 50], ["w4"])
     assert found.input_ids.shape == (1, 16) and found.input_ids[0, -1] == 1
     assert found.input_ids[0, :15].tolist() == ids("question: w1 title: w4 context: " + "w3 " * 50)[:15]
+
+
+def test_many_passages_are_tokenized_on_several_threads_and_stay_in_order():
+    passages = [" ".join(f"w{(i * j) % 90}" for j in range(i % 13 + 1)) for i in range(67)]
+    together = encoder().encode("w1 w2", passages)
+    for row, passage in enumerate(passages):
+        alone = encoder().encode("w1 w2", [passage])
+        length = int(alone.attention_mask.sum())
+        assert together.input_ids[row, :length].tolist() == alone.input_ids[0, :length].tolist()
+        assert together.attention_mask[row].sum() == length
+
+
+def test_questions_tokenized_at_the_same_time_do_not_mix():
+    shared, questions = encoder(), [f"w{i} w{i + 1}" for i in range(40)]
+    wanted = [shared.encode(question, [f"w{i}"] * 20).input_ids for i, question in enumerate(questions)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: shared.encode(questions[i], [f"w{i}"] * 20).input_ids, range(40)))
+    assert all(np.array_equal(w, f) for w, f in zip(wanted, found, strict=True))
 
 
 def test_readers_without_end_token_get_none():
