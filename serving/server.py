@@ -28,6 +28,7 @@ SHM = Path("/dev/shm")
 SHM_PREFIX = "fido-"
 SCRATCH_PREFIX = "fido-triton-"
 PR_SET_PDEATHSIG = 1
+START_ATTEMPTS = 3
 CUDA_POOL_BYTES = 1 << 30  # a question of 40 x 256 tokens has 16 MB of hidden states at base size, and many are under way at once
 
 
@@ -121,8 +122,17 @@ class TritonServer:
 
     def __enter__(self) -> TritonServer:
         try:
-            self._start()
-            self._wait_until_ready()
+            for attempt in range(1, START_ATTEMPTS + 1):
+                self._start()
+                try:
+                    self._wait_until_ready()
+                    break
+                except ServerError:
+                    # loading several Python models at once, Triton 2.51 now and then aborts over a lock of its own ("boost::interprocess::
+                    # lock_exception"); what is wrong with a model or an argument ends it by a code, not by a signal
+                    if attempt == START_ATTEMPTS or self.process is None or (self.process.poll() or 0) >= 0:
+                        raise
+                    self._end_process(0.0)
         except BaseException:
             self.stop()
             raise
@@ -138,6 +148,7 @@ class TritonServer:
         scratch = Path(self._scratch.name)
         # a repository of links to the wanted models: Triton then needs no model control, through which clients could load others
         chosen = scratch / "repository"
+        shutil.rmtree(chosen, ignore_errors=True)  # of a start that failed
         chosen.mkdir()
         for model in self.models:
             if not (self.repository / model / "config.pbtxt").is_file():
@@ -223,21 +234,25 @@ class TritonServer:
         Args:
             drain_timeout_s: how long they may take; by default what the server was made with.
         """
+        self._end_process(self._drain_timeout_s + 10 if drain_timeout_s is None else drain_timeout_s)
+        self._scratch.cleanup()
+
+    def _end_process(self, timeout_s: float) -> None:
+        """End the server's process and what it has left: its group's processes, its shared memory regions."""
         process, self.process = self.process, None
         if process is not None:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(self._drain_timeout_s + 10 if drain_timeout_s is None else drain_timeout_s)
+                process.wait(timeout_s)
             except subprocess.TimeoutExpired:
                 pass
             try:
-                os.killpg(process.pid, signal.SIGKILL)  # what it may have left of its own process group
+                os.killpg(process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
             process.wait()
         for region in SHM.glob(f"{self.shm_prefix}*"):
             region.unlink(missing_ok=True)
-        self._scratch.cleanup()
 
 
 def remove_leftovers() -> None:

@@ -89,7 +89,7 @@ def prepared_backends(installation: Installation, scratch: Path) -> Path | None:
     if installation.backends is None or installation.stub is None:
         return installation.backends
     python = scratch / "backends" / "python"
-    shutil.copytree(installation.backends / "python", python)
+    shutil.copytree(installation.backends / "python", python, dirs_exist_ok=True)
     stub = python / "triton_python_backend_stub"
     shutil.copyfile(installation.stub, stub)
     stub.chmod(0o755)

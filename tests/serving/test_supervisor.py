@@ -16,7 +16,7 @@ from clients.reader_client import ReaderClient, ReaderError
 from export.repository import repository_from_engines
 from serving import supervisor
 from serving.limits import Limits
-from serving.server import SHM, SHM_PREFIX, _children, free_ports, remove_leftovers
+from serving.server import SHM, SHM_PREFIX, START_ATTEMPTS, TritonServer, _children, free_ports, remove_leftovers
 from serving.tritonserver import ServerError
 
 ROOT = Path(__file__).parents[2]
@@ -150,3 +150,15 @@ def test_leftovers_of_a_dead_launcher_are_removed_and_those_of_the_living_are_no
         assert not stale.exists() and ours.exists()
     finally:
         ours.unlink()
+
+
+@pytest.mark.parametrize(("how", "starts"), [("kill -ABRT $$", START_ATTEMPTS), ("exit 1", 1)])
+def test_a_start_that_triton_aborts_is_tried_again_and_one_that_it_refuses_is_not(tmp_path, monkeypatch, how, starts):
+    counted = tmp_path / "starts"
+    program = tmp_path / "tritonserver"
+    program.write_text(f"#!/bin/sh\necho started >> {counted}\n{how}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("TRITONSERVER", str(program))
+    with pytest.raises(ServerError, match="before it was ready"), TritonServer(["fido"], ROOT / "model_repository"):
+        pass
+    assert counted.read_text().count("started") == starts

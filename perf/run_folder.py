@@ -1,0 +1,315 @@
+"""A run's folder of measurements, read and checked: every file against its shape, and the sweep's rounds brought together.
+
+Comes in: machine.json and sweep.json, and what else of `SHAPES` was measured. Goes out: a `Run`, in which what the shape calls optional
+and a file leaves out is None. Ratios are taken within a round only, where both readers met the same workload, load and machine state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .gpu_statistics import spread
+
+Spread = Mapping[str, float]  # median, min, max
+NAMES = {"fid": "FiD", "fido": "FiDO"}
+
+NUMBER, POSITIVE, TEXT, FLAG, ANYTHING = "a number", "a number above 0", "a text", "true or false", "anything"
+KINDS: dict[str, Callable[[Any], bool]] = {
+    NUMBER: lambda value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
+    POSITIVE: lambda value: KINDS[NUMBER](value) and value > 0,
+    TEXT: lambda value: isinstance(value, str),
+    FLAG: lambda value: isinstance(value, bool),
+    ANYTHING: lambda value: True,
+}
+SPREAD = {"median": NUMBER, "min": NUMBER, "max": NUMBER}
+RATE = dict.fromkeys(SPREAD, POSITIVE)  # something is divided by it
+
+# A list wants its one shape of every entry, a tuple one of its texts. Of an object, "key?" may be null or left out, "*" is any key and
+# "#" any whole number (a batch); keys that are not named are left alone.
+STAGES = {
+    "parts_ms": {"*": SPREAD},
+    **{"step_ms?": {"#": SPREAD}, "step_bound_ms?": {"#": POSITIVE}, "encoder_bound_ms?": POSITIVE, "preset?": TEXT},
+    **dict.fromkeys(("encoder_ms?", "encoder_questions_per_s?", "in_process_ms?", "served_ms?"), SPREAD),
+    **dict.fromkeys(("encoder_tflops?", "questions?", "passages?", "passage_tokens?", "new_tokens?"), NUMBER),
+}
+SHAPES: dict[str, Any] = {
+    "machine": {
+        **dict.fromkeys(("processor", "system", "python", "commit", "precision"), TEXT),
+        **{"gpu?": TEXT, "cores": NUMBER, "memory_gib": NUMBER, "versions": {"*": ANYTHING}},
+        **{"copy_tb_per_s": RATE, "peak_tflops": RATE},
+    },
+    "sweep": {
+        "settings": {"workloads": {"*": TEXT}},
+        "points": [
+            {
+                **{"reader": ("fid", "fido"), "model": ("fid", "fid_stream", "fido", "fido_stream"), "workload": TEXT},
+                **{"mode": ("concurrency", "request_rate"), "load": NUMBER, "round": NUMBER, "raw": TEXT, "stable": FLAG},
+                **dict.fromkeys(("new_tokens?", "passages?", "passage_tokens?", "tokens_per_s?"), NUMBER),
+                **dict.fromkeys(("questions_per_s", "requests", "errors"), NUMBER),
+                "latency_ms": {"p50": NUMBER, "p99": NUMBER},
+                "ttft_ms?": {"p50": NUMBER, "p99": NUMBER},
+                "inter_token_ms?": {"p50": NUMBER, "p99": NUMBER},
+            }
+        ],
+    },
+    "stages": {"readers": {"fid?": STAGES, "fido?": STAGES}},
+    "peers": {
+        "peers": [
+            {
+                **{"name": TEXT, "reader": ("fid", "fido"), "batch?": NUMBER, "excludes?": TEXT},
+                **{"questions_per_s?": RATE, "p50_ms?": SPREAD, "error?": TEXT},
+                **dict.fromkeys(("new_tokens?", "passages?", "passage_tokens?"), ANYTHING),
+            }
+        ]
+    },
+    "ablation": {
+        **{"preset": TEXT, "workload": TEXT},
+        "rows": [
+            {
+                **{"name": TEXT, "decoder": TEXT, "period": NUMBER, "num_kv_heads": NUMBER, "measured": FLAG, "note?": TEXT},
+                **{"step_ms?": {"#": SPREAD}, "bound_ms": {"#": POSITIVE}},
+                **dict.fromkeys(
+                    ("cross_kv_mb_per_question?", "largest_batch?", "decoder_ms_per_question?", "total_ms_per_question?"), NUMBER
+                ),
+            }
+        ],
+    },
+    "roofline": {
+        "points": [{"name": TEXT, "reader": ("fid", "fido"), **dict.fromkeys(("flops", "bytes", "seconds", "bound_s"), POSITIVE)}],
+    },
+}
+REQUIRED = ("machine", "sweep")
+WORKLOAD_KEYS = ("new_tokens", "passages", "passage_tokens")  # what a workload's name stands for
+
+
+class ReportError(ValueError):
+    """A file of a run that is missing or is not what it should be."""
+
+
+def checked(value: Any, shape: Any, where: str, joint: str = ".") -> Any:
+    """The value, with None for every optional key that it leaves out.
+
+    Raises:
+        ReportError: naming `where`, what was wanted, and what was found.
+    """
+    if isinstance(shape, str):
+        if not KINDS[shape](value):
+            raise ReportError(f"{where}: wanted {shape}, got {json.dumps(value)[:60]}")
+        return value
+    if isinstance(shape, tuple):
+        if value not in shape:
+            raise ReportError(f"{where}: wanted one of {', '.join(shape)}, got {json.dumps(value)[:60]}")
+        return value
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            raise ReportError(f"{where}: wanted a list, got {json.dumps(value)[:60]}")
+        return [checked(each, shape[0], f"{where}[{number}]") for number, each in enumerate(value)]
+    if not isinstance(value, dict):
+        raise ReportError(f"{where}: wanted an object, got {json.dumps(value)[:60]}")
+    found = dict(value)
+    inside = where + joint
+    for key, wanted in shape.items():
+        if key in ("*", "#"):
+            if key == "#" and (wrong := [name for name in value if not name.isdecimal()]):
+                raise ReportError(f"{inside}{wrong[0]}: wanted a whole number as key")
+            found |= {name: checked(each, wanted, f"{inside}{name}") for name, each in value.items()}
+        elif key.endswith("?"):
+            name = key[:-1]
+            found[name] = None if value.get(name) is None else checked(value[name], wanted, f"{inside}{name}")
+        elif key not in value:
+            raise ReportError(f"{inside}{key}: wanted, but it is missing")
+        else:
+            found[key] = checked(value[key], wanted, f"{inside}{key}")
+    if shape in (SPREAD, RATE) and not found["min"] <= found["median"] <= found["max"]:
+        raise ReportError(f"{where}: wanted min <= median <= max, got {json.dumps(value)}")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A point of the sweep with all its rounds, each as sweep.json has it; `row["load"]` is what the rounds share."""
+
+    rounds: tuple[dict[str, Any], ...]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.rounds[0][key]
+
+    def over_rounds(self, *keys: str) -> Spread | None:
+        """Median, least and most of a value, or None if a round lacks it."""
+        values: list[Any] = list(self.rounds)
+        for key in keys:
+            values = [None if value is None else value[key] for value in values]
+        return None if None in values else spread(values, 6)
+
+    @property
+    def questions_per_s(self) -> Spread:
+        """Throughput over the rounds."""
+        return spread([each["questions_per_s"] for each in self.rounds], 6)
+
+    @property
+    def streams(self) -> bool:
+        """Whether this is the model that sends tokens as they come."""
+        return self["model"].endswith("_stream")
+
+    @property
+    def mark(self) -> str:
+        """`*` if a round did not settle, `†` if one had errors."""
+        unstable, failed = any(not each["stable"] for each in self.rounds), any(each["errors"] for each in self.rounds)
+        return ("*" if unstable else "") + ("†" if failed else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Both readers at the same workload and load.
+
+    Attributes:
+        ratio: FiDO's questions/s over FiD's, taken within each round that both have.
+        rounds: how many those are.
+    """
+
+    fid: Row
+    fido: Row
+    ratio: Spread
+    rounds: int
+
+    @property
+    def mark(self) -> str:
+        """Of either row."""
+        return "".join(sign for sign in "*†" if sign in self.fid.mark + self.fido.mark)
+
+
+def best(rows: Sequence[Row]) -> Row | None:
+    """The row of most questions/s, of those without a mark if there are any."""
+    return max([row for row in rows if not row.mark] or rows, key=lambda row: row.questions_per_s["median"], default=None)
+
+
+def times_peer(row: Row | None, peer: Mapping[str, Any]) -> float | None:
+    """How many times a peer's questions/s a row has, or None if there is nothing to compare, or the peer was asked something else."""
+    if not row or not peer["questions_per_s"] or any(peer[key] not in (None, row[key]) for key in WORKLOAD_KEYS if row[key] is not None):
+        return None
+    return row.questions_per_s["median"] / peer["questions_per_s"]["median"]
+
+
+def pair_from_rows(fid: Row, fido: Row) -> Pair | None:
+    """Both rows with their ratio, or None if they share no round in which FiD answered."""
+    rates = [{each["round"]: each["questions_per_s"] for each in row.rounds} for row in (fid, fido)]
+    ratios = [rates[1][number] / rate for number, rate in rates[0].items() if rate > 0 and number in rates[1]]
+    return Pair(fid, fido, spread(ratios, 6), len(ratios)) if ratios else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a folder holds; a file that it lacks is None in `files`."""
+
+    folder: Path
+    files: dict[str, Any]
+
+    @property
+    def workloads(self) -> dict[str, str]:
+        """Name -> what it is; the first is the one that the verdict is about."""
+        return self.files["sweep"]["settings"]["workloads"]
+
+    @property
+    def main(self) -> str:
+        """The workload that the verdict is about."""
+        return next(iter(self.workloads))
+
+    @functools.cached_property
+    def rows(self) -> list[Row]:
+        """All points of the sweep, rounds together, by workload, mode, model and load."""
+
+        def point(each: dict[str, Any]) -> tuple[Any, ...]:
+            return list(self.workloads).index(each["workload"]), each["mode"], each["model"], each["load"]
+
+        points = sorted(self.files["sweep"]["points"], key=lambda each: (*point(each), each["round"]))
+        return [Row(tuple(rounds)) for _, rounds in itertools.groupby(points, point)]
+
+    def select(self, workload: str, mode: str = "concurrency") -> list[Row]:
+        """Rows of one workload, by model and load."""
+        return [row for row in self.rows if row["workload"] == workload and row["mode"] == mode]
+
+    def closed(self, workload: str, reader: str) -> list[Row]:
+        """Rows of a closed loop, by concurrency: of the model that does not stream, unless only the streaming one was measured."""
+        rows = self.select(workload)
+        streams = all(row.streams for row in rows)
+        return [row for row in rows if row["reader"] == reader and row.streams == streams]
+
+    def pairs(self, workload: str) -> list[Pair]:
+        """Both readers at each concurrency that both met."""
+        fido = {row["load"]: row for row in self.closed(workload, "fido")}
+        found = (pair_from_rows(row, fido[row["load"]]) for row in self.closed(workload, "fid") if row["load"] in fido)
+        return [pair for pair in found if pair]
+
+    def alike(self, workloads: Sequence[str]) -> tuple[list[Row], str]:
+        """Rows to compare workloads by, and where they were taken: the highest concurrency that all of them met, else the best of each."""
+        measured = [rows for workload in workloads for reader in NAMES if (rows := self.closed(workload, reader))]
+        common = set.intersection(*({row["load"] for row in rows} for rows in measured)) if measured else set()
+        if common:
+            load = max(common)
+            return [row for rows in measured for row in rows if row["load"] == load], f"at concurrency {load:g}"
+        return [row for rows in measured if (row := best(rows))], "at the best concurrency of each"
+
+    def peers(self) -> list[dict[str, Any]]:
+        """The rows of peers.json, none if there is no such file."""
+        return self.files["peers"]["peers"] if self.files["peers"] else []
+
+    def headline(self, workload: str) -> Pair | None:
+        """The pair at the concurrency where FiD does best: the comparison that flatters FiDO least among the saturated ones."""
+        pairs = self.pairs(workload)
+        fid = best([pair.fid for pair in pairs])
+        return next((pair for pair in pairs if pair.fid is fid), None)
+
+
+def _check_points(points: Sequence[dict[str, Any]], workloads: Mapping[str, str], where: str) -> None:
+    """What no shape can say: names that belong together, no point twice, and one meaning for each workload."""
+    if not workloads:
+        raise ReportError(f"{where}: settings.workloads: wanted one at least, got none")
+    seen: set[tuple[Any, ...]] = set()
+    meanings: dict[str, list[Any]] = {}
+    for number, point in enumerate(points):
+        at, workload = f"{where}: points[{number}]", point["workload"]
+        if workload not in workloads:
+            raise ReportError(f"{at}.workload: wanted one of settings.workloads ({', '.join(workloads)}), got {json.dumps(workload)}")
+        if point["model"].removesuffix("_stream") != point["reader"]:
+            raise ReportError(f"{at}.model: wanted a model of {point['reader']}, got {json.dumps(point['model'])}")
+        identity = tuple(point[key] for key in ("model", "workload", "mode", "load", "round"))
+        if identity in seen:
+            raise ReportError(f"{at}: wanted each point once, got a second one of {', '.join(map(str, identity))}")
+        seen.add(identity)
+        meaning = [point[key] for key in WORKLOAD_KEYS]
+        if meanings.setdefault(workload, meaning) != meaning:
+            raise ReportError(f"{at}: wanted {', '.join(WORKLOAD_KEYS)} of {workload} as before, {meanings[workload]}, got {meaning}")
+
+
+def read_run(folder: Path) -> Run:
+    """Read and check every file of a run.
+
+    Raises:
+        ReportError: naming the file and the key.
+    """
+    files: dict[str, Any] = {}
+    for name, shape in SHAPES.items():
+        path = folder / f"{name}.json"
+        if not path.exists():
+            if name in REQUIRED:
+                raise ReportError(f"{path}: wanted, but it is missing")
+            files[name] = None
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ReportError(f"{path}: wanted JSON: {error}") from error
+        files[name] = checked(content, shape, str(path), ": ")
+    _check_points(files["sweep"]["points"], files["sweep"]["settings"]["workloads"], str(folder / "sweep.json"))
+    run = Run(folder, files)
+    for number, peer in enumerate(run.peers()):
+        if not (peer["questions_per_s"] or peer["error"]):
+            raise ReportError(f"{folder / 'peers.json'}: peers[{number}]: wanted questions_per_s or error, got neither")
+    return run

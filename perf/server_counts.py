@@ -1,0 +1,55 @@
+"""What the server itself counted during a load point: Triton's statistics and the readers' own metrics, as differences."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from typing import Any
+
+from serving.server import TritonServer
+
+SUMS = ("queue", "compute_infer")
+# The readers' own counters (serving/metrics.py) that a point's sums are taken of.
+COUNTERS = (
+    "encoder_engine_seconds_total",
+    "encoder_passages_total",
+    "encoder_tokens_total",
+    "reader_generated_tokens_total",
+    "reader_steps_total",
+    "reader_step_seconds_total",
+)
+GPU_GAUGES = ("nv_gpu_utilization", "nv_gpu_memory_used_bytes", "nv_gpu_power_usage")
+Counts = dict[str, float]
+
+
+def counts_of(server: TritonServer) -> Counts:
+    """Everything that is counted, by a name that holds the model's."""
+    found: Counts = {}
+    for model in server.models:
+        with urllib.request.urlopen(f"{server.http_url}/v2/models/{model}/stats", timeout=10) as response:
+            (stats,) = json.load(response)["model_stats"]
+        found[f"{model} executions"] = float(stats["execution_count"])
+        found[f"{model} requests"] = float(stats["inference_stats"]["success"]["count"])
+        for name in SUMS:
+            found[f"{model} {name}_s"] = float(stats["inference_stats"][name]["ns"]) / 1e9
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    for line in lines:
+        name, _, rest = line.partition("{")
+        if name in COUNTERS:
+            labels, _, value = rest.rpartition("} ")
+            found[f"{labels.partition('model=')[2].split(',')[0].strip(chr(34))} {name}"] = float(value)
+        elif name in GPU_GAUGES:
+            found[name] = float(rest.rpartition(" ")[2])
+    return found
+
+
+def difference(earlier: Counts, later: Counts, reader: str) -> dict[str, Any]:
+    """What came between, of the models of one reader; gauges of the GPU as they are at the end."""
+    models = (reader, f"{reader}_encoder", f"{reader}_stream")
+    found = {
+        name: round(value - earlier.get(name, 0.0), 6)
+        for name, value in later.items()
+        if name.partition(" ")[0] in models and value != earlier.get(name, 0.0)
+    }
+    return found | {name: later[name] for name in GPU_GAUGES if name in later}

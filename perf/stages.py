@@ -1,0 +1,279 @@
+"""`python -m perf.stages`: where a question's time goes, stage by stage, on whatever engines a folder holds: stages.json and roofline.json.
+
+Tokenizer, encoder, keys and values, decoder steps, each by itself in one process; then the chain without Triton; then, from the run's
+sweep.json, the chain with it. The readers take turns in every round. Excluded: loading, and the first run of everything.
+
+One question alone is taken apart; beside it stand the encoder with a full call, and a step at each batch, with their bounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from export.config import ReaderConfig, reader_preset
+from serving.engines import Decoder, Encoder, bytes_per_element, load_decoder, load_encoder
+from serving.in_process import InProcessReader
+from serving.limits import Limits
+from serving.manifest import TOKENIZER_FILE, Manifest
+from serving.prompt import EncoderInput
+
+from .cost import Card, Workload, encoder_cost, step_cost
+from .gpu_statistics import spread
+from .plans import PLANS
+from .rates import card_of
+from .workload import Request, RequestMaker
+
+READERS = ("fid", "fido")
+QUESTIONS = 6  # different ones, taken in turn
+WARM_STEPS = 2
+EOS_FORBIDDEN = -1e9
+
+
+def config_of(reader: str, checkpoint: Path | None, preset: str) -> ReaderConfig:
+    """Sizes of a reader: those of its checkpoint, or published ones."""
+    if checkpoint is None:
+        return reader_preset(preset, fido=reader == "fido")
+    fields = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return ReaderConfig.from_dict({key: value for key, value in fields.items() if key not in ("model_type", "notes")})
+
+
+def step_times_ms(decoder: Decoder, batch: int, steps: int, first: int = 1) -> list[float]:
+    """Wall time of each step for `batch` admitted questions, as the decode loop sees it; the first ones are warm-up."""
+    tokens, penalty = np.full(batch, 5, np.int32), np.full(batch, EOS_FORBIDDEN, np.float32)
+    found = []
+    for step in range(WARM_STEPS + steps):
+        started = time.perf_counter()
+        decoder.step(tokens, np.full(batch, first + step, np.int32), penalty)
+        found.append((time.perf_counter() - started) * 1e3)
+    return found[WARM_STEPS:]
+
+
+@dataclasses.dataclass
+class Stage:
+    """One reader's engines and what was measured of them."""
+
+    reader: str
+    config: ReaderConfig
+    manifest: Manifest
+    chain: InProcessReader
+    encoder: Encoder
+    decoder: Decoder
+    requests: list[Request]
+    samples: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    def add(self, name: str, ms: float) -> None:
+        """Keep one sample."""
+        self.samples.setdefault(name, []).append(ms)
+
+    def timed(self, name: str, work: Any) -> Any:
+        """Run, keep the time, give the result."""
+        started = time.perf_counter()
+        made = work()
+        self.add(name, (time.perf_counter() - started) * 1e3)
+        return made
+
+    def tokens_of(self, request: Request) -> EncoderInput:
+        """Tokenized as the chain does it."""
+        return self.chain.prompt.encode(request.question, request.passages, request.titles)
+
+    def take_apart(self, request: Request, new_tokens: int) -> None:
+        """One question through every stage by itself."""
+        tokens = self.timed("tokenize", lambda: self.tokens_of(request))
+        (states,) = self.timed("encoder", lambda: self.encoder.encode([(tokens.input_ids, tokens.attention_mask)]))
+        penalty = np.full(1, EOS_FORBIDDEN, np.float32)
+
+        def admit_and_step() -> None:
+            self.decoder.admit(0, 0, self.decoder.pack(states, tokens.attention_mask), tokens.encoder_positions)
+            self.decoder.step(np.full(1, 5, np.int32), np.zeros(1, np.int32), penalty)  # waits for what admit has begun
+
+        started = time.perf_counter()
+        admit_and_step()
+        with_first_step = (time.perf_counter() - started) * 1e3
+        steps = []
+        for position in range(1, new_tokens):
+            started = time.perf_counter()
+            self.decoder.step(np.full(1, 5, np.int32), np.full(1, position, np.int32), penalty)
+            steps.append((time.perf_counter() - started) * 1e3)
+        a_step = statistics.median(steps)
+        self.add("cross_kv", max(with_first_step - a_step, 0.0))
+        self.add("decoder_steps", sum(steps) + a_step)
+        self.timed("in_process", lambda: self.chain.answer(request.question, request.passages, request.titles, new_tokens, new_tokens))
+
+    def fill(self, batch: int) -> int:
+        """Admit `batch` questions; gives the encoded tokens of one."""
+        tokens = self.tokens_of(self.requests[0])
+        (states,) = self.encoder.encode([(tokens.input_ids, tokens.attention_mask)])
+        for slot in range(batch):
+            self.decoder.admit(slot, slot, self.decoder.pack(states, tokens.attention_mask), tokens.encoder_positions)
+        return len(tokens.encoder_positions)
+
+    def full_call(self, questions: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Input of so many questions."""
+        inputs = [self.tokens_of(self.requests[i % len(self.requests)]) for i in range(questions)]
+        return [(one.input_ids, one.attention_mask) for one in inputs]
+
+
+def measure(stages: list[Stage], batches: list[int], questions: int, new_tokens: int, rounds: int, steps: int) -> None:
+    """All of it; the samples are left in the stages."""
+    for number in range(rounds + 1):
+        for stage in stages:
+            stage.take_apart(stage.requests[number % len(stage.requests)], new_tokens)
+            if number == 0:  # warm-up
+                stage.samples.clear()
+    calls = {stage.reader: stage.full_call(questions) for stage in stages}
+    for number in range(rounds + 1):
+        for stage in stages:
+            stage.timed("full_call", lambda stage=stage: stage.encoder.encode(calls[stage.reader]))
+            if number == 0:
+                stage.samples.pop("full_call")
+    for stage in stages:
+        stage.fill(max(batches))
+    for batch in batches:
+        for _ in range(rounds):
+            for stage in stages:
+                for ms in step_times_ms(stage.decoder, batch, steps):
+                    stage.add(f"step {batch}", ms)
+
+
+def result_of(
+    stage: Stage, card: Card, work: Workload, batches: list[int], questions: int, served_ms: dict[str, float] | None
+) -> dict[str, Any]:
+    """One reader's entry of stages.json."""
+    width = bytes_per_element(stage.manifest)
+    samples, config = stage.samples, stage.config
+    in_process = statistics.median(samples["in_process"])
+    alone = {name: spread(samples[name]) for name in ("tokenize", "encoder", "cross_kv", "decoder_steps")}
+    rest = in_process - sum(part["median"] for part in alone.values())
+    parts = alone | {"rest_of_chain": _exactly(max(rest, 0.0))}
+    if served_ms is not None:
+        parts["triton"] = _exactly(max(served_ms["median"] - in_process, 0.0))
+    full = dataclasses.replace(work, batch=questions)
+    flops = encoder_cost(config, full, width).flops
+    full_s = [ms / 1e3 for ms in samples["full_call"]]
+    return {
+        "preset": stage.manifest.provenance.get("source", "?"),
+        "questions": questions,
+        "passages": work.n_passages,
+        "passage_tokens": work.passage_length,
+        "new_tokens": work.new_tokens,
+        "parts_ms": parts,
+        "step_ms": {str(batch): spread(samples[f"step {batch}"]) for batch in batches},
+        "step_bound_ms": {
+            str(batch): round(step_cost(config, dataclasses.replace(work, batch=batch), width).bound_s(card) * 1e3, 4) for batch in batches
+        },
+        "encoder_ms": spread(samples["full_call"]),
+        "encoder_tflops": round(flops / statistics.median(full_s) / 1e12, 4),
+        "encoder_bound_ms": round(encoder_cost(config, full, width).bound_s(card) * 1e3, 3),
+        "encoder_questions_per_s": spread([questions / s for s in full_s]),
+        "in_process_ms": spread(samples["in_process"]),
+        "served_ms": served_ms,
+    }
+
+
+def roofline_of(stage: Stage, card: Card, work: Workload, batches: list[int], questions: int) -> list[dict[str, Any]]:
+    """The measured stages as points of the roofline."""
+    width, name = bytes_per_element(stage.manifest), {"fid": "FiD", "fido": "FiDO"}[stage.reader]
+    found = []
+    costs = [
+        (
+            f"{name} encoder, {questions} questions",
+            encoder_cost(stage.config, dataclasses.replace(work, batch=questions), width),
+            "full_call",
+        )
+    ]
+    costs += [
+        (f"{name} step, batch {batch}", step_cost(stage.config, dataclasses.replace(work, batch=batch), width), f"step {batch}")
+        for batch in batches
+    ]
+    for label, cost, key in costs:
+        seconds = statistics.median(stage.samples[key]) / 1e3
+        found.append(
+            {
+                "name": label,
+                "reader": stage.reader,
+                "flops": cost.flops,
+                "bytes": cost.bytes,
+                "seconds": seconds,
+                "bound_s": cost.bound_s(card),
+            }
+        )
+    return found
+
+
+def _exactly(value: float) -> dict[str, float]:
+    """A difference of medians: it has no spread of its own."""
+    return {"median": round(value, 3), "min": round(value, 3), "max": round(value, 3)}
+
+
+def served_alone(run: Path, reader: str, workload: str) -> dict[str, float] | None:
+    """Median latency of one question at a time through Triton, from the run's sweep; None if it was not measured."""
+    try:
+        points = json.loads((run / "sweep.json").read_text(encoding="utf-8"))["points"]
+    except FileNotFoundError:
+        return None
+    wanted = {"model": reader, "workload": workload, "mode": "concurrency", "load": 1}
+    found = [point["latency_ms"]["p50"] for point in points if all(point[key] == value for key, value in wanted.items())]
+    return spread(found) if found else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure both readers and write the two files."""
+    parser = argparse.ArgumentParser(
+        prog="python -m perf.stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--engines", type=Path, default=Path("build/engines"), help="folder with the engines of fid and fido")
+    parser.add_argument("--fid", type=Path, help="checkpoint of which they were made, for its sizes")
+    parser.add_argument("--fido", type=Path)
+    parser.add_argument("--preset", default="base", help="published sizes, where no checkpoint is named")
+    parser.add_argument("--plan", choices=list(PLANS), default="cpu", help="of whose first workload the questions are")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-passages", type=int, default=Limits().max_passages)
+    parser.add_argument("--encoder-batch", type=int, default=0)
+    parser.add_argument("--questions", type=int, help="in a full encoder call (default: the largest batch)")
+    parser.add_argument("--run", type=Path, default=Path("build/perf"))
+    arguments = parser.parse_args(argv)
+    card, batches = card_of(arguments.run), sorted(arguments.batches)
+    questions = arguments.questions or batches[-1]
+    limits = Limits(slots=batches[-1], max_passages=arguments.max_passages, encoder_batch=arguments.encoder_batch)
+    stages = []
+    for reader in READERS:
+        directory = arguments.engines / reader
+        manifest = Manifest.load(directory)
+        series = PLANS[arguments.plan](manifest.prompt.passage_length)[0]
+        assert series.spec is not None
+        maker = RequestMaker(Tokenizer.from_file(str(directory / TOKENIZER_FILE)), manifest)
+        config = config_of(reader, getattr(arguments, reader), arguments.preset)
+        engines = load_encoder(directory, manifest, limits), load_decoder(directory, manifest, limits)
+        requests = list(maker.make(series.spec, QUESTIONS, arguments.seed))
+        stages.append(Stage(reader, config, manifest, InProcessReader(directory, limits), *engines, requests))
+        work = Workload(1, series.spec.passages.high, series.spec.passage_tokens.high, series.spec.new_tokens.high)
+    try:
+        measure(stages, batches, questions, work.new_tokens, arguments.rounds, arguments.steps)
+    finally:
+        for stage in stages:
+            stage.chain.close()
+    found = {s.reader: result_of(s, card, work, batches, questions, served_alone(arguments.run, s.reader, series.workload)) for s in stages}
+    (arguments.run / "stages.json").write_text(json.dumps({"readers": found}, indent=1) + "\n", encoding="utf-8")
+    points = [point for stage in stages for point in roofline_of(stage, card, work, batches, questions)]
+    (arguments.run / "roofline.json").write_text(json.dumps({"points": points}, indent=1) + "\n", encoding="utf-8")
+    for reader, entry in found.items():
+        parts = ", ".join(f"{name} {part['median']:.2f}" for name, part in entry["parts_ms"].items())
+        print(f"{reader}: {parts} ms; encoder {entry['encoder_ms']['median']:.1f} ms for {questions} questions")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
