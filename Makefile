@@ -27,6 +27,8 @@ SERVE_FLAGS ?=
 MODEL ?= fido
 QUESTION ?= what is the capital of France?
 PASSAGES ?= examples/passages.json
+# Where `make perf` keeps its results; the committed ones are in perf/results/.
+RUN ?= build/perf
 
 CORPUS := build/corpus/heldout.jsonl
 SERVED := model_repository/fid/1/manifest.json model_repository/fido/1/manifest.json
@@ -92,6 +94,17 @@ bench: export $(CORPUS) ## through Triton, in process and PyTorch beside each ot
 bench-load: export $(CORPUS) ## throughput and latency at concurrency 1 to 64, and the worth of decoding in flight
 	$(PY) -m perf.load
 
+perf: export $(CORPUS) ## FiD against FiDO by perf_analyzer, stages, peers, ablation, report, under 15 minutes (RUN=folder)
+	$(PY) -m perf.rates --run $(RUN)
+	$(PY) -m perf.sweep --run $(RUN)
+	$(PY) -m perf.stages --fid $(FID) --fido $(FIDO) --run $(RUN)
+	$(PY) -m perf.peers --fid $(FID) --workload paper --passages 10 --passage-tokens 128 --out $(RUN)/peers.json
+	$(PY) -m perf.ablation --run $(RUN)
+	$(PY) -m perf.report $(RUN)
+
+report: $(INSTALLED) ## HTML page, Markdown summary and summary.json of every run in perf/results
+	$(PY) -m perf.report
+
 stress: export $(CORPUS) ## faults and fuzz against the real server, about 10 minutes (STRESS_MINUTES=60 soaks)
 	$(PY) -m tests.stress $(if $(STRESS_MINUTES),--minutes $(STRESS_MINUTES))
 
@@ -114,4 +127,4 @@ clean: ## remove everything that was built, and the environment
 	find model_repository -path '*/1/*' ! -name model.py -type f -delete
 
 FORCE:
-.PHONY: help setup export serve ask demo evaluate bench bench-load stress gpu-test test lint clean FORCE
+.PHONY: help setup export serve ask demo evaluate bench bench-load perf report stress gpu-test test lint clean FORCE
