@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import random
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -68,11 +69,27 @@ class Point:
         in_flight = int(self.load) if self.mode == "concurrency" else LEAST_SKIPPED
         return max(in_flight, LEAST_SKIPPED), in_flight
 
-    def arguments(self) -> list[str]:
-        """For perf_analyzer."""
+    @property
+    def requests(self) -> int:
+        """How many are sent."""
+        return (self.series.requests if self.mode == "concurrency" else self.series.requests // 2) + sum(self.skipped)
+
+    def arguments(self, scratch: Path) -> list[str]:
+        """For perf_analyzer; `scratch` takes a file of times where it needs one."""
         if self.mode == "concurrency":
             return ["--concurrency-range", f"{int(self.load)}"]
-        return ["--request-rate-range", f"{self.load:g}", "--request-distribution", "poisson"]
+        # its own Poisson process repeats a dozen gaps, whose mean is far from the one asked for at low rates
+        times = scratch / "intervals.txt"
+        times.write_text("".join(f"{gap}\n" for gap in poisson_gaps_us(self.load, self.requests, self.round)), encoding="utf-8")
+        return ["--request-intervals", str(times)]
+
+
+def poisson_gaps_us(rate: float, count: int, seed: int) -> list[int]:
+    """Microseconds between requests of a Poisson process, scaled so that their mean is exactly that of the rate."""
+    numbers = random.Random(seed)
+    gaps = [numbers.expovariate(1.0) for _ in range(count)]
+    scale = count / sum(gaps) * 1e6 / rate
+    return [max(round(gap * scale), 1) for gap in gaps]
 
 
 def points_of(plan: Sequence[Series], rounds: int) -> list[Point]:
@@ -152,7 +169,7 @@ class Sweep:
 
     def measure(self, point: Point) -> dict[str, Any]:
         """One entry of sweep.json."""
-        series, first_last = point.series, sum(point.skipped)
+        series = point.series
         raw = Path("raw", f"{point.name}.json")
         new_tokens = series.spec.new_tokens.high if series.spec and series.spec.new_tokens.low == series.spec.new_tokens.high else None
         entry: dict[str, Any] = {
@@ -171,12 +188,13 @@ class Sweep:
             point.model,
             self._server.grpc_url,
             self._inputs[point.reader, series.workload],
-            point.arguments(),
-            series.requests + first_last,
+            point.arguments(self._inputs[point.reader, series.workload].parent),
+            point.requests,
             streaming=point.streaming,
             csv=(self._run / raw).with_suffix(".csv"),
             timeout_s=POINT_TIMEOUT_S,
         )
+        entry["sent_per_s"] = round((len(requests) - 1) / (requests[-1].sent / 1e9), 3) if len(requests) > 1 else None
         times = [[request.sent, list(request.responses)] for request in requests]
         (self._run / raw).write_text(json.dumps({"sent_and_response_ns": times}, separators=(",", ":")) + "\n", encoding="utf-8")
         server = difference(earlier, counts_of(self._server), point.reader)

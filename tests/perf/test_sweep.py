@@ -8,7 +8,7 @@ import pytest
 
 from perf.perf_analyzer import PerfAnalyzer, PerfAnalyzerError, Timeline, find_perf_analyzer, timelines
 from perf.plans import PLANS, Series, cpu_plan
-from perf.sweep import READERS, Point, main, points_of, summary_of
+from perf.sweep import READERS, Point, main, points_of, poisson_gaps_us, summary_of
 from perf.workload import WORKLOADS
 
 MS = 1_000_000
@@ -82,6 +82,13 @@ def test_skipped_requests_are_those_in_flight():
     assert Point("fid", series, "request_rate", 50.0, False, 0).skipped == (4, 4)
 
 
+def test_gaps_have_the_mean_of_the_rate_and_a_poisson_process_s_spread():
+    gaps = poisson_gaps_us(8.0, 500, 3)
+    mean = sum(gaps) / len(gaps)
+    assert mean == pytest.approx(125_000, rel=1e-3) and gaps == poisson_gaps_us(8.0, 500, 3) != poisson_gaps_us(8.0, 500, 4)
+    assert sum((gap / mean - 1) ** 2 for gap in gaps) / len(gaps) == pytest.approx(1.0, abs=0.25)
+
+
 def test_a_program_that_does_not_run_is_said_so(tmp_path):
     program = tmp_path / "perf_analyzer"
     program.write_text("#!/bin/sh\necho no such thing\n")
@@ -107,4 +114,5 @@ def test_a_small_sweep_with_the_real_perf_analyzer(engines, tmp_path, monkeypatc
         assert point["errors"] == 0 and point["questions_per_s"] > 0 and (run / point["raw"]).is_file()
         assert (run / point["raw"]).with_suffix(".csv").read_text().startswith(("Concurrency", "Request Rate"))
         assert point["server"][f"{point['model']} reader_generated_tokens_total"] >= 4 * point["requests"]
+        assert point["mode"] == "concurrency" or point["sent_per_s"] == pytest.approx(point["load"], rel=0.3)
         assert (point["ttft_ms"] is not None) == point["model"].endswith("_stream")
