@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from .decode_loop import DecodeLoop, GivenUpError, LoopCounts, LoopStoppedError, Question, QueueFullError
 from .engines import bytes_per_element, kv_budget, load_decoder
+from .last_resort import end_within
 from .limits import Limits
 from .manifest import TOKENIZER_FILE, Manifest, ManifestError
 from .metrics import Metrics
@@ -103,6 +104,7 @@ class ReaderModel:
 
     def finalize(self) -> None:
         """Stop taking questions, tell those that wait, and end all threads."""
+        end_within()
         self._stopping.set()
         self._encoding.shutdown()
         self._loop.stop()
