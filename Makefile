@@ -104,13 +104,14 @@ perf: export $(CORPUS) ## FiD against FiDO by perf_analyzer, stages, peers, abla
 
 # Base-size readers with random weights: what the FiDO paper measures, and what a GPU is for.
 BASE := build/base
-build/base/%/manifest.json: $(INSTALLED) $(EXPORT_CODE)
-	$(PY) -m export preset base build/base/$*.graphs --gpu $(if $(filter fido,$*),--fido) --tokenizer $(FID)/tokenizer.json
-	$(PY) -m export engine build/base/$*.graphs $(@D) --slots 24 --encoder-batch 120
+BASE_LIMITS := --slots 24 --encoder-batch 120
+$(BASE)/%/manifest.json: $(INSTALLED) $(EXPORT_CODE)
+	$(PY) -m export preset base $(BASE)/$*.graphs --gpu $(if $(filter fido,$*),--fido) --tokenizer $(FID)/tokenizer.json
+	$(PY) -m export engine $(BASE)/$*.graphs $(@D) $(BASE_LIMITS)
 
 gpu-bench: $(BASE)/fid/manifest.json $(BASE)/fido/manifest.json ## on a GPU: the same at base size, 24 questions x 40 passages x 256 tokens (RUN=folder)
 	$(PY) -m perf.rates --device gpu --run $(RUN)
-	$(PY) -m perf.sweep --plan card --engines $(BASE) --slots 24 --encoder-batch 120 --encode-threads 16 --run $(RUN)
+	$(PY) -m perf.sweep --plan card --engines $(BASE) $(BASE_LIMITS) --encode-threads 16 --run $(RUN)
 	$(PY) -m perf.stages --plan card --engines $(BASE) --batches 1 8 24 --encoder-batch 120 --run $(RUN)
 	$(PY) -m perf.peers --preset base --device cuda --out $(RUN)/peers.json
 	$(PY) -m perf.ablation --batches 1 24 --prebuilt base:1:12=$(BASE)/fid base:6:1=$(BASE)/fido --memory-gb 120 --run $(RUN)

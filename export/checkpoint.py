@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import ReaderConfig, StackConfig
+from .config import ReaderConfig, StackConfig, own_config
 from .model import Reader
 from .weights import HF_CROSS_BIAS, CheckpointError, is_wrapped, state_dict_from_weights, unwrapped_name
 
@@ -143,11 +143,6 @@ def save_reader(
         shutil.copyfile(tokenizer_file, Path(beside, TOKENIZER_FILE))
         for name in (WEIGHTS_FILE, "config.json", TOKENIZER_FILE):
             os.replace(Path(beside, name), target / name)
-
-
-def own_config(fields: dict[str, Any]) -> ReaderConfig:
-    """The configuration in our own config.json, without what the file says besides."""
-    return ReaderConfig.from_dict({k: v for k, v in fields.items() if k not in ("model_type", "notes")})
 
 
 def _directory_of(source: str | Path) -> Path:

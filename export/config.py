@@ -147,6 +147,11 @@ class ReaderConfig:
         return cls(**{**fields, **stacks})
 
 
+def own_config(fields: Mapping[str, Any]) -> ReaderConfig:
+    """The configuration in our own config.json, without what the file says besides."""
+    return ReaderConfig.from_dict({k: v for k, v in fields.items() if k not in ("model_type", "notes")})
+
+
 # T5 v1.1's published sizes: (d_model, d_ff, num_layers, num_heads); every head is 64 wide.
 _SIZES = {
     "small": (512, 1024, 8, 6),

@@ -153,7 +153,8 @@ class Compiler:
             own = [trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS]
             # Several contexts of one profile: the default from 10 on. What is not named is off, and that suits "faster dynamic shapes":
             # on an H200 it made full encoder calls 20% slower (two layers, 120 passages of 256 tokens: 3.87 ms, 3.23 ms without). It lets
-            # smaller ones cost less (40 passages: 1.87 ms, 3.23 ms without), but a profile of their own does that (gpu_plan.py).
+            # smaller ones cost less (40 passages: 1.87 ms, 3.23 ms without), but that is left to a profile of their own (gpu_plan.py),
+            # which is not measured yet.
             previews = [trt.PreviewFeature.PROFILE_SHARING_0806]
             self._options |= {
                 "fp16": True,

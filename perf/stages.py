@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from export.config import ReaderConfig, reader_preset
+from export.config import ReaderConfig, own_config, reader_preset
 from serving.engines import Decoder, Encoder, bytes_per_element, load_decoder, load_encoder
 from serving.in_process import InProcessReader
 from serving.limits import Limits
@@ -31,6 +31,7 @@ from .cost import Card, Workload, encoder_cost, step_cost
 from .gpu_statistics import spread
 from .plans import PLANS
 from .rates import card_of
+from .run_folder import NAMES
 from .workload import Request, RequestMaker
 
 READERS = ("fid", "fido")
@@ -43,8 +44,7 @@ def config_of(reader: str, checkpoint: Path | None, preset: str) -> ReaderConfig
     """Sizes of a reader: those of its checkpoint, or published ones."""
     if checkpoint is None:
         return reader_preset(preset, fido=reader == "fido")
-    fields = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    return ReaderConfig.from_dict({key: value for key, value in fields.items() if key not in ("model_type", "notes")})
+    return own_config(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
 
 
 def step_times_ms(decoder: Decoder, batch: int, steps: int, first: int = 1) -> list[float]:
@@ -182,7 +182,7 @@ def result_of(
 
 def roofline_of(stage: Stage, card: Card, work: Workload, batches: list[int], questions: int) -> list[dict[str, Any]]:
     """The measured stages as points of the roofline."""
-    width, name = bytes_per_element(stage.manifest), {"fid": "FiD", "fido": "FiDO"}[stage.reader]
+    width, name = bytes_per_element(stage.manifest), NAMES[stage.reader]
     found = []
     costs = [
         (

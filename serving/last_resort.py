@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import faulthandler
 
-END_WITHIN_S = 15.0  # of being told to: questions under way are told within one encoder call and one step
+# Both end before Triton's exit timeout of 30 s does.
+TELLING_S = 22.0  # from being told to end until every question has been told so
+LEAVING_S = 5.0  # after that
 STANDARD_ERROR = 2  # by number: an embedded interpreter's sys.stderr need not be a file
 
 
-def end_within(seconds: float = END_WITHIN_S) -> None:
-    """From now on the process has so many seconds; then the stacks of its threads go to standard error and it exits with code 1."""
+def end_within(seconds: float) -> None:
+    """The process has so many seconds from now, whatever it was given before; then it says where its threads are and exits with code 1."""
     faulthandler.dump_traceback_later(seconds, exit=True, file=STANDARD_ERROR)

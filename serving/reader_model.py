@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from .decode_loop import DecodeLoop, GivenUpError, LoopCounts, LoopStoppedError, Question, QueueFullError
 from .engines import bytes_per_element, kv_budget, load_decoder
-from .last_resort import end_within
+from .last_resort import LEAVING_S, TELLING_S, end_within
 from .limits import Limits
 from .manifest import TOKENIZER_FILE, Manifest, ManifestError
 from .metrics import Metrics
@@ -104,12 +104,13 @@ class ReaderModel:
 
     def finalize(self) -> None:
         """Stop taking questions, tell those that wait, and end all threads."""
-        end_within()
+        end_within(TELLING_S)
         self._stopping.set()
         self._encoding.shutdown()
         self._loop.stop()
         self._responding.shutdown()
         self._metrics.close()
+        end_within(LEAVING_S)
         # engines and their memory go while the process is whole: left to its end, a GPU's library may be gone before what needs it
         del self._pack, self._loop
         gc.collect()

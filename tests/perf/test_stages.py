@@ -67,7 +67,7 @@ def test_the_ablations_rows_are_the_papers_and_what_lies_between():
     assert [row.name("base") for row in rows[-4:]][-1] == "FiD +LSA-6 +MQ, XL decoder" and len({row.key for row in rows}) == len(rows) == 12
 
 
-def test_an_ablation_measures_the_rows_asked_for_and_bounds_all(run, tmp_path, tokenizer_json, monkeypatch):
+def test_an_ablation_measures_the_rows_asked_for_and_bounds_all(run, tmp_path, tokenizer_json):
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text(tokenizer_json)
     options = ["--encoder", "small", "--large", "base", "--passages", "2", "--passage-length", "16", "--new-tokens", "4", "--measure", "1"]
