@@ -48,7 +48,9 @@ export: $(SERVED) ## checkpoints -> ONNX engines -> model repository (FID=... FI
 
 # Engines for a GPU are built for the limits that they will serve.
 ENGINE_HERE = $(if $(filter auto,$(ENGINE)),$(shell $(PY) -m export detect),$(ENGINE))
-MADE_WITH = $($(shell echo $* | tr a-z A-Z)) $($(shell echo $* | tr a-z A-Z)_FLAGS) $(ENGINE_HERE) $(if $(filter-out onnxruntime,$(ENGINE_HERE)),$(LIMITS))
+MADE_WITH = $($(shell echo $* | tr a-z A-Z)) $($(shell echo $* | tr a-z A-Z)_FLAGS) $(ENGINE_HERE) $(if $(filter-out onnxruntime,$(ENGINE_HERE)),$(LIMITS)) $(WHOLE_ENCODER)
+# Triton's own backend wants the encoder as one engine; our runtime runs its products.
+WHOLE_ENCODER = $(if $(filter tensorrt,$(TRITON_BACKEND)),--whole-encoder)
 
 # One stamp a reader holds what it is made with; it changes only when that changes, so that `make export FID=other` exports again
 # and a second `make export` does nothing.
@@ -60,13 +62,13 @@ build/engines/limits.made-with: FORCE
 	@mkdir -p $(@D)
 	@echo '$(LIMITS) $(TRITON_BACKEND)' | cmp -s - $@ || echo '$(LIMITS) $(TRITON_BACKEND)' > $@
 
-EXPORT_CODE := $(wildcard export/*.py) $(addprefix serving/,tensors.py manifest.py limits.py step_parts.py gpu_plan.py)
+EXPORT_CODE := $(wildcard export/*.py) $(addprefix serving/,tensors.py manifest.py limits.py products.py gpu_plan.py)
 
 build/engines/fid/manifest.json: $(INSTALLED) $(EXPORT_CODE) build/engines/fid.made-with $(wildcard $(FID)/*.json $(FID)/*.safetensors $(FID)/*.bin)
-	$(PY) -m export build $(FID) $(@D) --engine $(ENGINE_HERE) $(FID_FLAGS) $(LIMITS)
+	$(PY) -m export build $(FID) $(@D) --engine $(ENGINE_HERE) $(WHOLE_ENCODER) $(FID_FLAGS) $(LIMITS)
 
 build/engines/fido/manifest.json: $(INSTALLED) $(EXPORT_CODE) build/engines/fido.made-with $(wildcard $(FIDO)/*.json $(FIDO)/*.safetensors $(FIDO)/*.bin)
-	$(PY) -m export build $(FIDO) $(@D) --engine $(ENGINE_HERE) $(FIDO_FLAGS) $(LIMITS)
+	$(PY) -m export build $(FIDO) $(@D) --engine $(ENGINE_HERE) $(WHOLE_ENCODER) $(FIDO_FLAGS) $(LIMITS)
 
 model_repository/%/1/manifest.json: build/engines/%/manifest.json build/engines/limits.made-with
 	$(PY) -m export repository $(<D) --reader $* --triton-backend $(TRITON_BACKEND) $(LIMITS)

@@ -49,12 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     preset.add_argument("--tokenizer", required=True, help="tokenizer.json or a directory with one")
     preset.add_argument("--seed", type=int, default=0)
 
+    build = commands.add_parser("build", parents=[checkpoint], help="checkpoint -> engines of one kind, by the steps above and below")
+    for command in (onnx, preset, build):
+        whole = "encoder as one graph, for Triton's TensorRT backend, in place of its products"
+        command.add_argument("--whole-encoder", action="store_true", help=f"on a GPU: the {whole}")
     for command in (onnx, preset):
         command.add_argument("--opset", type=int, help="of the graphs (default: 18; with --gpu 17, the newest that TensorRT 8.6 reads)")
         command.add_argument("--gpu", action="store_true", help="graphs for the GPU: half precision, the decoder step in parts")
         command.add_argument("--precision", choices=("float16", "bfloat16"), default="float16", help="of --gpu (default: %(default)s)")
 
-    build = commands.add_parser("build", parents=[checkpoint], help="checkpoint -> engines of one kind, by the steps above and below")
     build.add_argument("engines", type=Path, help="directory to write; graphs for a GPU are kept beside it, as NAME.graphs")
     build.add_argument("--engine", choices=("auto", *SUFFIXES), default="auto", help="default: the fastest that this machine has")
     build.add_argument("--precision", choices=("float16", "bfloat16"), default="float16", help="on a GPU (default: %(default)s)")
@@ -129,7 +132,7 @@ def _export(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Manifest:
     if arguments.gpu:
         from .gpu_graphs import export_gpu_reader
 
-        return export_gpu_reader(checkpoint, arguments.engines, arguments.precision, **opset)
+        return export_gpu_reader(checkpoint, arguments.engines, arguments.precision, whole_encoder=arguments.whole_encoder, **opset)
     from .onnx_graph import export_reader
 
     return export_reader(checkpoint, arguments.engines, **opset)
@@ -149,6 +152,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
     engine = fitting_engine() if arguments.engine == "auto" else arguments.engine
     arguments.gpu = engine != "onnxruntime"
+    arguments.whole_encoder &= arguments.gpu
     if engine != "tensorrt":
         return _onnx(arguments)
     engines = arguments.engines

@@ -19,7 +19,7 @@ from typing import Any
 from serving.gpu_plan import Shapes, profile_ranges, profile_shapes
 from serving.limits import Limits
 from serving.manifest import MANIFEST_FILE, EngineBuild, EngineError, Manifest, sha256_of_file
-from serving.step_parts import packed_cross_kv_tensors, step_part_tensors, step_parts
+from serving.products import decoder_products, encoder_products, packed_cross_kv_tensors, product_tensors
 from serving.tensors import GraphTensors, encoder_tensors
 
 from .staging import replacing
@@ -35,15 +35,26 @@ class Task:
     profiles: list[dict[str, Shapes]]
 
 
+def graphs_of(manifest: Manifest) -> list[tuple[str, GraphTensors]]:
+    """Names and tensors of all graphs of a GPU reader."""
+    sizes, encoder, decoder = manifest.sizes, manifest.encoder, manifest.decoder
+    if decoder is None:
+        raise EngineError("these graphs are for a CPU; export them with --gpu")
+    if encoder is None:
+        graphs = [("encoder", encoder_tensors(sizes, "float16"))]
+    else:
+        graphs = [(product.name, product_tensors(encoder, product)) for product in encoder_products(encoder)]
+    graphs.append(("cross_kv", packed_cross_kv_tensors(sizes)))
+    return graphs + [(product.name, product_tensors(decoder, product, sizes.vocab_size)) for product in decoder_products(sizes)]
+
+
 def tasks_of(manifest: Manifest, limits: Limits) -> list[Task]:
     """All engines of a reader with their profiles."""
-    graphs: list[tuple[str, GraphTensors]] = [
-        ("encoder", encoder_tensors(manifest.sizes, "float16")),
-        ("cross_kv", packed_cross_kv_tensors(manifest.sizes)),
-        *((part.name, step_part_tensors(manifest.sizes, part)) for part in step_parts(manifest.sizes)),
-    ]
     length = manifest.prompt.passage_length
-    return [Task(name, [profile_shapes(tensors, ranges) for ranges in profile_ranges(name, limits, length)]) for name, tensors in graphs]
+    return [
+        Task(name, [profile_shapes(tensors, ranges) for ranges in profile_ranges(name, limits, length)])
+        for name, tensors in graphs_of(manifest)
+    ]
 
 
 def build_engines(graphs: Path, directory: Path, limits: Limits, timing_cache: Path, say: Callable[[str], None] = print) -> Manifest:
@@ -151,10 +162,8 @@ class Compiler:
                 raise EngineError(f"precision {precision} needs TensorRT 10 or later, here is {trt.__version__}; export float16")
             # the plugin libraries of this version need cuBLAS 12 and cuDNN 8; its own kernels do as well
             own = [trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS]
-            # Several contexts of one profile: the default from 10 on. What is not named is off, and that suits "faster dynamic shapes":
-            # on an H200 it made full encoder calls 20% slower (two layers, 120 passages of 256 tokens: 3.87 ms, 3.23 ms without). It lets
-            # smaller ones cost less (40 passages: 1.87 ms, 3.23 ms without), but that is left to a profile of their own (gpu_plan.py),
-            # which is not measured yet.
+            # Several contexts of one profile: the default from 10 on. What is not named is off, "faster dynamic shapes" among them, which
+            # makes no difference to single products
             previews = [trt.PreviewFeature.PROFILE_SHARING_0806]
             self._options |= {
                 "fp16": True,

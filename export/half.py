@@ -15,10 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .graphs import BiasTable, EncoderGraph, FusedFeedForward, GraphNorm, Projection
+from .graphs import BiasTable, DecoderStepGraph, EncoderGraph, FusedFeedForward, GraphNorm, Projection
 from .layers import Attention, FeedForward
 from .model import DecoderLayer, EncoderLayer, Reader
-from .step_parts import PackedCrossKVGraph, StepPartGraph
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 LARGEST = 65504.0  # of fp16
@@ -78,15 +77,10 @@ def _power_of_two(largest: float) -> float:
     return 1.0 if largest * HEADROOM <= LARGEST else 2.0 ** math.floor(math.log2(LARGEST / HEADROOM / largest))
 
 
-def to_half(graph: EncoderGraph | PackedCrossKVGraph | StepPartGraph, scales: dict[str, Scales], dtype: torch.dtype) -> None:
-    """Rescale a graph's weights and cast them; norms and the vocabulary projection stay fp32."""
-    if isinstance(graph, EncoderGraph):
-        _rescale(graph, scales["encoder"])
-    elif isinstance(graph, StepPartGraph):
-        _rescale(graph, scales["decoder"])
-    keep = {id(graph.project)} if isinstance(graph, StepPartGraph) and graph.part.before is None else set()
+def to_half(graph: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a graph's weights; norms stay fp32."""
     for module in graph.modules():
-        if isinstance(module, Projection) and id(module) not in keep:
+        if isinstance(module, Projection):
             module.weight = module.weight.to(dtype)
         elif isinstance(module, BiasTable):
             module.table = module.table.to(dtype)
@@ -95,15 +89,15 @@ def to_half(graph: EncoderGraph | PackedCrossKVGraph | StepPartGraph, scales: di
         graph.embedding = embedding.to(dtype)
 
 
-def _writers(graph: EncoderGraph | StepPartGraph) -> Iterator[Projection]:
+def _writers(graph: EncoderGraph | DecoderStepGraph) -> Iterator[Projection]:
     for name, module in graph.named_modules():
-        if isinstance(module, Projection) and name.rsplit(".", 1)[-1] in ("o", "wo"):
+        if isinstance(module, Projection) and name.rsplit(".", 1)[-1] in ("o", "cross_o", "wo"):
             yield module
 
 
-def _rescale(graph: EncoderGraph | StepPartGraph, scales: Scales) -> None:
-    if graph.embedding is not None:
-        graph.embedding = graph.embedding * scales.residual
+def rescale(graph: EncoderGraph | DecoderStepGraph, scales: Scales) -> None:
+    """Bring a graph's activations into half precision's range by the weights that write them."""
+    graph.embedding = graph.embedding * scales.residual
     for projection in _writers(graph):
         projection.weight = projection.weight * scales.residual
     for module in graph.modules():

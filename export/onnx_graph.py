@@ -34,7 +34,7 @@ OPSET = 18
 EXTERNAL_DATA_BYTES = 1_500_000_000
 PROMPT_TEMPLATE = "question: {question} title: {title} context: {context}"
 # Any lengths serve to trace a graph whose axes are dynamic, but equal ones or 1 could be taken for constants.
-TRACE_LENGTHS = {"passages": 3, "passage_length": 10, "batch": 2, "past_length": 5, "encoder_sequence_length": 7}
+TRACE_LENGTHS = {"passages": 3, "passage_length": 10, "batch": 2, "past_length": 5, "encoder_sequence_length": 7, "tokens": 6}
 
 GRAPHS: dict[str, tuple[Callable[[Reader], nn.Module], Callable[[EngineSizes], GraphTensors]]] = {
     "encoder": (EncoderGraph, encoder_tensors),

@@ -28,9 +28,13 @@ MODEL_FILES = {
     "reader": '"""Triton entry point of the reader: the chain behind one request."""\n\n'
     "from serving.reader_model import ReaderModel as TritonPythonModel  # noqa: F401\n",
 }
-BIAS_TABLES = ("self_attention_bias", "cross_attention_bias")  # of GPU readers
+ARRAYS = {stack: tuple(f"{stack}_{name}" for name in ("embedding", "norms", "bias", "cross_bias")) for stack in ("encoder", "decoder")}
 # Which engine files each model's version folder holds, besides the manifest. The stream model reads those of the unary one.
-ENGINE_FILES = {"encoder": ("encoder",), "reader": ("cross_kv", "decoder_step", *BIAS_TABLES), "stream": ()}
+ENGINE_FILES = {
+    "encoder": ("encoder", *ARRAYS["encoder"]),
+    "reader": ("cross_kv", "decoder_step", "decoder", *ARRAYS["decoder"]),
+    "stream": (),
+}
 
 
 def model_names(reader: str) -> dict[str, str]:
@@ -139,6 +143,11 @@ def repository_from_engines(engines: Path, repository: Path, reader: str, limits
     if native_encoder and manifest.engine != "tensorrt":
         raise ManifestError(
             f"{engines}: wanted TensorRT engines for Triton's tensorrt backend, got {manifest.engine}; `make export ENGINE=tensorrt`"
+        )
+    if native_encoder != (manifest.on_gpu and manifest.encoder is None):
+        wanted, flag = ("one graph", "with") if native_encoder else ("its products", "without")
+        raise ManifestError(
+            f"{engines}: wanted the encoder as {wanted}; export {flag} --whole-encoder (`make export TRITON_BACKEND=...` does)"
         )
     write_models(repository, reader, manifest.sizes, limits, on_gpu=manifest.on_gpu, native_encoder=native_encoder)
     for role, name in model_names(reader).items():

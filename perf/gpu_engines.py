@@ -14,14 +14,17 @@ from typing import Any
 
 import cupy as cp
 import numpy as np
+from tokenizers import Tokenizer
 
+from clients.examples import read_examples
 from export.config import ReaderConfig, reader_preset
 from serving.engines import load_decoder, load_encoder
 from serving.gpu_decoder import GpuDecoder
 from serving.gpu_encoder import GpuEncoder
-from serving.gpu_plan import encoder_batch
+from serving.gpu_plan import calls_of_tokens
 from serving.limits import Limits
-from serving.manifest import Manifest
+from serving.manifest import TOKENIZER_FILE, Manifest
+from serving.prompt import PromptEncoder
 
 from .cost import H200, Workload, encoder_cost, step_cost
 from .gpu_statistics import publish, spread
@@ -39,24 +42,32 @@ def gpu_ms(stream: cp.cuda.Stream, work: Any) -> float:
     return float(cp.cuda.get_elapsed_time(start, end))
 
 
-def measure_encoder(encoder: GpuEncoder, limits: Limits, questions: int, passage_length: int, rounds: int) -> list[float]:
-    """Milliseconds for all passages of `questions` questions at full length, in calls of the largest batch."""
-    batch = encoder_batch(limits)
-    calls = questions * limits.max_passages // batch
-    stream = encoder._stream
-    with stream:
-        ids = cp.random.randint(2, 30000, (batch, passage_length)).astype(cp.int32)
-        mask = cp.ones_like(ids)
-        hidden = cp.empty((batch, passage_length, encoder.d_model), cp.float16)
-        call = encoder._engine.bind({"input_ids": ids, "attention_mask": mask}, {"encoder_hidden_states": hidden})
+def measure_encoder(encoder: GpuEncoder, lengths: np.ndarray, rounds: int) -> list[float]:
+    """Milliseconds for passages of these lengths, in calls as large as they may be; token ids are random and already counted out."""
+    rng = np.random.default_rng(0)
+    tokens, places = rng.integers(2, 30000, lengths.sum()), np.arange(lengths.sum())
+    with encoder._stream:
+        hidden = cp.empty((len(tokens), encoder.sizes.d_model), cp.float16)
 
         def work() -> None:
-            for _ in range(calls):
-                call.enqueue(stream)
+            for part, of_call in calls_of_tokens(lengths, encoder.most_tokens):
+                encoder._encode_call(tokens[part], places[part], of_call, hidden)
 
         work()
-        stream.synchronize()
-        return [gpu_ms(stream, work) for _ in range(rounds)]
+        encoder._stream.synchronize()
+        return [gpu_ms(encoder._stream, work) for _ in range(rounds)]
+
+
+def real_lengths(engines: Path, data: Path, passages: int) -> np.ndarray:
+    """Prompt tokens of the first so many passages of a data file, as the reader's tokenizer makes them."""
+    prompt = PromptEncoder(Tokenizer.from_file(str(engines / TOKENIZER_FILE)), Manifest.load(engines))
+    found: list[int] = []
+    for example in read_examples(data):
+        encoded = prompt.encode(example.question, [c.text for c in example.contexts], [c.title or "" for c in example.contexts])
+        found += encoded.attention_mask.sum(1).tolist()
+        if len(found) >= passages:
+            return np.array(found[:passages])
+    raise SystemExit(f"error: {data}: wanted {passages} passages, got {len(found)}")
 
 
 def fill(decoder: GpuDecoder, batch: int, tokens: int) -> None:
@@ -94,6 +105,7 @@ def main() -> int:
     parser.add_argument("--encoder-batch", type=int, default=120)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 24])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--data", type=Path, help="questions and passages whose lengths are the real ones")
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -119,18 +131,22 @@ def main() -> int:
         }
         length = manifest.prompt.passage_length
     questions = arguments.slots
+    passages = questions * arguments.max_passages
     work = Workload(questions, arguments.max_passages, length, 32)
-    encoder_ms: dict[str, list[float]] = {name: [] for name in readers}
-    for _ in range(arguments.rounds):
+    wanted = {"encoder_ms": np.full(passages, length), "encoder_one_question_ms": np.full(arguments.max_passages, length)}
+    if arguments.data:
+        wanted["encoder_real_lengths_ms"] = real_lengths(getattr(arguments, readers[0]), arguments.data, passages)
+    for what, lengths in wanted.items():
+        encoder_ms: dict[str, list[float]] = {name: [] for name in readers}
+        for _ in range(arguments.rounds):
+            for name in readers:
+                encoder_ms[name] += measure_encoder(encoders[name], lengths, 1)
         for name in readers:
-            encoder_ms[name] += measure_encoder(encoders[name], limits, questions, length, 1)
-    for name in readers:
-        flops = encoder_cost(configs[name], work, 2).flops
-        median = statistics.median(encoder_ms[name])
-        result[name]["encoder_ms"] = spread(encoder_ms[name]) | {
-            "tflops": round(flops / median / 1e9, 1),
-            "passages": questions * arguments.max_passages,
-        }
+            figures: dict[str, float] = {"passages": len(lengths), "tokens": int(lengths.sum())}
+            figures["us_a_token"] = round(statistics.median(encoder_ms[name]) * 1e3 / figures["tokens"], 4)
+            if what == "encoder_ms":
+                figures["tflops"] = round(encoder_cost(configs[name], work, 2).flops / statistics.median(encoder_ms[name]) / 1e9, 1)
+            result[name][what] = spread(encoder_ms[name]) | figures
     tokens = arguments.max_passages * length
     for name in readers:
         fill(decoders[name], arguments.slots, tokens)

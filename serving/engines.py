@@ -57,7 +57,7 @@ def load_encoder(directory: Path, manifest: Manifest, limits: Limits, device: in
     load = _gpu_loader(directory, manifest, device)
     from .gpu_encoder import GpuEncoder
 
-    return GpuEncoder(manifest, load, limits)
+    return GpuEncoder(directory, manifest, load, limits)
 
 
 def load_decoder(directory: Path, manifest: Manifest, limits: Limits, device: int = 0) -> Decoder:

@@ -1,10 +1,11 @@
-"""The decoder on a GPU: engine parts with attention kernels between them, one CUDA graph a batch bucket, caches in fixed slots.
+"""The decoder on a GPU: engines of its products with kernels between them, one CUDA graph a batch bucket, caches in fixed slots.
 
 It is a `DecoderEngine` (decode_loop.py). All of its work goes to one stream; a step costs the host one graph launch and one wait.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,18 +13,19 @@ import cupy as cp
 import cupyx
 import numpy as np
 
-from .gpu_engine import Call, LoadEngine, Scratch
-from .gpu_kernels import StepKernels, splits_of
+from .gpu_encoder import load_arrays
+from .gpu_engine import LoadEngine, Scratch
+from .gpu_kernels import RowKernels, StepKernels, splits_of
 from .gpu_plan import GpuMemory, batch_buckets, bucket_of, decoder_memory
 from .manifest import EngineError, Manifest
-from .step_parts import StepPart, packed_cross_kv_tensors, step_part_tensors, step_parts
+from .products import BIAS, CROSS_BIAS, EMBEDDING, HEAD, NORMS, array_file, decoder_products, packed_cross_kv_tensors, product_tensors
 
 TOKENS, POSITIONS, SLOTS, LENGTHS, PENALTY = range(5)  # rows of the state that every step uploads
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 
 
 class GpuDecoder:
-    """cross_kv and the step's parts with their caches.
+    """cross_kv and the step's products with their caches.
 
     Args:
         directory: of the engines.
@@ -35,6 +37,10 @@ class GpuDecoder:
 
     def __init__(self, directory: Path, manifest: Manifest, load: LoadEngine, slots: int, capacities: tuple[int, int]):
         sizes = self.sizes = manifest.sizes
+        stack = manifest.decoder
+        if stack is None:
+            raise EngineError(f"{directory}: the decoder is one graph, not the products that a GPU runs; `make export` makes it again")
+        self._stack = stack
         self.slots = slots
         self._encoded, self._generated = capacities
         self._device = cp.cuda.Device()  # of the thread that loads; the loop's thread makes it its own
@@ -44,21 +50,18 @@ class GpuDecoder:
         with self._stream:
             scratch = Scratch()
             self._cross_kv = load("cross_kv", packed_cross_kv_tensors(sizes), scratch)
-            self._parts = [(part, load(part.name, step_part_tensors(sizes, part), scratch)) for part in step_parts(sizes)]
-            engines = [self._cross_kv, *(engine for _, engine in self._parts)]
-            self.memory = decoder_memory(sizes, slots, capacities, sum(engine.weight_bytes for engine in engines), scratch.bytes)
+            self._products = {p: load(p.name, product_tensors(stack, p, sizes.vocab_size), scratch) for p in decoder_products(sizes)}
+            weights = sum(engine.weight_bytes for engine in (self._cross_kv, *self._products.values()))
+            self.memory = decoder_memory(sizes, slots, capacities, weights, scratch.bytes)
             _require_room(self.memory, slots)
-            self._kernels = StepKernels(sizes, manifest.eos_token_id)
-            self._load_biases(directory, manifest)
+            self._rows, self._kernels = RowKernels(stack), StepKernels(sizes, manifest.eos_token_id)
+            names = [EMBEDDING, NORMS, BIAS] + [CROSS_BIAS] * (array_file("decoder", CROSS_BIAS) in manifest.files)
+            arrays = load_arrays(directory, manifest, "decoder", names)
+            self._embedding, self._norms, self._self_bias = arrays[:3]
+            self._cross_bias = arrays[3] if len(arrays) > 3 else None
             self._allocate()
             self._steps = {bucket: self._prepare(bucket) for bucket in batch_buckets(slots)}
             self._stream.synchronize()
-
-    def _load_biases(self, directory: Path, manifest: Manifest) -> None:
-        names = [name for name in ("self_attention_bias.npy", "cross_attention_bias.npy") if name in manifest.files]
-        manifest.verify(directory, tuple(names))
-        tables = [cp.asarray(np.load(directory / name, allow_pickle=False)) for name in names]
-        self._self_bias, self._cross_bias = tables[0], tables[1] if len(tables) > 1 else None
 
     def _allocate(self) -> None:
         sizes, slots = self.sizes, self.slots
@@ -70,7 +73,7 @@ class GpuDecoder:
         self._partial = cp.empty((slots, sizes.num_heads, splits_of(self._encoded), sizes.d_kv + 2), cp.float32)
         self._softmax = cp.empty((slots, sizes.num_heads, 2), cp.float32)
         self._evidence = cp.zeros((slots, self._encoded), cp.float32)
-        self._attended = cp.empty((slots, sizes.num_heads * sizes.d_kv), cp.float32)
+        self._attended = cp.empty((slots, sizes.num_heads * sizes.d_kv), cp.float16)
         self._state = cp.zeros((5, slots), cp.int32)
         self._host_state = cupyx.zeros_pinned((5, slots), np.int32)
         self._picked = cp.zeros((2, slots), cp.int32)  # tokens, and the bits of their log-probabilities
@@ -81,18 +84,22 @@ class GpuDecoder:
         self._reading: list[cp.ndarray] = []  # hidden states that the stream may not have read yet
 
     def _prepare(self, bucket: int) -> Callable[[], None]:
-        """Bind all parts for a batch, run once, and capture a graph where every engine can be captured."""
-        calls, made = self._bind(bucket)
-        self._bound.append((calls, made))  # a graph knows addresses only: what lies there must live as long
+        """Bind all products for a batch, run once, and capture a graph where every engine can be captured."""
+        program = self._program(bucket)
+        self._bound.append(program)  # a graph knows addresses only: what lies there must live as long
         self._host_state[:] = 0
         self._host_state[POSITIONS] = -1
 
         def run() -> None:
-            self._enqueue(bucket, calls, made)
+            stream, copy = self._stream.ptr, cp.cuda.runtime.memcpyAsync
+            copy(self._state.data.ptr, self._host_state.ctypes.data, self._state.nbytes, HOST_TO_DEVICE, stream)
+            for operation in program:
+                operation()
+            copy(self._host_picked.ctypes.data, self._picked.data.ptr, self._picked.nbytes, DEVICE_TO_HOST, stream)
 
         run()
         self._stream.synchronize()
-        if not all(engine.capturable for _, engine in self._parts):
+        if not all(engine.capturable for engine in self._products.values()):
             return run
         self._stream.begin_capture()
         run()
@@ -100,45 +107,40 @@ class GpuDecoder:
         graph.upload(self._stream)
         return lambda: graph.launch(self._stream)
 
-    def _bind(self, bucket: int) -> tuple[list[tuple[StepPart, Call]], list[cp.ndarray]]:
-        """The parts' calls, and beside each the output that the attention after it (or the choice of the token) reads."""
-        residual: cp.ndarray | None = None
-        # written and read in turn: no part may overwrite the residual stream that it reads
-        residuals = [cp.empty((bucket, self.sizes.d_model_decoder), cp.float32) for _ in range(2)]
-        self._bound.append(residuals)
-        calls, made = [], []
-        for part, engine in self._parts:
-            specs = step_part_tensors(self.sizes, part)
-            inputs = {"decoder_input_ids": self._state[TOKENS, :bucket]}
-            if residual is not None:
-                inputs = {"residual": residual, "attended": self._attended[:bucket]}
-            outputs = {spec.name: cp.empty(spec.shape({"batch": bucket}), cp.float32) for spec in specs.outputs[-1:]}
-            if part.before is not None:
-                outputs["new_residual"] = residuals[0] if residual is not residuals[0] else residuals[1]
-            calls.append((part, engine.bind(inputs, outputs, own=True)))
-            residual = outputs.get("new_residual")
-            made.append(outputs[specs.outputs[-1].name])
-        return calls, made
-
-    def _enqueue(self, bucket: int, calls: list[tuple[StepPart, Call]], made: list[cp.ndarray]) -> None:
-        stream, kernels = self._stream, self._kernels
-        cp.cuda.runtime.memcpyAsync(self._state.data.ptr, self._host_state.ctypes.data, self._state.nbytes, HOST_TO_DEVICE, stream.ptr)
+    def _program(self, bucket: int) -> list[Callable[[], None]]:
+        """A step of `bucket` rows, as what is to be enqueued one after the other."""
+        rows, kernels, sizes = self._rows, self._kernels, self.sizes
         positions, slots, lengths = (self._state[i, :bucket] for i in (POSITIONS, SLOTS, LENGTHS))
-        attended, cross_layer = self._attended[:bucket], 0
-        for (part, call), output in zip(calls, made, strict=True):
-            call.enqueue(stream)
-            site = part.before
-            if site is None:
-                penalty = self._state[PENALTY, :bucket].view(cp.float32)
-                kernels.pick_token(output, penalty, self._picked[0], self._picked[1].view(cp.float32))
-            elif site.kind == "self":
-                kernels.self_attention(output, self._self_cache[site.layer], slots, positions, self._self_bias, attended)
+        residual = cp.empty((bucket, sizes.d_model_decoder), cp.float32)
+        normed = cp.empty((bucket, sizes.d_model_decoder), cp.float16)
+        attended, partial, softmax = self._attended[:bucket], self._partial[:bucket], self._softmax[:bucket]
+        norms = iter(self._norms)
+        tokens = self._state[TOKENS, :bucket]
+        program: list[Callable[[], None]] = [functools.partial(rows.embed, tokens, self._embedding, next(norms), residual, normed)]
+        given = normed
+        for product, engine in self._products.items():
+            (spec,) = product_tensors(self._stack, product, sizes.vocab_size).outputs
+            made = cp.empty(spec.shape({"batch": bucket}), spec.dtype)
+            program.append(functools.partial(engine.bind({"x": given}, {"y": made}, own=True).enqueue, self._stream))
+            if product.kind == "qkv":
+                given, cache = attended, self._self_cache[product.layer]
+                program.append(functools.partial(kernels.self_attention, made, cache, slots, positions, self._self_bias, given))
+            elif product.kind == "cross_q":
+                given, cache = attended, self._cross_cache[product.layer]
+                at = (made, cache, slots, lengths, positions, self._cross_bias, self._encoder_positions)
+                program.append(functools.partial(kernels.cross_attention, *at, partial, softmax, given))
+                number = sizes.cross_attention_layers.index(product.layer)
+                program.append(functools.partial(kernels.evidence, *at, softmax, number, self._evidence[:bucket]))
+            elif product.kind == "wi":
+                given = cp.empty((bucket, self._stack.d_ff), cp.float16)
+                program.append(functools.partial(rows.activate, made, given))
+            elif product.kind == HEAD:
+                penalty, log_prob = self._state[PENALTY, :bucket].view(cp.float32), self._picked[1].view(cp.float32)
+                program.append(functools.partial(kernels.pick_token, made, penalty, self._picked[0], log_prob))
             else:
-                at = (output, self._cross_cache[site.layer], slots, lengths, positions, self._cross_bias, self._encoder_positions)
-                kernels.cross_attention(*at, self._partial[:bucket], self._softmax[:bucket], attended)
-                kernels.evidence(*at, self._softmax[:bucket], cross_layer, self._evidence[:bucket])
-                cross_layer += 1
-        cp.cuda.runtime.memcpyAsync(self._host_picked.ctypes.data, self._picked.data.ptr, self._picked.nbytes, DEVICE_TO_HOST, stream.ptr)
+                given = normed
+                program.append(functools.partial(rows.add_and_norm, made, next(norms), residual, normed))
+        return program
 
     def reserved_bytes(self) -> int:
         """Bytes that the caches take."""

@@ -1,20 +1,26 @@
-"""The CUDA kernels between the engines of a decoder step, compiled for one reader, and how each is launched.
+"""The CUDA kernels between the products of a reader, compiled for its sizes, and how each is launched.
 
-The source is cuda/decoder_step.cu. All launches go to CuPy's current stream and may be captured into a graph.
+The sources are in cuda/. All launches go to CuPy's current stream and may be captured into a graph.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cupy as cp
+import numpy as np
 
+from .products import StackSizes
 from .tensors import EngineSizes
 
-SOURCE = Path(__file__).with_name("cuda") / "decoder_step.cu"
+SOURCES = Path(__file__).with_name("cuda")
 CHUNK = 256  # encoded tokens a block of cross-attention reads: enough blocks for all multiprocessors even for one question
-WARPS = 4
-QUERIES = 4  # as in the source
+WARPS = 4  # of an attention block; this and the next four as in the sources
+QUERIES = 4  # heads that a block of cross-attention takes together
+TILE = 128  # queries of a block of the encoder's attention
+STAGE = 64  # keys that it reads at a time, at most
+ROW_WARPS, THREADS = 8, 256  # of the blocks of the kernels for rows
 
 
 def splits_of(capacity: int) -> int:
@@ -22,8 +28,82 @@ def splits_of(capacity: int) -> int:
     return -(-capacity // CHUNK)
 
 
+def _compiled(source: str, defines: dict[str, Any]) -> cp.RawModule:
+    text = "".join((SOURCES / name).read_text(encoding="utf-8") for name in ("vectors.cuh", source))
+    return cp.RawModule(code=text, options=("--std=c++17", *(f"-D{name}={value}" for name, value in defines.items())))
+
+
+class RowKernels:
+    """What is done to rows of one stack.
+
+    Shapes below: `residual` float32[rows, d_model], `normed` and `made` float16[rows, d_model], `weight` float32[d_model].
+    """
+
+    def __init__(self, stack: StackSizes):
+        self.d_ff = stack.d_ff
+        defines = {"D_MODEL": stack.d_model, "D_FF": stack.d_ff, "GATED": int(stack.gated), "EPSILON": f"{stack.epsilon!r}f"}
+        module = _compiled("rows.cu", defines)
+        self._embed, self._add_and_norm, self._activate = (module.get_function(n) for n in ("embed", "add_and_norm", "activate"))
+
+    def embed(self, tokens: cp.ndarray, embedding: cp.ndarray, weight: cp.ndarray, residual: cp.ndarray, normed: cp.ndarray) -> None:
+        """int32[rows] by float16[vocab_size, d_model] to the residual stream and its norm."""
+        rows = len(tokens)
+        self._embed((-(-rows // ROW_WARPS),), (ROW_WARPS * 32,), (tokens, embedding, weight, cp.int32(rows), residual, normed))
+
+    def add_and_norm(
+        self, made: cp.ndarray, weight: cp.ndarray, residual: cp.ndarray, normed: cp.ndarray, destinations: cp.ndarray | None = None
+    ) -> None:
+        """Add `made` to the residual stream and norm it; with `destinations` int32[rows] into those rows of `normed`, at the very end."""
+        rows = len(made)
+        address = cp.uint64(0) if destinations is None else destinations
+        self._add_and_norm((-(-rows // ROW_WARPS),), (ROW_WARPS * 32,), (made, weight, address, cp.int32(rows), residual, normed))
+
+    def activate(self, inner: cp.ndarray, out: cp.ndarray) -> None:
+        """float16[rows, 2 * d_ff] (relu: d_ff) to float16[rows, d_ff]."""
+        rows = len(inner)
+        self._activate((-(-rows * self.d_ff // 8 // THREADS),), (THREADS,), (inner, cp.int32(rows), out))
+
+
+class EncoderAttention:
+    """Self-attention of tokens that lie passage after passage, for one reader's encoder."""
+
+    def __init__(self, stack: StackSizes, reach: int):
+        self._heads = stack.num_heads
+        module = _compiled("encoder_attention.cu", {"D_KV": stack.d_kv, "HEADS": stack.num_heads, "REACH": reach})
+        self._attention = module.get_function("attention")
+
+    @staticmethod
+    def tiles(lengths: np.ndarray) -> np.ndarray:
+        """The blocks of a call: one for every TILE tokens of a passage.
+
+        Args:
+            lengths: int[passages], all positive.
+
+        Returns:
+            int32[tiles, 3]: first token of the passage, its length, first query of the tile within the passage.
+        """
+        counts = -(-lengths // TILE)
+        passage = np.repeat(np.arange(len(lengths)), counts)
+        in_passage = np.arange(len(passage)) - np.repeat(np.cumsum(counts) - counts, counts)
+        firsts = np.cumsum(lengths) - lengths
+        return np.stack([firsts[passage], lengths[passage], in_passage * TILE], axis=1).astype(np.int32)
+
+    def __call__(self, query_key_value: cp.ndarray, tiles: cp.ndarray, longest: int, bias: cp.ndarray, out: cp.ndarray) -> None:
+        """Attend within each passage.
+
+        Args:
+            query_key_value: float16[tokens, 3 * num_heads * d_kv].
+            tiles: of `tiles`, on the GPU.
+            longest: tokens of the longest passage.
+            bias: float32[2 * reach + 1, num_heads], by key minus query.
+            out: float16[tokens, num_heads * d_kv].
+        """
+        near = -(-longest // STAGE) * STAGE + TILE  # distances that a tile can need
+        self._attention((len(tiles), self._heads), (WARPS * 32,), (query_key_value, tiles, bias, out), shared_mem=near * 4)
+
+
 class StepKernels:
-    """The kernels for one reader's sizes.
+    """Attention over the caches of a decoder step, and the choice of the token, for one reader.
 
     Shapes below: `cache` float16[slots, capacity, 2 * num_kv_heads * d_kv], a token's keys of all heads and then its values; `slots`,
     `positions` and `lengths` int32[batch], a negative position marks an idle row; `bias` float32[reach + 1, num_heads] or None.
@@ -38,8 +118,7 @@ class StepKernels:
             "CHUNK": CHUNK,
             "VOCAB": sizes.vocab_size,
         }
-        options = ("--std=c++17", *(f"-D{name}={value}" for name, value in defines.items()))
-        module = cp.RawModule(code=SOURCE.read_text(encoding="utf-8"), options=options)
+        module = _compiled("decoder_step.cu", defines)
         self._self_attention = module.get_function("self_attention")
         self._cross_attention = module.get_function("cross_attention")
         self._cross_join = module.get_function("cross_join")
@@ -52,8 +131,8 @@ class StepKernels:
         """Append each row's new key and value to its slot and attend to all up to it.
 
         Args:
-            query_key_value: float32[batch, (num_heads + 2 * num_kv_heads) * d_kv].
-            out: float32[batch, num_heads * d_kv].
+            query_key_value: float16[batch, (num_heads + 2 * num_kv_heads) * d_kv].
+            out: float16[batch, num_heads * d_kv].
         """
         grid = (self.sizes.num_heads, len(query_key_value))
         arguments = (query_key_value, cache, slots, positions, bias, cp.int32(len(bias) - 1), cp.int32(cache.shape[1]), out)
@@ -75,11 +154,11 @@ class StepKernels:
         """Attend to the first `lengths` tokens of each row's slot.
 
         Args:
-            query: float32[batch, num_heads * d_kv].
+            query: float16[batch, num_heads * d_kv].
             encoder_positions: int32[slots, capacity], read only where there is a bias.
             partial: float32[batch, num_heads, splits, d_kv + 2], scratch.
             softmax: float32[batch, num_heads, 2], for `evidence`.
-            out: float32[batch, num_heads * d_kv].
+            out: float16[batch, num_heads * d_kv].
         """
         batch, heads, kv_heads = len(query), self.sizes.num_heads, self.sizes.num_kv_heads
         group = heads // kv_heads

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
 
 from .kv_budget import cache_length, self_cache_length
 from .limits import Limits
@@ -32,21 +34,41 @@ def encoder_batch(limits: Limits) -> int:
     return max(limits.encoder_batch, limits.max_passages)
 
 
-def profile_ranges(name: str, limits: Limits, passage_length: int) -> list[dict[str, Range]]:
-    """Optimization profiles of an engine: axis name -> range, one dictionary a profile. Each is tuned for the largest that it serves.
+def encoder_tokens(limits: Limits, passage_length: int) -> int:
+    """Tokens of one encoder call at most."""
+    return encoder_batch(limits) * passage_length
 
-    The encoder has one for a question alone and one for a full call, for with TensorRT 8.6 a call costs what the largest number of passages
-    of its profile costs, however few it has (export/engine.py says why it is left at that).
+
+def calls_of_tokens(lengths: np.ndarray, most: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """Passages that lie one after the other, in calls of at most so many tokens; a passage is never cut.
+
+    Args:
+        lengths: int[passages], each at most `most`.
+        most: tokens a call.
+
+    Yields:
+        The tokens of a call, counted over all passages, and the lengths of its passages.
     """
-    if name == "encoder":
-        tops = sorted(
-            {limits.max_passages, encoder_batch(limits)}, reverse=True
-        )  # the first serves all: Triton's own backend uses that one
-        return [{"passages": (1, top, top), "passage_length": (1, passage_length, passage_length)} for top in tops]
+    ends = np.cumsum(lengths)
+    passage, token = 0, 0
+    while passage < len(lengths):
+        until = int(np.searchsorted(ends, token + most, side="right"))
+        yield slice(token, int(ends[until - 1])), lengths[passage:until]
+        passage, token = until, int(ends[until - 1])
+
+
+def profile_ranges(name: str, limits: Limits, passage_length: int) -> list[dict[str, Range]]:
+    """Optimization profiles of an engine: axis name -> range, one dictionary a profile. Each is tuned for the largest that it serves."""
+    if name == "encoder":  # the whole one, for Triton's own backend
+        most = encoder_batch(limits)
+        return [{"passages": (1, most, most), "passage_length": (1, passage_length, passage_length)}]
+    if name.startswith("encoder."):
+        tokens = encoder_tokens(limits, passage_length)
+        return [{"tokens": (1, tokens, tokens)}]
     if name == "cross_kv":
         longest = limits.max_passages * passage_length
         return [{"encoder_sequence_length": (1, longest, longest)}]
-    return [{"batch": (1, limits.slots, limits.slots)}]
+    return [{"batch": (1, limits.slots, limits.slots)}]  # of the decoder's products
 
 
 def profile_shapes(tensors: GraphTensors, ranges: Mapping[str, Range]) -> dict[str, Shapes]:

@@ -11,9 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .products import StackSizes
 from .tensors import EngineSizes
 
-FORMAT = 2  # raised when a reader of an older manifest would misunderstand this one
+FORMAT = 3  # raised when a reader of an older manifest would misunderstand this one
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 ENGINE_NAMES = ("encoder", "cross_kv", "decoder_step")
@@ -99,6 +100,7 @@ class Manifest:
         files: name -> SHA-256 of every file that belongs to the engines.
         weights_sha256: of the checkpoint's weights: engines of one checkpoint share it.
         provenance: source, versions, opset; informative, not read by the server.
+        encoder, decoder: sizes of the stacks that are cut into products (products.py), as those of a GPU are; None for whole graphs.
         build: of compiled engines, what they were built with and for: the server refuses them elsewhere.
     """
 
@@ -113,11 +115,13 @@ class Manifest:
     files: dict[str, str]
     weights_sha256: str
     provenance: dict[str, Any]
+    encoder: StackSizes | None = None
+    decoder: StackSizes | None = None
     build: EngineBuild | None = None
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the engines run on a GPU, with the decoder step in parts (step_parts.py)."""
+        """Whether the engines run on a GPU, with the decoder step in products (products.py)."""
         return self.engine != "onnxruntime"
 
     def engine_file(self, name: str) -> str:
@@ -153,7 +157,9 @@ class Manifest:
         try:
             sizes = {**fields["sizes"], "cross_attention_layers": tuple(fields["sizes"]["cross_attention_layers"])}
             build = EngineBuild.from_dict(fields["build"]) if fields.get("build") else None
-            return cls(**{**fields, "sizes": EngineSizes(**sizes), "prompt": Prompt(**fields["prompt"]), "build": build})
+            stacks = {name: StackSizes(**fields[name]) for name in ("encoder", "decoder") if fields.get(name)}
+            made = {"sizes": EngineSizes(**sizes), "prompt": Prompt(**fields["prompt"]), "build": build}
+            return cls(**{**fields, **stacks, **made})
         except (KeyError, TypeError) as error:
             raise ManifestError(f"{path}: other fields than wanted ({error}); `make export` makes it again") from error
 

@@ -1,15 +1,13 @@
-// What runs between the engines of a decoder step: attention over the caches, and the choice of the next token.
+// What runs between the products of a decoder step and is not done to rows alone: attention over the caches, the choice of the token.
 //
 // Compiled for one reader by gpu_kernels.py, which defines D_KV, HEADS, KV_HEADS, CHUNK and VOCAB.
 //
 // A cache is half[slots][capacity][2 * KV_HEADS * D_KV]: of each token the keys of all heads, then the values. One step reads every valid
 // token once, so these kernels are bound by memory; all they must do is ask for enough of it at a time. Sums and softmax are fp32.
-#include <cuda_fp16.h>
 
 namespace {
 
 constexpr int GROUP = HEADS / KV_HEADS;      // query heads that read one key/value head
-constexpr int VECTOR = 8;                    // halves in one 16-byte load
 constexpr int LANES = D_KV / VECTOR;         // neighbouring lanes that hold one token's key between them
 constexpr int TOKENS = 32 / LANES;           // tokens that a warp reads at once
 constexpr int WARPS = 4;
@@ -21,22 +19,6 @@ constexpr float MASKED = -3e38f;  // weighs 0 even where nothing else was seen
 
 static_assert(D_KV % VECTOR == 0 && 32 % LANES == 0, "a key must fill a power of two of lanes");
 static_assert(HEADS % KV_HEADS == 0, "query heads must share key heads evenly");
-
-struct Vector {
-    float at[VECTOR];
-};
-
-__device__ Vector widen(uint4 bits) {
-    Vector v;
-    const __half2* pairs = reinterpret_cast<const __half2*>(&bits);
-#pragma unroll
-    for (int i = 0; i < VECTOR / 2; ++i) {
-        const float2 pair = __half22float2(pairs[i]);
-        v.at[2 * i] = pair.x;
-        v.at[2 * i + 1] = pair.y;
-    }
-    return v;
-}
 
 // The sum over the LANES lanes that hold one token, in all of them.
 __device__ float sum_of_token(float x) {
@@ -77,21 +59,12 @@ struct Mix {
     }
 };
 
-__device__ Vector query_of(const float* queries, int lane_in_token) {
-    Vector v;
-#pragma unroll
-    for (int i = 0; i < VECTOR; ++i) v.at[i] = queries[lane_in_token * VECTOR + i];
-    return v;
-}
-
 __device__ float dot(const Vector& a, const Vector& b) {
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) sum += a.at[i] * b.at[i];
     return sum;
 }
-
-__device__ uint4 load(const __half* address) { return *reinterpret_cast<const uint4*>(address); }
 
 // The mixes of a block's warps, joined through shared memory. Thread d < D_KV gets the value of dimension d.
 struct Joined {
@@ -126,31 +99,31 @@ __device__ Joined join_block(Mix& mix, float (*shared)[D_KV + 2]) {
 // Self-attention of one new token a row: its key and value are written to the cache, then it attends to all up to itself.
 // Grid (HEADS, batch), block WARPS * 32. Rows with a negative position are idle.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
-    const float* __restrict__ query_key_value,  // [batch][(HEADS + 2 * KV_HEADS) * D_KV]
+    const __half* __restrict__ query_key_value,  // [batch][(HEADS + 2 * KV_HEADS) * D_KV]
     __half* __restrict__ cache, const int* __restrict__ slots, const int* __restrict__ positions,
     const float* __restrict__ bias,  // [reach + 1][HEADS], by how far a key lies behind
     int reach, int capacity,
-    float* __restrict__ attended)  // [batch][HEADS * D_KV]
+    __half* __restrict__ attended)  // [batch][HEADS * D_KV]
 {
     __shared__ float shared[WARPS][D_KV + 2];
     const int head = blockIdx.x, row = blockIdx.y, kv_head = head / GROUP;
     const int position = positions[row];
-    float* out = attended + (row * HEADS + head) * D_KV;
+    __half* out = attended + (row * HEADS + head) * D_KV;
     if (position < 0) {
-        if (threadIdx.x < D_KV) out[threadIdx.x] = 0.f;
+        if (threadIdx.x < D_KV) out[threadIdx.x] = __half(0.f);
         return;
     }
-    const float* made = query_key_value + row * (HEADS + 2 * KV_HEADS) * D_KV;
-    const float* new_key = made + (HEADS + kv_head) * D_KV;
-    const float* new_value = new_key + KV_HEADS * D_KV;
+    const __half* made = query_key_value + row * (HEADS + 2 * KV_HEADS) * D_KV;
+    const __half* new_key = made + (HEADS + kv_head) * D_KV;
+    const __half* new_value = new_key + KV_HEADS * D_KV;
     __half* past = cache + static_cast<size_t>(slots[row]) * capacity * STRIDE + kv_head * D_KV;
     if (head % GROUP == 0 && threadIdx.x < D_KV) {
         __half* present = past + static_cast<size_t>(position) * STRIDE;
-        present[threadIdx.x] = __float2half_rn(new_key[threadIdx.x]);
-        present[KV_HEADS * D_KV + threadIdx.x] = __float2half_rn(new_value[threadIdx.x]);
+        present[threadIdx.x] = new_key[threadIdx.x];
+        present[KV_HEADS * D_KV + threadIdx.x] = new_value[threadIdx.x];
     }
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES;
-    const Vector query = query_of(made + head * D_KV, part);
+    const Vector query = widen(load(made + head * D_KV + part * VECTOR));
     Mix mix;
     for (int base = warp * TOKENS; base <= position; base += WARPS * TOKENS) {
         const int token = base + lane / LANES;
@@ -159,12 +132,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
             const __half* row_of_token = past + static_cast<size_t>(token) * STRIDE + part * VECTOR;
             key = widen(load(row_of_token));
             value = widen(load(row_of_token + KV_HEADS * D_KV));
-        } else if (token == position) {  // other blocks may be writing it: take what it is written from, rounded alike
-#pragma unroll
-            for (int i = 0; i < VECTOR; ++i) {
-                key.at[i] = __half2float(__float2half_rn(new_key[part * VECTOR + i]));
-                value.at[i] = __half2float(__float2half_rn(new_value[part * VECTOR + i]));
-            }
+        } else if (token == position) {  // other blocks may be writing it: take what it is written from
+            key = widen(load(new_key + part * VECTOR));
+            value = widen(load(new_value + part * VECTOR));
         }
         float score = sum_of_token(dot(query, key));
         score = token <= position ? score + bias[min(position - token, reach) * HEADS + head] : MASKED;
@@ -172,13 +142,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
         mix.add(score, value);
     }
     const Joined joined = join_block(mix, shared);
-    if (threadIdx.x < D_KV) out[threadIdx.x] = joined.value / joined.total;
+    if (threadIdx.x < D_KV) out[threadIdx.x] = __float2half_rn(joined.value / joined.total);
 }
 
 // Cross-attention of one token a row over one chunk of its question's keys; cross_join puts the chunks together.
 // Grid (splits, KV_HEADS * ceil(GROUP / QUERIES), batch), block WARPS * 32.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
-    const float* __restrict__ queries,  // [batch][HEADS * D_KV]
+    const __half* __restrict__ queries,  // [batch][HEADS * D_KV]
     const __half* __restrict__ cache, const int* __restrict__ slots, const int* __restrict__ lengths,
     const int* __restrict__ positions,
     const float* __restrict__ bias,            // [reach + 1][HEADS], or null where the reader has none
@@ -202,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
 #pragma unroll
     for (int q = 0; q < QUERIES; ++q) {
         heads[q] = kv_head * GROUP + min(first + q, GROUP - 1);  // past the group's end the last head is computed again
-        query[q] = query_of(queries + (row * HEADS + heads[q]) * D_KV, part);
+        query[q] = widen(load(queries + (row * HEADS + heads[q]) * D_KV + part * VECTOR));
     }
     for (int base = start + warp * TOKENS; base < end; base += WARPS * TOKENS * UNROLL) {
         uint4 key_bits[UNROLL], value_bits[UNROLL];
@@ -256,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
 // Puts the chunks of cross_attention together. Grid (HEADS, batch), block max(32, D_KV).
 extern "C" __global__ void cross_join(
     const float* __restrict__ partial, const int* __restrict__ lengths, int splits,
-    float* __restrict__ attended,  // [batch][HEADS * D_KV]
+    __half* __restrict__ attended,  // [batch][HEADS * D_KV]
     float* __restrict__ softmax)   // [batch][HEADS][2]: largest score and sum of weights, for `evidence`
 {
     const int head = blockIdx.x, row = blockIdx.y, d = threadIdx.x;
@@ -270,7 +240,7 @@ extern "C" __global__ void cross_join(
         total += chunk[D_KV + 1] * factor;
         if (d < D_KV) value += chunk[d] * factor;
     }
-    if (d < D_KV) attended[(row * HEADS + head) * D_KV + d] = used == 0 ? 0.f : value / total;
+    if (d < D_KV) attended[(row * HEADS + head) * D_KV + d] = __float2half_rn(used == 0 ? 0.f : value / total);
     if (d == 0) {
         softmax[(row * HEADS + head) * 2] = largest;
         softmax[(row * HEADS + head) * 2 + 1] = total;
@@ -280,12 +250,12 @@ extern "C" __global__ void cross_join(
 // The weight that each encoded token got from a row's first decoded token, summed over heads and averaged over layers.
 // Grid (splits, batch), block WARPS * 32. Rows that are past their first token, and idle ones, leave at once.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) evidence(
-    const float* __restrict__ queries, const __half* __restrict__ cache, const int* __restrict__ slots, const int* __restrict__ lengths,
+    const __half* __restrict__ queries, const __half* __restrict__ cache, const int* __restrict__ slots, const int* __restrict__ lengths,
     const int* __restrict__ positions, const float* __restrict__ bias, const int* __restrict__ encoder_positions, int reach, int capacity,
     const float* __restrict__ softmax, int is_first_layer, float share,
     float* __restrict__ weights)  // [batch][capacity]
 {
-    __shared__ float query[HEADS * D_KV];
+    __shared__ __align__(16) __half query[HEADS * D_KV];
     const int row = blockIdx.y, start = blockIdx.x * CHUNK, end = min(start + CHUNK, lengths[row]);
     if (positions[row] != 0 || start >= end) return;
     for (int i = threadIdx.x; i < HEADS * D_KV; i += blockDim.x) query[i] = queries[row * HEADS * D_KV + i];
@@ -301,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) evidence(
         for (int kv_head = 0; kv_head < KV_HEADS; ++kv_head) {
             const Vector key = widen(load(keys + kv_head * D_KV));
             for (int head = kv_head * GROUP; head < (kv_head + 1) * GROUP; ++head) {
-                float score = sum_of_token(dot(query_of(query + head * D_KV, part), key));
+                float score = sum_of_token(dot(widen(load(query + head * D_KV + part * VECTOR)), key));
                 if (bias != nullptr) score += bias[behind * HEADS + head];
                 const float* sums = softmax + (row * HEADS + head) * 2;
                 weight += __expf(score - sums[0]) / sums[1];

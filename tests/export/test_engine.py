@@ -15,9 +15,9 @@ from export.gpu_graphs import export_gpu_reader
 from serving.engines import load_decoder, load_encoder
 from serving.limits import Limits
 from serving.manifest import EngineError, Manifest, ManifestError
-from tests.conftest import FIDO, random_reader
+from tests.conftest import FIDO, random_reader, wide
 
-WIDE = dataclasses.replace(FIDO, decoder=dataclasses.replace(FIDO.decoder, d_kv=8))
+WIDE = wide(FIDO)
 
 
 @pytest.fixture
@@ -35,8 +35,15 @@ def test_there_is_a_task_for_every_graph_with_the_limits_in_its_profile(graphs: 
     manifest = Manifest.load(graphs)
     tasks = tasks_of(manifest, Limits(slots=5, max_passages=7))
     assert sorted(f"{task.name}.onnx" for task in tasks) == sorted(file for file in manifest.files if file.endswith(".onnx"))
-    assert tasks[0].profiles[0]["input_ids"][2] == (7, manifest.prompt.passage_length)
-    assert tasks[2].profiles[0]["decoder_input_ids"][2] == (5,)
+    profiles = {task.name: task.profiles[0] for task in tasks}
+    assert profiles["encoder.01.wo"]["x"][2] == (7 * manifest.prompt.passage_length, 40)
+    assert profiles["decoder.00.qkv"]["x"][2] == (5, 32)
+
+
+def test_a_whole_encoder_is_one_task(tmp_path: Path, tokenizer_json: str) -> None:
+    checkpoint = Checkpoint(random_reader(WIDE), tokenizer_json, "test", "own")
+    manifest = export_gpu_reader(checkpoint, tmp_path / "graphs", whole_encoder=True)
+    assert tasks_of(manifest, Limits(encoder_batch=60))[0].profiles[0]["input_ids"][2] == (60, manifest.prompt.passage_length)
 
 
 def test_without_a_gpu_the_cpu_is_what_fits(no_cupy: None) -> None:
@@ -52,8 +59,8 @@ def test_a_failed_build_leaves_nothing(no_cupy: None, graphs: Path, tmp_path: Pa
 
 
 def test_damaged_graphs_are_not_built(graphs: Path, tmp_path: Path) -> None:
-    (graphs / "encoder.onnx").write_bytes(b"")
-    with pytest.raises(ManifestError, match=r"encoder\.onnx: SHA-256"):
+    (graphs / "encoder.00.o.onnx").write_bytes(b"")
+    with pytest.raises(ManifestError, match=r"encoder\.00\.o\.onnx: SHA-256"):
         build_engines(graphs, tmp_path / "engines", Limits(), tmp_path / "cache")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from export.checkpoint import load_reader
+from export.checkpoint import Checkpoint, load_reader
+from export.gpu_graphs import export_gpu_reader
 from export.graphs import engine_sizes
 from export.repository import (
     HEADER,
@@ -23,6 +25,7 @@ from export.repository import (
 from serving.limits import Limits
 from serving.manifest import Manifest, ManifestError
 from serving.tensors import READER_TENSORS, EngineSizes
+from tests.conftest import FIDO, random_reader, wide
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,3 +118,26 @@ def test_a_native_encoder_wants_tensorrt_engines(engines, tmp_path: Path):
     with pytest.raises(ManifestError, match="wanted TensorRT engines for Triton's tensorrt backend, got onnxruntime"):
         repository_from_engines(engines["fid"][1], tmp_path / "repository", "fid", Limits(), native_encoder=True)
     assert not (tmp_path / "repository").exists()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_encoder_must_be_what_its_backend_runs(whole: bool, tmp_path: Path, tokenizer_json: str) -> None:
+    """A whole one for Triton's own backend, products for ours: the other is refused, and so are files of a build that never ran."""
+    checkpoint = Checkpoint(random_reader(wide(FIDO)), tokenizer_json, "test", "own")
+    graphs = tmp_path / "graphs"
+    manifest = export_gpu_reader(checkpoint, graphs, whole_encoder=whole)
+    if whole:
+        with pytest.raises(ManifestError, match="wanted the encoder as its products; export without --whole-encoder"):
+            repository_from_engines(graphs, tmp_path / "repository", "fido", Limits())
+        return
+    (graphs / "manifest.json").write_text(dataclasses.replace(manifest, engine="tensorrt").to_json())
+    with pytest.raises(ManifestError, match="wanted the encoder as one graph; export with --whole-encoder"):
+        repository_from_engines(graphs, tmp_path / "repository", "fido", Limits(), native_encoder=True)
+    (graphs / "manifest.json").write_text(manifest.to_json())
+    repository_from_engines(graphs, tmp_path / "repository", "fido", Limits())
+    placed = {path.name for path in (tmp_path / "repository" / "fido_encoder" / "1").iterdir()}
+    assert placed >= {"encoder.00.qkv.onnx", "encoder.01.wo.onnx", "encoder_embedding.npy", "encoder_norms.npy", "encoder_bias.npy"}
+    placed = {path.name for path in (tmp_path / "repository" / "fido" / "1").iterdir()}
+    assert placed >= {"decoder.01.cross_q.onnx", "decoder.05.head.onnx", "decoder_norms.npy", "decoder_bias.npy"} and not [
+        name for name in placed if name.startswith("encoder")
+    ]

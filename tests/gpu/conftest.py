@@ -45,8 +45,8 @@ def limits_of(engines: Path) -> Limits:
     """Limits within what the engines were built for."""
     built = Manifest.load(engines)
     assert built.build is not None
-    buckets = [profile["decoder_input_ids"][2][0] for profile in built.build.profiles["decoder_step.00.plan"]]
-    return Limits(slots=max(buckets))
+    (profile,) = built.build.profiles["decoder.00.qkv.plan"]
+    return Limits(slots=profile["x"][2][0])
 
 
 @pytest.fixture(scope="session", params=["fid", "fido"])

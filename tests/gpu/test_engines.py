@@ -11,12 +11,11 @@ cp = pytest.importorskip("cupy")
 
 import onnxruntime as ort  # noqa: E402
 
+from export.engine import graphs_of  # noqa: E402
 from serving.decode_loop import DecodeLoop, Question  # noqa: E402
 from serving.engines import _gpu_loader, load_decoder, load_encoder  # noqa: E402
 from serving.gpu_engine import Scratch  # noqa: E402
 from serving.onnx_engine import OnnxDecoder  # noqa: E402
-from serving.step_parts import packed_cross_kv_tensors, step_part_tensors, step_parts  # noqa: E402
-from serving.tensors import encoder_tensors  # noqa: E402
 from tests.gpu.conftest import GpuReader  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -33,19 +32,13 @@ def report(record_property, what: str, value: float) -> None:
 def test_every_engine_equals_its_graph(gpu_reader: GpuReader, record_property) -> None:
     """The same half-precision graph by TensorRT and by ONNX Runtime's CPU provider."""
     rng = np.random.default_rng(0)
-    sizes, manifest = gpu_reader.manifest.sizes, gpu_reader.manifest
+    manifest = gpu_reader.manifest
     load = _gpu_loader(gpu_reader.engines, manifest, 0)
-    graphs = [("encoder", encoder_tensors(sizes, "float16")), ("cross_kv", packed_cross_kv_tensors(sizes))]
-    graphs += [(part.name, step_part_tensors(sizes, part)) for part in step_parts(sizes)]
-    lengths = {"passages": 7, "passage_length": 64, "encoder_sequence_length": 300, "batch": gpu_reader.limits.slots}
-    for name, tensors in graphs:
+    lengths = {"encoder_sequence_length": 300, "tokens": 300, "batch": gpu_reader.limits.slots}
+    for name, tensors in graphs_of(manifest):
         given = {}
         for spec in tensors.inputs:
-            shape = spec.shape(lengths)
-            if spec.dtype == "int32":
-                given[spec.name] = np.ones(shape, np.int32) if "mask" in spec.name else rng.integers(2, 3000, shape).astype(np.int32)
-            else:
-                given[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
+            given[spec.name] = rng.standard_normal(spec.shape(lengths)).astype(spec.dtype)
         wanted = ort.InferenceSession(str(gpu_reader.graphs / f"{name}.onnx")).run(None, given)
         stream = cp.cuda.Stream(non_blocking=True)
         with stream:

@@ -1,4 +1,4 @@
-"""The decoder step in parts as a DecoderEngine, on ONNX Runtime's CPU provider and NumPy: what the GPU runtime must equal.
+"""The decoder step in products as a DecoderEngine, on ONNX Runtime's CPU provider and NumPy: what the GPU runtime must equal.
 
 It is written for plainness: attention is a loop over rows, in fp32.
 """
@@ -11,17 +11,19 @@ import numpy as np
 import onnxruntime as ort
 
 from serving.manifest import Manifest
-from serving.step_parts import AttentionSite, step_parts
+from serving.products import BIAS, CROSS_BIAS, EMBEDDING, HEAD, NORMS, array_file, decoder_products
+from tests.serving.numpy_rows import activate, norm
 
 
 class NumpyStep:
     def __init__(self, directory: Path, manifest: Manifest, slots: int, length: int = 64, self_length: int = 64):
-        self.sizes, self.slots = manifest.sizes, slots
-        self.parts = [(part, ort.InferenceSession(str(directory / f"{part.name}.onnx"))) for part in step_parts(manifest.sizes)]
+        assert manifest.decoder is not None
+        self.sizes, self.stack, self.slots = manifest.sizes, manifest.decoder, slots
+        self.products = [(p, ort.InferenceSession(str(directory / f"{p.name}.onnx"))) for p in decoder_products(manifest.sizes)]
         self.cross_kv = ort.InferenceSession(str(directory / "cross_kv.onnx"))
-        self.self_bias = np.load(directory / "self_attention_bias.npy", allow_pickle=False)
-        cross_bias = directory / "cross_attention_bias.npy"
-        self.cross_bias = np.load(cross_bias, allow_pickle=False) if cross_bias.exists() else None
+        files = {name: directory / array_file("decoder", name) for name in (EMBEDDING, NORMS, BIAS, CROSS_BIAS)}
+        arrays = {name: np.load(file, allow_pickle=False) for name, file in files.items() if file.exists()}
+        self.embedding, self.norms, self.self_bias, self.cross_bias = arrays[EMBEDDING], arrays[NORMS], arrays[BIAS], arrays.get(CROSS_BIAS)
         self.positions: dict[int, np.ndarray] = {}
         self.cache: dict[tuple[str, int, int], np.ndarray] = {}  # (kind, layer, slot) -> [tokens, 2 * kv_heads * d_kv]
 
@@ -51,18 +53,18 @@ class NumpyStep:
             total += weights
         return np.concatenate(mixed), total
 
-    def attention(self, site: AttentionSite, made: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    def attention(self, kind: str, layer: int, made: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         heads, d_kv = self.sizes.num_heads, self.sizes.d_kv
         out, weights = [], []
         for row, position in enumerate(positions):
             queries = made[row, : heads * d_kv].reshape(heads, d_kv)
-            if site.kind == "self":
-                new = made[row : row + 1, heads * d_kv :].astype(np.float16).astype(np.float32)
-                past = self.cache["self", site.layer, row][:position] if position else new[:0]
-                cache = self.cache["self", site.layer, row] = np.concatenate([past, new])
+            if kind == "self":
+                new = made[row : row + 1, heads * d_kv :]
+                past = self.cache["self", layer, row][:position] if position else new[:0]
+                cache = self.cache["self", layer, row] = np.concatenate([past, new])
                 bias = self.self_bias[np.minimum(position - np.arange(len(cache)), len(self.self_bias) - 1)]
             else:
-                cache, bias = self.cache["cross", site.layer, row], None
+                cache, bias = self.cache["cross", layer, row], None
                 if self.cross_bias is not None:
                     bias = self.cross_bias[np.clip(position - self.positions[row], 0, len(self.cross_bias) - 1)]
             mixed, total = self.attend(queries, cache, bias)
@@ -71,18 +73,25 @@ class NumpyStep:
         return np.array(out, np.float32), weights
 
     def step(self, tokens: np.ndarray, positions: np.ndarray, eos_penalty: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        inputs = {"decoder_input_ids": tokens}
         evidence = np.zeros((len(tokens), max(len(self.positions[row]) for row in range(len(tokens)))), np.float32)
-        made: list[np.ndarray] = []
-        for part, session in self.parts:
-            made = session.run(None, inputs)
-            if part.before is not None:
-                attended, weights = self.attention(part.before, made[1], positions)
-                inputs = {"residual": made[0], "attended": attended}
-                if part.before.kind == "cross":
-                    for row, total in enumerate(weights):
-                        evidence[row, : len(total)] += total / len(self.sizes.cross_attention_layers)
-        (logits,) = made
+        norms = iter(self.norms)
+        residual = self.embedding[tokens].astype(np.float32)
+        given = norm(residual, next(norms), self.stack.epsilon)
+        for product, session in self.products:
+            (made,) = session.run(None, {"x": given.astype(np.float16)})
+            made = made.astype(np.float32)
+            if product.kind == "qkv":
+                given, _ = self.attention("self", product.layer, made, positions)
+            elif product.kind == "cross_q":
+                given, weights = self.attention("cross", product.layer, made, positions)
+                for row, total in enumerate(weights):
+                    evidence[row, : len(total)] += total / len(self.sizes.cross_attention_layers)
+            elif product.kind == "wi":
+                given = activate(made, self.stack)
+            elif product.kind != HEAD:
+                residual = residual + made
+                given = norm(residual, next(norms), self.stack.epsilon)
+        logits = made
         logits = logits.astype(np.float64)
         logits[:, 1] += eos_penalty  # the readers of the tests and the demo end with token 1
         log_probs = logits.max(1) - logits.max(1, keepdims=True)[:, 0] - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from serving.gpu_plan import (
     batch_buckets,
     bucket_of,
     cache_capacities,
+    calls_of_tokens,
     choose_profile,
     decoder_memory,
     fits,
@@ -16,9 +18,10 @@ from serving.gpu_plan import (
 )
 from serving.limits import Limits
 from serving.manifest import EngineBuild, EngineError
-from serving.step_parts import attention_sites, packed_cross_kv_tensors, step_part_tensors, step_parts
+from serving.products import HEAD, StackSizes, decoder_products, encoder_products, packed_cross_kv_tensors, product_tensors
 from serving.tensors import EngineSizes, encoder_tensors
 
+STACK = StackSizes(768, 12, 12, 12, 64, 2048, True, 1e-6)
 FID_BASE = EngineSizes(768, 768, 12, tuple(range(12)), 12, 12, 64, 32128)
 FIDO_BASE = EngineSizes(768, 768, 12, (5, 11), 12, 1, 64, 32128)
 
@@ -32,27 +35,49 @@ def test_buckets_end_with_the_slots_and_waste_little(slots: int) -> None:
         assert rows <= bucket < 2 * rows + 1 and bucket <= slots
 
 
-def test_parts_chain_every_attention_of_the_decoder() -> None:
-    for sizes, attentions in ((FID_BASE, 24), (FIDO_BASE, 14)):
-        parts = step_parts(sizes)
-        assert len(attention_sites(sizes)) == attentions and len(parts) == attentions + 1
-        assert [part.before for part in parts[:-1]] == [part.after for part in parts[1:]] == list(attention_sites(sizes))
-        assert parts[0].after is None and parts[-1].before is None
-        assert len({part.name for part in parts}) == len(parts) and [p.name for p in parts] == sorted(p.name for p in parts)
+def test_every_projection_of_a_reader_is_one_product() -> None:
+    assert len(encoder_products(STACK)) == 12 * 4
+    for sizes, count in ((FID_BASE, 12 * 6 + 1), (FIDO_BASE, 12 * 4 + 2 * 2 + 1)):
+        products = decoder_products(sizes)
+        assert len(products) == count == len({p.name for p in products}) and products[-1].kind == HEAD
+        assert sorted({p.layer for p in products if p.kind == "cross_q"}) == list(sizes.cross_attention_layers)
+    for given, made in zip(encoder_products(STACK), encoder_products(STACK)[1:], strict=False):
+        # what one makes is what the next takes, once attention and the gate have been there
+        shrunk = {"qkv": 3, "wi": 2}.get(given.kind, 1)
+        wide, narrow = product_tensors(STACK, given).outputs[0], product_tensors(STACK, made).inputs[0]
+        assert wide.axes[1] == shrunk * narrow.axes[1]
 
 
 def test_profiles_cover_what_the_limits_allow_and_no_more() -> None:
     limits = Limits(slots=24, max_passages=40, encoder_batch=120)
-    full, alone = (profile_shapes(encoder_tensors(FID_BASE, "float16"), r) for r in profile_ranges("encoder", limits, 256))
-    assert full["input_ids"] == full["attention_mask"] == ((1, 1), (120, 256), (120, 256))
-    assert alone["input_ids"] == alone["attention_mask"] == ((1, 1), (40, 256), (40, 256))
-    assert len(profile_ranges("encoder", Limits(max_passages=40, encoder_batch=0), 256)) == 1
+    (whole,) = (profile_shapes(encoder_tensors(FID_BASE, "float16"), r) for r in profile_ranges("encoder", limits, 256))
+    assert whole["input_ids"] == whole["attention_mask"] == ((1, 1), (120, 256), (120, 256))
+    (_, o, wi, _) = encoder_products(STACK)[4:8]
+    for product, columns in ((o, 768), (wi, 768)):
+        (shapes,) = (profile_shapes(product_tensors(STACK, product), r) for r in profile_ranges(product.name, limits, 256))
+        assert shapes["x"] == ((1, columns), (120 * 256, columns), (120 * 256, columns))
     (cross_kv,) = (profile_shapes(packed_cross_kv_tensors(FID_BASE), r) for r in profile_ranges("cross_kv", limits, 256))
     assert cross_kv["encoder_hidden_states"] == ((1, 768), (10240, 768), (10240, 768))
-    part = step_parts(FID_BASE)[3]
-    (step,) = (profile_shapes(step_part_tensors(FID_BASE, part), r) for r in profile_ranges(part.name, limits, 256))
-    assert all(fits(spec.shape({"batch": rows}), step[spec.name]) for spec in step_part_tensors(FID_BASE, part).inputs for rows in (1, 24))
-    assert not fits((25, 768), step["residual"])
+    head = decoder_products(FID_BASE)[-1]
+    tensors = product_tensors(STACK, head, FID_BASE.vocab_size)
+    assert tensors.outputs[0].shape({"batch": 3}) == (3, 32128) and tensors.outputs[0].dtype == "float32"
+    (step,) = (profile_shapes(tensors, r) for r in profile_ranges(head.name, limits, 256))
+    assert all(fits((rows, 768), step["x"]) for rows in (1, 24))
+    assert not fits((25, 768), step["x"])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_calls_hold_every_passage_once_and_not_too_many_tokens(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 256, rng.integers(1, 50))
+    most = int(rng.integers(256, 2000))
+    calls = list(calls_of_tokens(lengths, most))
+    assert np.concatenate([part for _, part in calls]).tolist() == lengths.tolist()
+    assert [tokens.start for tokens, _ in calls] == [0, *(tokens.stop for tokens, _ in calls[:-1])]
+    for (tokens, part), following in zip(calls, [*calls[1:], None], strict=True):
+        assert tokens.stop - tokens.start == part.sum() <= most
+        assert following is None or part.sum() + following[1][0] > most  # filled up
+    assert not list(calls_of_tokens(lengths[:0], most))
 
 
 def test_the_tightest_profile_is_chosen() -> None:

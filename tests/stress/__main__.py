@@ -29,7 +29,7 @@ from .tally import Tally, last_line, notes, table
 
 PASS_MINUTES = 10.0
 # Of a soak's time. glibc keeps what the largest burst so far has taken, and the largest is not in the first round.
-WARM_UP_SHARE = 1 / 3
+WARM_UP_SHARE = 1 / 2  # allocators and Triton's shared memory pool keep their high-water mark, which a random mix reaches late
 CASES = 6  # of each reader
 LONG_TOKENS = 96  # of the long ones
 CORPUS = PROJECT / "build/corpus/heldout.jsonl"
@@ -83,6 +83,13 @@ def run_pass(arena: Arena, names: list[str], tallies: dict[str, Tally]) -> None:
         print(f"{time.strftime('%H:%M:%S')} {name}: {tally.tries} tries in {time.monotonic() - started:.1f} s{verdict}", flush=True)
 
 
+def _memory(arena: Arena) -> dict[str, int]:
+    """Bytes of every process and of /dev/shm now, printed as well: how they got where they are is half of the answer."""
+    found = {**arena.server.memory(), "/dev/shm": arena.server.shm_bytes()}
+    print(time.strftime("%H:%M:%S"), "memory in MB:", ", ".join(f"{name} {size / 1e6:.1f}" for name, size in found.items()), flush=True)
+    return found
+
+
 def soak(arena: Arena, tallies: dict[str, Tally], until_s: float) -> list[str]:
     """Rounds of the clients' faults on one server until the time is over; gives the report, and counts growth as left behind."""
     tally = tallies.setdefault("soak", Tally("soak"))
@@ -94,14 +101,12 @@ def soak(arena: Arena, tallies: dict[str, Tally], until_s: float) -> list[str]:
     while warm_up == 0 or time.monotonic() < warm_s:
         run_pass(arena, list(CLIENT_FAULTS), tallies)
         warm_up += 1
+        _memory(arena)
 
-    def sample() -> dict[str, int]:
-        return {**arena.server.memory(), "/dev/shm": arena.server.shm_bytes()}
-
-    samples, processes = [sample()], arena.server.processes()
+    samples, processes = [_memory(arena)], arena.server.processes()
     while time.monotonic() < until_s:
         run_pass(arena, list(CLIENT_FAULTS), tallies)
-        samples.append(sample())
+        samples.append(_memory(arena))
     if arena.server.processes() != processes:
         return ["memory     not comparable: a process has been replaced"]
     found = growths(samples)

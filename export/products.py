@@ -1,0 +1,117 @@
+"""A GPU reader as serving/products.py cuts it: its products as modules, and the arrays that the kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from serving.products import BIAS, CROSS_BIAS, EMBEDDING, HEAD, NORMS, Product, StackSizes, array_file, decoder_products, encoder_products
+
+from .config import FeedForward, StackConfig
+from .graphs import DecoderStepGraph, DecoderStepLayer, EncoderGraph, EncoderGraphLayer, GraphNorm, Projection, engine_sizes
+from .half import Scales, rescale
+from .layers import Attention
+from .model import Reader
+
+
+class EncoderProducts:
+    """A reader's encoder with its weights rescaled for half precision.
+
+    Attributes:
+        stack: for the manifest.
+        arrays: file name -> float16[vocab_size, d_model], float32[norms, d_model] in the order in which they are used,
+            float32[2 * max_distance + 1, num_heads] by key minus query.
+    """
+
+    def __init__(self, reader: Reader, scales: Scales):
+        graph = EncoderGraph(reader)
+        rescale(graph, scales)
+        self._layers: list[EncoderGraphLayer] = list(graph.layers)  # type: ignore[arg-type]
+        norms = [norm for layer in self._layers for norm in (layer.self_attention_norm, layer.feed_forward_norm)]
+        self.stack = stack_sizes(reader.config.encoder, reader.config.feed_forward_proj, graph.final_norm.epsilon)
+        self.arrays = {
+            array_file("encoder", EMBEDDING): _half(graph.embedding),
+            array_file("encoder", NORMS): _weights([*norms, graph.final_norm]),
+            array_file("encoder", BIAS): graph.bias.table.float().numpy(),
+        }
+
+    def products(self) -> Iterator[tuple[Product, Projection]]:
+        """Each product with its module."""
+        for product in encoder_products(self.stack):
+            layer = self._layers[product.layer]
+            yield product, {"qkv": layer.qkv, "o": layer.o, "wi": layer.feed_forward.wi, "wo": layer.feed_forward.wo}[product.kind]
+
+
+class DecoderProducts:
+    """A reader's decoder with its weights rescaled for half precision.
+
+    Attributes:
+        stack: for the manifest.
+        arrays: as the encoder's; the biases float32[max_distance + 1, num_heads], by how far a key lies behind the query.
+    """
+
+    def __init__(self, reader: Reader, scales: Scales):
+        graph = DecoderStepGraph(reader)
+        rescale(graph, scales)
+        config = reader.config
+        self._layers: list[DecoderStepLayer] = list(graph.layers)  # type: ignore[arg-type]
+        self._head, self._sizes = graph.head, engine_sizes(config)
+        self.stack = stack_sizes(config.decoder, config.feed_forward_proj, graph.final_norm.epsilon)
+        norms = []
+        for layer in self._layers:
+            across = [layer.cross_attention_norm] if layer.cross_attends else []
+            norms += [layer.self_attention_norm, *across, layer.feed_forward_norm]
+        weights = _weights([*norms, graph.final_norm])
+        weights[-1] *= graph.output_scale or 1.0
+        biases = {BIAS: reader.decoder.relative_bias, CROSS_BIAS: reader.decoder.cross_relative_bias}
+        self.arrays = {
+            array_file("decoder", EMBEDDING): _half(graph.embedding),
+            array_file("decoder", NORMS): weights,
+            **{
+                array_file("decoder", name): bias.by_distance().detach().float().numpy()
+                for name, bias in biases.items()
+                if bias is not None
+            },
+        }
+
+    def products(self) -> Iterator[tuple[Product, Projection]]:
+        """Each product with its module."""
+        for product in decoder_products(self._sizes):
+            if product.kind == HEAD:
+                yield product, self._head
+                continue
+            layer = self._layers[product.layer]
+            found = {"qkv": layer.qkv, "o": layer.o, "wi": layer.feed_forward.wi, "wo": layer.feed_forward.wo}
+            if layer.cross_attends:
+                found |= {"cross_q": layer.cross_q, "cross_o": layer.cross_o}
+            yield product, found[product.kind]
+
+
+class PackedCrossKVGraph(nn.Module):
+    """`packed_cross_kv_tensors`: a question's packed hidden states -> keys and values of every cross-attending layer, token by token."""
+
+    def __init__(self, reader: Reader):
+        super().__init__()
+        attentions: list[Attention] = [reader.decoder.layers[i].cross_attention for i in reader.config.cross_attention_layers]  # type: ignore[misc]
+        self.projections = nn.ModuleList(Projection(a.k, a.v) for a in attentions)
+
+    def forward(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """float[encoder_sequence_length, d_model] -> float[encoder_sequence_length, 2 * num_kv_heads * d_kv] a layer."""
+        return tuple(projection(encoder_hidden_states) for projection in self.projections)
+
+
+def stack_sizes(stack: StackConfig, proj: FeedForward, epsilon: float) -> StackSizes:
+    """What the products and kernels of a stack depend on."""
+    gated = proj == "gated-gelu"
+    return StackSizes(stack.d_model, stack.num_layers, stack.num_heads, stack.num_kv_heads, stack.d_kv, stack.d_ff, gated, epsilon)
+
+
+def _half(weights: Tensor) -> np.ndarray:
+    return weights.detach().to(torch.float16).numpy()
+
+
+def _weights(norms: list[GraphNorm]) -> np.ndarray:
+    return torch.stack([norm.weight for norm in norms]).float().numpy()

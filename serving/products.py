@@ -1,0 +1,111 @@
+"""How a reader is cut for a GPU: into its matrix products, each an engine, with small kernels between them (cuda/).
+
+A product sees rows and nothing else: tokens of passages that lie one after the other, without padding, or one row a running answer. So an
+engine costs what its rows cost, and what a step's time goes into, the keys and values, is read once, where it lies, by an attention kernel.
+
+    encoder layer   norm -> qkv -> attention -> o -> add, norm -> wi -> activate -> wo -> add
+    decoder layer   the same; in the cross-attending ones, before wi: cross_q -> attention -> cross_o -> add, norm
+    at the end      norm, and in the decoder head -> choice of the token
+
+The one kernel between two products adds to the residual stream and norms it for the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from .tensors import EngineSizes, GraphTensors, TensorSpec
+
+StackName = Literal["encoder", "decoder"]
+# Arrays that the kernels read; the files lie beside the engines.
+EMBEDDING, NORMS, BIAS, CROSS_BIAS = "embedding", "norms", "bias", "cross_bias"
+HEAD = "head"
+
+
+def array_file(stack: StackName, array: str) -> str:
+    """File of an array."""
+    return f"{stack}_{array}.npy"
+
+
+@dataclasses.dataclass(frozen=True)
+class StackSizes:
+    """What the products and kernels of one stack depend on; travels in the manifest.
+
+    Attributes:
+        gated: the feed-forward layer is gelu(a) * b, not relu.
+        epsilon: of the norms, for the residual stream as it is in half precision (export/half.py scales both).
+    """
+
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    d_kv: int
+    d_ff: int
+    gated: bool
+    epsilon: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """One product: its stack, its layer (0-based; the head counts as one more) and which it is of the layer's."""
+
+    stack: StackName
+    layer: int
+    kind: str
+
+    @property
+    def name(self) -> str:
+        """Of its engine file, without the suffix."""
+        return f"{self.stack}.{self.layer:02d}.{self.kind}"
+
+
+def encoder_products(stack: StackSizes) -> tuple[Product, ...]:
+    """All products of the encoder in the order in which they run."""
+    return tuple(Product("encoder", layer, kind) for layer in range(stack.num_layers) for kind in ("qkv", "o", "wi", "wo"))
+
+
+def decoder_products(sizes: EngineSizes) -> tuple[Product, ...]:
+    """All products of a decoder step in the order in which they run."""
+    found = []
+    for layer in range(sizes.num_decoder_layers):
+        across = ("cross_q", "cross_o") if layer in sizes.cross_attention_layers else ()
+        found += [Product("decoder", layer, kind) for kind in ("qkv", "o", *across, "wi", "wo")]
+    return (*found, Product("decoder", sizes.num_decoder_layers, HEAD))
+
+
+def product_widths(stack: StackSizes, kind: str, vocab_size: int = 0) -> tuple[int, int]:
+    """Columns in and out."""
+    queries, keys = stack.num_heads * stack.d_kv, stack.num_kv_heads * stack.d_kv
+    return {
+        "qkv": (stack.d_model, queries + 2 * keys),
+        "o": (queries, stack.d_model),
+        "cross_q": (stack.d_model, queries),
+        "cross_o": (queries, stack.d_model),
+        "wi": (stack.d_model, stack.d_ff * (2 if stack.gated else 1)),
+        "wo": (stack.d_ff, stack.d_model),
+        HEAD: (stack.d_model, vocab_size),
+    }[kind]
+
+
+def product_tensors(stack: StackSizes, product: Product, vocab_size: int = 0) -> GraphTensors:
+    """Input and output of a product; all float16 but the logits, which are float32."""
+    rows = "tokens" if product.stack == "encoder" else "batch"
+    given, made = product_widths(stack, product.kind, vocab_size)
+    dtype = "float32" if product.kind == HEAD else "float16"
+    return GraphTensors((TensorSpec("x", "float16", (rows, given)),), (TensorSpec("y", dtype, (rows, made)),))
+
+
+def packed_cross_kv_tensors(sizes: EngineSizes, dtype: str = "float16") -> GraphTensors:
+    """The cross_kv graph of a GPU reader: a token's keys of all heads, then its values, side by side; one output a cross-attending layer.
+
+    A question's output is then one block of memory and can be written straight into its slot.
+    """
+    return GraphTensors(
+        (TensorSpec("encoder_hidden_states", dtype, ("encoder_sequence_length", sizes.d_model_encoder)),),
+        tuple(
+            TensorSpec(f"cross_kv.{layer}", dtype, ("encoder_sequence_length", 2 * sizes.num_kv_heads * sizes.d_kv))
+            for layer in sizes.cross_attention_layers
+        ),
+    )

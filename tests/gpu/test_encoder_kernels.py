@@ -1,0 +1,96 @@
+"""The CUDA kernels for rows and the encoder's attention against NumPy: passages of all lengths, heads of all widths, both activations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+cp = pytest.importorskip("cupy")
+
+from serving.gpu_kernels import EncoderAttention, RowKernels  # noqa: E402
+from serving.products import StackSizes  # noqa: E402
+from tests.serving.numpy_rows import activate, attend_within_passages, norm  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+SIZES = [
+    StackSizes(768, 12, 12, 12, 64, 2048, True, 1e-6),
+    StackSizes(192, 4, 6, 6, 32, 384, True, 1e-6),
+    StackSizes(1032, 1, 5, 5, 128, 512, False, 1e-3),
+    StackSizes(24, 1, 3, 3, 16, 40, False, 1e-12),
+]
+REACHES = [128, 128, 20, 7]
+LENGTHS = [256, 1, 128, 129, 63, 64, 65, 200, 17, 512, 250]
+
+
+@pytest.fixture(params=SIZES, ids=lambda s: f"{s.d_model}-{s.num_heads}x{s.d_kv}-{s.d_ff}")
+def stack(request: pytest.FixtureRequest) -> StackSizes:
+    return request.param
+
+
+def halves(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> np.ndarray:
+    return (rng.standard_normal(shape) * scale).astype(np.float16)
+
+
+def test_attention_stays_within_each_passage(stack: StackSizes) -> None:
+    rng = np.random.default_rng(0)
+    rows, width = sum(LENGTHS), stack.num_heads * stack.d_kv
+    made = halves(rng, rows + 3, 3 * width)  # rows behind the last that nobody may read
+    made[:rows, :width] *= np.float16(stack.d_kv**-0.5)
+    made[rows:] = np.nan
+    reach = REACHES[SIZES.index(stack)]
+    bias = rng.standard_normal((2 * reach + 1, stack.num_heads)).astype(np.float32)
+    out = cp.full((rows, width), cp.nan, cp.float16)
+    tiles = cp.asarray(EncoderAttention.tiles(np.array(LENGTHS)))
+    EncoderAttention(stack, reach)(cp.asarray(made), tiles, max(LENGTHS), cp.asarray(bias), out)
+    wanted = attend_within_passages(made[:rows].astype(np.float64), LENGTHS, bias, stack)
+    assert np.abs(out.get() - wanted).max() < 4e-3 * np.abs(wanted).max()
+
+
+def test_large_scores_do_not_overflow() -> None:
+    stack = SIZES[0]
+    rng = np.random.default_rng(1)
+    made = halves(rng, 300, 3 * 768, scale=20.0)
+    bias = rng.standard_normal((257, 12)).astype(np.float32) * 30
+    out = cp.full((300, 768), cp.nan, cp.float16)
+    tiles = cp.asarray(EncoderAttention.tiles(np.array([100, 200])))
+    EncoderAttention(stack, 128)(cp.asarray(made), tiles, 200, cp.asarray(bias), out)
+    wanted = attend_within_passages(made.astype(np.float64), [100, 200], bias, stack)
+    assert np.abs(out.get() - wanted).max() < 4e-3 * np.abs(wanted).max()
+
+
+def test_embedding_and_norms(stack: StackSizes) -> None:
+    rng = np.random.default_rng(2)
+    rows = 77
+    kernels = RowKernels(stack)
+    embedding, made = halves(rng, 50, stack.d_model), halves(rng, rows, stack.d_model)
+    weights = rng.standard_normal((2, stack.d_model)).astype(np.float32)
+    tokens = rng.integers(0, 50, rows).astype(np.int32)
+    residual, normed = cp.full((rows, stack.d_model), cp.nan, cp.float32), cp.full((rows, stack.d_model), cp.nan, cp.float16)
+    kernels.embed(cp.asarray(tokens), cp.asarray(embedding), cp.asarray(weights[0]), residual, normed)
+    stream = embedding[tokens].astype(np.float32)
+    np.testing.assert_array_equal(residual.get(), stream)
+    np.testing.assert_allclose(normed.get(), norm(stream.astype(np.float64), weights[0], stack.epsilon), rtol=2e-3, atol=1e-5)
+    kernels.add_and_norm(cp.asarray(made), cp.asarray(weights[1]), residual, normed)
+    stream = stream + made
+    np.testing.assert_array_equal(residual.get(), stream)
+    wanted = norm(stream.astype(np.float64), weights[1], stack.epsilon)
+    np.testing.assert_allclose(normed.get(), wanted, rtol=2e-3, atol=1e-5)
+    # the last one: to other rows, and the residual stream stays
+    places = rng.permutation(100)[:rows].astype(np.int32)
+    hidden = cp.zeros((100, stack.d_model), cp.float16)
+    kernels.add_and_norm(cp.asarray(made), cp.asarray(weights[0]), residual, hidden, cp.asarray(places))
+    np.testing.assert_array_equal(residual.get(), stream)
+    wanted = np.zeros((100, stack.d_model))
+    wanted[places] = norm((stream + made).astype(np.float64), weights[0], stack.epsilon)
+    np.testing.assert_allclose(hidden.get(), wanted, rtol=2e-3, atol=1e-5)
+
+
+def test_activation(stack: StackSizes) -> None:
+    rng = np.random.default_rng(3)
+    inner = halves(rng, 61, stack.d_ff * (2 if stack.gated else 1), scale=4.0)
+    inner[0, :8] = [-60000, 60000, -30, 30, 0, -0.01, 11, -11]
+    if stack.gated:
+        inner[0, stack.d_ff : stack.d_ff + 8] = 1
+    out = cp.full((61, stack.d_ff), cp.nan, cp.float16)
+    RowKernels(stack).activate(cp.asarray(inner), out)
+    np.testing.assert_allclose(out.get(), activate(inner.astype(np.float64), stack), rtol=2e-3, atol=1e-5)

@@ -1,0 +1,42 @@
+"""The encoder in products, on ONNX Runtime's CPU provider and NumPy: what the GPU runtime must equal, in plain fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from serving.manifest import Manifest
+from serving.products import BIAS, EMBEDDING, NORMS, array_file, encoder_products
+from tests.serving.numpy_rows import activate, attend_within_passages, norm
+
+
+class NumpyEncoder:
+    def __init__(self, directory: Path, manifest: Manifest):
+        assert manifest.encoder is not None
+        self.stack = manifest.encoder
+        self.products = [(p, ort.InferenceSession(str(directory / f"{p.name}.onnx"))) for p in encoder_products(self.stack)]
+        names = (array_file("encoder", name) for name in (EMBEDDING, NORMS, BIAS))
+        self.embedding, self.norms, self.bias = (np.load(directory / name, allow_pickle=False) for name in names)
+
+    def encode(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+        """int32[passages, passage_length] x2 -> float16[passages, passage_length, d_model]."""
+        valid = attention_mask.astype(bool)
+        lengths = [int(n) for n in attention_mask.sum(1) if n]
+        residual = self.embedding[input_ids[valid]].astype(np.float32)
+        norms = iter(self.norms)
+        given = norm(residual, next(norms), self.stack.epsilon)
+        for product, session in self.products:
+            (made,) = session.run(None, {"x": given.astype(np.float16)})
+            made = made.astype(np.float32)
+            if product.kind == "qkv":
+                given = attend_within_passages(made, lengths, self.bias, self.stack)
+            elif product.kind == "wi":
+                given = activate(made, self.stack)
+            else:
+                residual = residual + made
+                given = norm(residual, next(norms), self.stack.epsilon)
+        out = np.zeros((*input_ids.shape, self.stack.d_model), np.float16)
+        out[valid] = given
+        return out

@@ -1,0 +1,34 @@
+"""What the GPU's kernels do to rows, in NumPy: the same arithmetic in plain form, in whatever precision it is given."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from serving.products import StackSizes
+
+
+def norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon) * weight
+
+
+def activate(inner: np.ndarray, stack: StackSizes) -> np.ndarray:
+    if not stack.gated:
+        return np.maximum(inner, 0)
+    gate, linear = np.split(inner, 2, axis=1)
+    return 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * linear
+
+
+def attend_within_passages(query_key_value: np.ndarray, lengths: list[int], bias: np.ndarray, stack: StackSizes) -> np.ndarray:
+    """[tokens, 3 * heads * d_kv] -> [tokens, heads * d_kv]; bias [2 * reach + 1, heads] by key minus query."""
+    out = np.empty((len(query_key_value), stack.num_heads * stack.d_kv), query_key_value.dtype)
+    first, reach = 0, len(bias) // 2
+    for length in lengths:
+        rows = query_key_value[first : first + length].reshape(length, 3, stack.num_heads, stack.d_kv)
+        distance = np.arange(length)[None, :] - np.arange(length)[:, None]
+        table = bias[distance.clip(-reach, reach) + reach]  # [queries, keys, heads]
+        scores = np.einsum("qhd,khd->hqk", rows[:, 0], rows[:, 1]) + table.transpose(2, 0, 1)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        out[first : first + length] = np.einsum("hqk,khd->qhd", weights, rows[:, 2]).reshape(length, -1)
+        first += length
+    return out
