@@ -63,12 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--precision", choices=("float16", "bfloat16"), default="float16", help="on a GPU (default: %(default)s)")
     build.add_argument("--opset", type=int)
     build.add_argument("--timing-cache", type=Path, default=Path("build/tensorrt-timing.cache"))
+    build.add_argument("--jobs", type=int, default=1, help="processes that build TensorRT engines (default: %(default)s)")
     _add_limits(build)
 
     engine = commands.add_parser("engine", help="graphs made with --gpu -> TensorRT engines for this machine's GPU")
     engine.add_argument("graphs", type=Path)
     engine.add_argument("engines", type=Path, help="directory to write")
     engine.add_argument("--timing-cache", type=Path, default=Path("build/tensorrt-timing.cache"))
+    engine.add_argument("--jobs", type=int, default=1, help="processes that build (default: %(default)s)")
     _add_limits(engine)
 
     commands.add_parser("detect", help="print the engine that fits this machine: tensorrt, onnxruntime-gpu or onnxruntime")
@@ -141,7 +143,7 @@ def _export(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Manifest:
 def _engine(arguments: argparse.Namespace) -> int:
     from .engine import build_engines
 
-    manifest = build_engines(arguments.graphs, arguments.engines, _limits(arguments), arguments.timing_cache)
+    manifest = build_engines(arguments.graphs, arguments.engines, _limits(arguments), arguments.timing_cache, arguments.jobs)
     assert manifest.build is not None
     print(f"{arguments.engines}: {manifest.reader}, TensorRT {manifest.build.version} for {manifest.build.gpu}")
     return 0

@@ -8,11 +8,14 @@ takes types as they are; 8.6 is told layer by layer to do so. Needs neither torc
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import multiprocessing
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +60,18 @@ def tasks_of(manifest: Manifest, limits: Limits) -> list[Task]:
     ]
 
 
-def build_engines(graphs: Path, directory: Path, limits: Limits, timing_cache: Path, say: Callable[[str], None] = print) -> Manifest:
-    """Compile all graphs of a reader, one after the other: builds time kernels, and two on one GPU spoil each other's times.
+def build_engines(
+    graphs: Path, directory: Path, limits: Limits, timing_cache: Path, jobs: int = 1, say: Callable[[str], None] = print
+) -> Manifest:
+    """Compile all graphs of a reader.
 
     Args:
         graphs: directory that `export_gpu_reader` wrote.
         directory: for the engines; replaced if it exists, left as it is if anything fails.
         limits: what the engines must be able to serve: passages, slots, passages a call.
-        timing_cache: file that keeps kernel timings from build to build; made if missing.
+        timing_cache: file that keeps kernel timings from build to build; made if missing. Beside it, in `plans`, lie the engines
+            built so far.
+        jobs: processes that build. Builds time kernels, and two on one GPU disturb each other; two or three still choose well.
         say: told about progress.
 
     Raises:
@@ -77,16 +84,16 @@ def build_engines(graphs: Path, directory: Path, limits: Limits, timing_cache: P
         gpu, compute_capability, version = describe_gpu()
         tasks = tasks_of(manifest, limits)
         say(f"{graphs}: {len(tasks)} engines with TensorRT {version} for {gpu}")
-        compiler = Compiler(manifest.precision, timing_cache)
+        # products of a kind have one shape: timed once, by the process that builds them all
+        kinds: dict[str, list[Task]] = {}
+        for task in tasks:
+            kinds.setdefault(".".join(part for part in task.name.split(".") if not part.isdigit()), []).append(task)
         seconds: dict[str, float] = {}
-        for number, task in enumerate(tasks, 1):
-            started = time.perf_counter()
-            plan = compiler.compile(graphs / f"{task.name}.onnx", task.profiles)
-            file = f"{task.name}.plan"
-            (beside / file).write_bytes(plan)
-            seconds[file] = round(time.perf_counter() - started, 1)
-            say(f"  {number:3} of {len(tasks)}  {file}: {seconds[file]:.1f} s, {len(plan) / 1e6:.1f} MB")
-        compiler.save_timings()
+        work = [(graphs, beside, manifest.precision, timing_cache, kind) for kind in kinds.values()]
+        for done in _in_processes(work, jobs) if jobs > 1 else map(_compile_kind, work):
+            seconds |= done
+            for file, spent in done.items():
+                say(f"  {file}: {spent:.1f} s, {(beside / file).stat().st_size / 1e6:.1f} MB")
         for name in manifest.files:
             if not name.endswith((".onnx", ".onnx.data")):
                 shutil.copyfile(graphs / name, beside / name)
@@ -98,6 +105,43 @@ def build_engines(graphs: Path, directory: Path, limits: Limits, timing_cache: P
         )
         (beside / MANIFEST_FILE).write_text(built.to_json(), encoding="utf-8")
     return built
+
+
+Work = tuple[Path, Path, str, Path, list[Task]]
+
+
+def _in_processes(work: list[Work], jobs: int) -> Iterator[dict[str, float]]:
+    # spawned, not forked: CUDA does not live through a fork
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(_compile_kind, item) for item in work]):
+            yield future.result()
+
+
+def _compile_kind(work: Work) -> dict[str, float]:
+    """Compile engines with one compiler; gives file -> seconds."""
+    graphs, directory, precision, timing_cache, tasks = work
+    compiler = Compiler(precision, timing_cache)
+    built_before = timing_cache.with_name("plans")
+    built_before.mkdir(parents=True, exist_ok=True)
+    seconds = {}
+    for task in tasks:
+        started = time.perf_counter()
+        file, graph = f"{task.name}.plan", graphs / f"{task.name}.onnx"
+        kept = built_before / f"{_fingerprint(graph, task, precision)}.plan"
+        if not kept.exists():
+            beside = kept.with_suffix(f".{os.getpid()}")
+            beside.write_bytes(compiler.compile(graph, task.profiles))
+            beside.replace(kept)
+        shutil.copyfile(kept, directory / file)
+        seconds[file] = round(time.perf_counter() - started, 1)
+    compiler.save_timings()
+    return seconds
+
+
+def _fingerprint(graph: Path, task: Task, precision: str) -> str:
+    """Of everything that an engine depends on: two readers with one encoder share its engines, and other slots leave it as it is."""
+    files = [sha256_of_file(file) for file in (graph, graph.with_name(f"{graph.name}.data")) if file.exists()]
+    return hashlib.sha256(repr((files, task.profiles, precision, describe_gpu())).encode()).hexdigest()[:32]
 
 
 def describe_gpu() -> tuple[str, str, str]:

@@ -57,11 +57,11 @@ def _io(tensors: GraphTensors, *, batched: bool) -> dict[str, Any]:
     }
 
 
-def _common(name: str, parameters: dict[str, str], *, on_gpu: bool) -> dict[str, Any]:
+def _common(name: str, parameters: dict[str, str], *, on_gpu: bool, instances: int = 1) -> dict[str, Any]:
     return {
         "name": name,
         "backend": "python",
-        "instance_group": [{"kind": "KIND_GPU", "count": 1, "gpus": [0]} if on_gpu else {"kind": "KIND_CPU", "count": 1}],
+        "instance_group": [{"kind": "KIND_GPU", "count": instances, "gpus": [0]} if on_gpu else {"kind": "KIND_CPU", "count": 1}],
         "parameters": {key: {"string_value": value} for key, value in sorted(parameters.items())},
     }
 
@@ -70,7 +70,7 @@ def encoder_config(reader: str, sizes: EngineSizes, limits: Limits, *, on_gpu: b
     """`<reader>_encoder`: a passage is one element of Triton's batch, so the dynamic batcher joins questions."""
     names = ("intra_op_threads", *(("max_passages", "encoder_batch") if on_gpu else ()))
     return {
-        **_common(model_names(reader)["encoder"], limits.to_parameters(names), on_gpu=on_gpu),
+        **_common(model_names(reader)["encoder"], limits.to_parameters(names), on_gpu=on_gpu, instances=limits.encoder_instances),
         **_io(encoder_tensors(sizes, "float16" if on_gpu else "float32"), batched=True),
         # the largest question must fit in one batch
         "max_batch_size": encoder_batch(limits) if on_gpu else limits.max_passages,

@@ -220,7 +220,9 @@ def write_inputs(plan: Sequence[Series], engines: Path, data: Path, seed: int, f
 def run_sweep(plan: Sequence[Series], arguments: argparse.Namespace) -> dict[str, Any]:
     """Serve both readers and measure every point of the plan; a point that fails is told and left out."""
     program = find_perf_analyzer()
-    limits = Limits(**{name: getattr(arguments, name) for name in ("slots", "max_passages", "encoder_batch", "encode_threads")})
+    limits = Limits(
+        **{name: getattr(arguments, name) for name in ("slots", "max_passages", "encoder_batch", "encoder_instances", "encode_threads")}
+    )
     points, entries, failures = points_of(plan, arguments.rounds), [], []
     streams = any(series.streaming for series in plan)
     with tempfile.TemporaryDirectory() as scratch:
@@ -263,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("build/corpus/heldout.jsonl"))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    for name in ("slots", "max_passages", "encoder_batch", "encode_threads"):
+    for name in ("slots", "max_passages", "encoder_batch", "encoder_instances", "encode_threads"):
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=int, default=getattr(Limits(), name), help="as the server's bound of this name"
         )

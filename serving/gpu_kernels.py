@@ -16,11 +16,10 @@ from .tensors import EngineSizes
 
 SOURCES = Path(__file__).with_name("cuda")
 CHUNK = 256  # encoded tokens a block of cross-attention reads: enough blocks for all multiprocessors even for one question
-WARPS = 4  # of an attention block; this and the next four as in the sources
-QUERIES = 4  # heads that a block of cross-attention takes together
-TILE = 128  # queries of a block of the encoder's attention
+WARPS = 4  # of an attention block; this and the next two as in the sources
+TILE = 64  # queries of a block of the encoder's attention
 STAGE = 64  # keys that it reads at a time, at most
-ROW_WARPS, THREADS = 8, 256  # of the blocks of the kernels for rows
+THREADS = 256  # of the blocks of `activate`
 
 
 def splits_of(capacity: int) -> int:
@@ -29,7 +28,7 @@ def splits_of(capacity: int) -> int:
 
 
 def _compiled(source: str, defines: dict[str, Any]) -> cp.RawModule:
-    text = "".join((SOURCES / name).read_text(encoding="utf-8") for name in ("vectors.cuh", source))
+    text = "".join((SOURCES / name).read_text(encoding="utf-8") for name in ("vectors.cuh", "tensor_cores.cuh", source))
     return cp.RawModule(code=text, options=("--std=c++17", *(f"-D{name}={value}" for name, value in defines.items())))
 
 
@@ -41,22 +40,21 @@ class RowKernels:
 
     def __init__(self, stack: StackSizes):
         self.d_ff = stack.d_ff
+        self._block = (-(-stack.d_model // 8 // 32) * 32,)  # a thread a vector of eight
         defines = {"D_MODEL": stack.d_model, "D_FF": stack.d_ff, "GATED": int(stack.gated), "EPSILON": f"{stack.epsilon!r}f"}
         module = _compiled("rows.cu", defines)
         self._embed, self._add_and_norm, self._activate = (module.get_function(n) for n in ("embed", "add_and_norm", "activate"))
 
     def embed(self, tokens: cp.ndarray, embedding: cp.ndarray, weight: cp.ndarray, residual: cp.ndarray, normed: cp.ndarray) -> None:
         """int32[rows] by float16[vocab_size, d_model] to the residual stream and its norm."""
-        rows = len(tokens)
-        self._embed((-(-rows // ROW_WARPS),), (ROW_WARPS * 32,), (tokens, embedding, weight, cp.int32(rows), residual, normed))
+        self._embed((len(tokens),), self._block, (tokens, embedding, weight, residual, normed))
 
     def add_and_norm(
         self, made: cp.ndarray, weight: cp.ndarray, residual: cp.ndarray, normed: cp.ndarray, destinations: cp.ndarray | None = None
     ) -> None:
         """Add `made` to the residual stream and norm it; with `destinations` int32[rows] into those rows of `normed`, at the very end."""
-        rows = len(made)
         address = cp.uint64(0) if destinations is None else destinations
-        self._add_and_norm((-(-rows // ROW_WARPS),), (ROW_WARPS * 32,), (made, weight, address, cp.int32(rows), residual, normed))
+        self._add_and_norm((len(made),), self._block, (made, weight, address, residual, normed))
 
     def activate(self, inner: cp.ndarray, out: cp.ndarray) -> None:
         """float16[rows, 2 * d_ff] (relu: d_ff) to float16[rows, d_ff]."""
@@ -121,6 +119,11 @@ class StepKernels:
         module = _compiled("decoder_step.cu", defines)
         self._self_attention = module.get_function("self_attention")
         self._cross_attention = module.get_function("cross_attention")
+        self._shared_bytes = 0
+        if sizes.num_kv_heads < sizes.num_heads:  # a warp's tokens, keys and values, each row eight halves apart from the next
+            tokens = 64 if sizes.d_kv <= 64 else 32
+            self._shared_bytes = WARPS * 2 * tokens * (sizes.d_kv + 8) * 2
+            self._cross_attention.max_dynamic_shared_size_bytes = self._shared_bytes
         self._cross_join = module.get_function("cross_join")
         self._evidence = module.get_function("evidence")
         self._pick_token = module.get_function("pick_token")
@@ -160,15 +163,16 @@ class StepKernels:
             softmax: float32[batch, num_heads, 2], for `evidence`.
             out: float16[batch, num_heads * d_kv].
         """
-        batch, heads, kv_heads = len(query), self.sizes.num_heads, self.sizes.num_kv_heads
-        group = heads // kv_heads
+        batch, heads, kv_heads, d_kv = len(query), self.sizes.num_heads, self.sizes.num_kv_heads, self.sizes.d_kv
         capacity, splits = cache.shape[1], partial.shape[2]
         reach = 0 if bias is None else len(bias) - 1
-        grid = (splits, kv_heads * -(-group // min(group, QUERIES)), batch)
+        grid = (splits, kv_heads * -(-heads // kv_heads // 16), batch)
         numbers = (cp.int32(reach), cp.int32(capacity), cp.int32(splits))
         address = cp.uint64(0) if bias is None else bias
-        self._cross_attention(grid, (WARPS * 32,), (query, cache, slots, lengths, positions, address, encoder_positions, *numbers, partial))
-        self._cross_join((heads, batch), (max(32, self.sizes.d_kv),), (partial, lengths, cp.int32(splits), out, softmax))
+        arguments = (query, cache, slots, lengths, positions, address, encoder_positions, *numbers, partial)
+        self._cross_attention(grid, (WARPS * 32,), arguments, shared_mem=self._shared_bytes)
+        join = (partial, lengths, cp.int32(splits), out, softmax)
+        self._cross_join((heads, batch), (max(32, d_kv),), join, shared_mem=splits * 4)
 
     def evidence(
         self,

@@ -29,6 +29,7 @@ class Limits:
         kv_cache_bytes: memory for keys and values at most; fewer slots are used where they would exceed it. 0 = as the slots need.
         max_in_hand: questions taken and not yet answered, running ones included; more are refused at once.
         encoder_batch: passages in one encoder call on a GPU; at least max_passages are. On the CPU a call holds one question's.
+        encoder_instances: encoder processes on a GPU: the second prepares its call while the first one's runs.
         encode_threads: questions tokenized and encoded at the same time.
         intra_op_threads: threads of one engine call on the CPU; 0 = one a core.
         log_text: 1 = write questions and answers into the request log; 0 = only sizes, times and outcomes.
@@ -43,6 +44,7 @@ class Limits:
     kv_cache_bytes: int = 0
     max_in_hand: int = 512
     encoder_batch: int = 0
+    encoder_instances: int = 1
     encode_threads: int = 8
     intra_op_threads: int = 0
     log_text: int = 0

@@ -37,7 +37,7 @@ CONFIGS = {"fid": FID, "fido": FIDO, "grouped": GROUPED, "t5_v1_0": T5_V1_0, "re
 def wide(config: ReaderConfig) -> ReaderConfig:
     """A reader of the tests with sizes that the GPU's kernels have."""
     encoder = dataclasses.replace(config.encoder, d_model=24, d_kv=16, d_ff=40)
-    decoder = dataclasses.replace(config.decoder, d_model=24 if config.shares_embedding else 32, d_kv=8, d_ff=48)
+    decoder = dataclasses.replace(config.decoder, d_model=24 if config.shares_embedding else 32, d_kv=16, d_ff=48)
     return dataclasses.replace(config, encoder=encoder, decoder=decoder)
 
 

@@ -12,10 +12,9 @@ constexpr int LANES = D_KV / VECTOR;         // neighbouring lanes that hold one
 constexpr int TOKENS = 32 / LANES;           // tokens that a warp reads at once
 constexpr int WARPS = 4;
 constexpr int UNROLL = 4;                    // loads in flight a thread, of keys and of values each
-constexpr int QUERIES = GROUP < 4 ? GROUP : 4;  // query heads a block, so that they fit into registers
+constexpr int WARP_TOKENS = D_KV <= 64 ? 64 : 32;  // that a warp has at a time where heads share keys
 constexpr int STRIDE = 2 * KV_HEADS * D_KV;  // halves a token
 constexpr float LEAST = -1e30f;   // below every score
-constexpr float MASKED = -3e38f;  // weighs 0 even where nothing else was seen
 
 static_assert(D_KV % VECTOR == 0 && 32 % LANES == 0, "a key must fill a power of two of lanes");
 static_assert(HEADS % KV_HEADS == 0, "query heads must share key heads evenly");
@@ -146,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
 }
 
 // Cross-attention of one token a row over one chunk of its question's keys; cross_join puts the chunks together.
-// Grid (splits, KV_HEADS * ceil(GROUP / QUERIES), batch), block WARPS * 32.
+// Grid (splits, KV_HEADS * HEAD_TILES, batch), block WARPS * 32; where heads share keys, dynamic shared memory for the keys and values.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
     const __half* __restrict__ queries,  // [batch][HEADS * D_KV]
     const __half* __restrict__ cache, const int* __restrict__ slots, const int* __restrict__ lengths,
@@ -156,24 +155,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
     int reach, int capacity, int splits,
     float* __restrict__ partial)  // [batch][HEADS][splits][D_KV + 2]
 {
-    __shared__ float shared[WARPS][D_KV + 2];
     const int split = blockIdx.x, row = blockIdx.z;
     const int length = lengths[row], start = split * CHUNK, end = min(start + CHUNK, length);
     if (start >= length) return;
-    constexpr int BLOCKS_A_GROUP = (GROUP + QUERIES - 1) / QUERIES;
-    const int kv_head = blockIdx.y / BLOCKS_A_GROUP, first = blockIdx.y % BLOCKS_A_GROUP * QUERIES;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const size_t slot = slots[row];
-    const __half* keys = cache + slot * capacity * STRIDE + kv_head * D_KV + part * VECTOR;
-
-    Vector query[QUERIES];
-    Mix mix[QUERIES];
-    int heads[QUERIES];
-#pragma unroll
-    for (int q = 0; q < QUERIES; ++q) {
-        heads[q] = kv_head * GROUP + min(first + q, GROUP - 1);  // past the group's end the last head is computed again
-        query[q] = widen(load(queries + (row * HEADS + heads[q]) * D_KV + part * VECTOR));
-    }
+    const int* places = encoder_positions + slot * capacity;
+    const int position = positions[row];
+#if KV_HEADS == HEADS
+    // Every head has keys of its own: they are read once, by lanes that hold a few tokens between them.
+    __shared__ float shared[WARPS][D_KV + 2];
+    const int head = blockIdx.y, part = lane % LANES;
+    const __half* keys = cache + slot * capacity * STRIDE + head * D_KV + part * VECTOR;
+    const Vector query = widen(load(queries + (row * HEADS + head) * D_KV + part * VECTOR));
+    Mix mix;
     for (int base = start + warp * TOKENS; base < end; base += WARPS * TOKENS * UNROLL) {
         uint4 key_bits[UNROLL], value_bits[UNROLL];
 #pragma unroll
@@ -183,60 +178,159 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
             key_bits[u] = load(row_of_token);
             value_bits[u] = load(row_of_token + KV_HEADS * D_KV);
         }
-        float scores[QUERIES][UNROLL];
+        float scores[UNROLL], largest = mix.largest;
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
             const int token = base + u * WARPS * TOKENS + lane / LANES;
-            const Vector key = widen(key_bits[u]);
-            int behind = 0;
-            if (bias != nullptr && token < end) behind = min(max(positions[row] - encoder_positions[slot * capacity + token], 0), reach);
+            scores[u] = sum_of_token(dot(query, widen(key_bits[u])));
+            if (token >= end) scores[u] = MASKED;
+            else if (bias != nullptr) scores[u] += bias[min(max(position - places[token], 0), reach) * HEADS + head];
+            largest = fmaxf(largest, scores[u]);
+        }
+        mix.rescale(largest);
 #pragma unroll
-            for (int q = 0; q < QUERIES; ++q) {
-                const float score = sum_of_token(dot(query[q], key));
-                scores[q][u] = token >= end ? MASKED : bias == nullptr ? score : score + bias[behind * HEADS + heads[q]];
+        for (int u = 0; u < UNROLL; ++u) mix.add(scores[u], widen(value_bits[u]));
+    }
+    const Joined joined = join_block(mix, shared);
+    float* out = partial + (static_cast<size_t>(row * HEADS + head) * splits + split) * (D_KV + 2);
+    if (threadIdx.x < D_KV) out[threadIdx.x] = joined.value;
+    if (threadIdx.x == 0) {
+        out[D_KV] = joined.largest;
+        out[D_KV + 1] = joined.total;
+    }
+#else
+    // Heads that share keys are the rows of a tile: a warp reads its tokens once and multiplies them with sixteen heads.
+    constexpr int HEAD_TILES = (GROUP + 15) / 16, K_STEPS = D_KV / 16, N_TILES = WARP_TOKENS / 8, D_TILES = D_KV / 8;
+    constexpr int PITCH = D_KV + VECTOR;  // neighbouring rows start four banks apart
+    extern __shared__ __align__(16) __half tokens[];  // [WARPS][keys, values][WARP_TOKENS][PITCH], and at the end what the warps found
+    __half* keys = tokens + warp * 2 * WARP_TOKENS * PITCH;
+    __half* values = keys + WARP_TOKENS * PITCH;
+    const int kv_head = blockIdx.y / HEAD_TILES, tile = blockIdx.y % HEAD_TILES * 16, group = lane / 4, pair = lane % 4;
+    const __half* source = cache + slot * capacity * STRIDE + kv_head * D_KV;
+    int heads[2];  // past the group's end the last head is computed again
+    unsigned query[K_STEPS][4];
+    for (int half = 0; half < 2; ++half) heads[half] = kv_head * GROUP + min(tile + group + 8 * half, GROUP - 1);
+#pragma unroll
+    for (int k = 0; k < K_STEPS; ++k) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const __half* of_head = queries + (row * HEADS + heads[i % 2]) * D_KV;
+            query[k][i] = *reinterpret_cast<const unsigned*>(of_head + k * 16 + pair * 2 + i / 2 * 8);
+        }
+    }
+    float mixed[D_TILES][4] = {}, largest[2] = {LEAST, LEAST}, total[2] = {};
+    for (int from = start + warp * WARP_TOKENS; from < end; from += WARPS * WARP_TOKENS) {
+        __syncwarp();
+        for (int i = lane; i < WARP_TOKENS * D_TILES; i += 32) {
+            const int token = i / D_TILES, column = i % D_TILES * VECTOR;
+            const __half* row_of_token = source + static_cast<size_t>(min(from + token, end - 1)) * STRIDE + column;
+            copy_async(keys + token * PITCH + column, row_of_token);
+            copy_async(values + token * PITCH + column, row_of_token + KV_HEADS * D_KV);
+        }
+        commit_copies();
+        wait_for_copies<0>();
+        __syncwarp();
+        float score[N_TILES][4] = {}, most[2] = {largest[0], largest[1]};
+#pragma unroll
+        for (int n = 0; n < N_TILES; n += 2) {
+#pragma unroll
+            for (int k = 0; k < K_STEPS; ++k) {
+                const Fragments f = load_matrices(keys + (n * 8 + lane / 16 * 8 + lane % 8) * PITCH + k * 16 + lane / 8 % 2 * 8);
+                multiply(score[n], query[k], f.at[0], f.at[1]);
+                multiply(score[n + 1], query[k], f.at[2], f.at[3]);
             }
         }
 #pragma unroll
-        for (int q = 0; q < QUERIES; ++q) {
-            float largest = mix[q].largest;
+        for (int n = 0; n < N_TILES; ++n) {
 #pragma unroll
-            for (int u = 0; u < UNROLL; ++u) largest = fmaxf(largest, scores[q][u]);
-            mix[q].rescale(largest);
+            for (int i = 0; i < 4; ++i) {
+                const int token = from + n * 8 + pair * 2 + i % 2;
+                if (token >= end) score[n][i] = MASKED;
+                else if (bias != nullptr) score[n][i] += bias[min(max(position - places[token], 0), reach) * HEADS + heads[i / 2]];
+                most[i / 2] = fmaxf(most[i / 2], score[n][i]);
+            }
         }
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            const Vector value = widen(value_bits[u]);
+        for (int half = 0; half < 2; ++half) {
+            most[half] = max_of_row(most[half]);
+            const float factor = __expf(largest[half] - most[half]);
+            largest[half] = most[half];
+            total[half] *= factor;
 #pragma unroll
-            for (int q = 0; q < QUERIES; ++q) mix[q].add(scores[q][u], value);
+            for (int d = 0; d < D_TILES; ++d) {
+                mixed[d][2 * half] *= factor;
+                mixed[d][2 * half + 1] *= factor;
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < N_TILES; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                score[n][i] = __expf(score[n][i] - largest[i / 2]);
+                total[i / 2] += score[n][i];
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < WARP_TOKENS / 16; ++j) {
+            const unsigned weight[4] = {pack(score[2 * j][0], score[2 * j][1]), pack(score[2 * j][2], score[2 * j][3]),
+                                        pack(score[2 * j + 1][0], score[2 * j + 1][1]), pack(score[2 * j + 1][2], score[2 * j + 1][3])};
+#pragma unroll
+            for (int d = 0; d < D_TILES; d += 2) {
+                const Fragments f = load_transposed(values + (j * 16 + lane % 16) * PITCH + d * 8 + lane / 16 * 8);
+                multiply(mixed[d], weight, f.at[0], f.at[1]);
+                multiply(mixed[d + 1], weight, f.at[2], f.at[3]);
+            }
         }
     }
+    // the warps' shares lie where their tokens were; a warp that had none weighs 0
+    __syncthreads();
+    float(*shares)[16][D_KV + 2] = reinterpret_cast<float(*)[16][D_KV + 2]>(tokens);
 #pragma unroll
-    for (int q = 0; q < QUERIES; ++q) {
-        const Joined joined = join_block(mix[q], shared);
-        if (first + q >= GROUP) continue;
-        float* out = partial + (static_cast<size_t>(row * HEADS + heads[q]) * splits + split) * (D_KV + 2);
-        if (threadIdx.x < D_KV) out[threadIdx.x] = joined.value;
-        if (threadIdx.x == 0) {
-            out[D_KV] = joined.largest;
-            out[D_KV + 1] = joined.total;
+    for (int half = 0; half < 2; ++half) {
+        float* share = shares[warp][group + 8 * half];
+#pragma unroll
+        for (int d = 0; d < D_TILES; ++d) {
+            share[d * 8 + pair * 2] = mixed[d][2 * half];
+            share[d * 8 + pair * 2 + 1] = mixed[d][2 * half + 1];
+        }
+        const float sum = sum_of_row(total[half]);
+        if (pair == 0) {
+            share[D_KV] = largest[half];
+            share[D_KV + 1] = sum;
         }
     }
+    __syncthreads();
+    for (int i = threadIdx.x; i < 16 * (D_KV + 1); i += WARPS * 32) {
+        const int head = i / (D_KV + 1), d = i % (D_KV + 1);
+        if (tile + head >= GROUP) continue;
+        float best = LEAST, sum = 0.f;
+        for (int w = 0; w < WARPS; ++w) best = fmaxf(best, shares[w][head][D_KV]);
+        for (int w = 0; w < WARPS; ++w) sum += shares[w][head][d < D_KV ? d : D_KV + 1] * __expf(shares[w][head][D_KV] - best);
+        float* out = partial + (static_cast<size_t>(row * HEADS + kv_head * GROUP + tile + head) * splits + split) * (D_KV + 2);
+        out[d < D_KV ? d : D_KV + 1] = sum;
+        if (d == D_KV) out[D_KV] = best;
+    }
+#endif
 }
 
-// Puts the chunks of cross_attention together. Grid (HEADS, batch), block max(32, D_KV).
+// Puts the chunks of cross_attention together. Grid (HEADS, batch), block max(32, D_KV), dynamic shared memory: a float a split.
 extern "C" __global__ void cross_join(
     const float* __restrict__ partial, const int* __restrict__ lengths, int splits,
     __half* __restrict__ attended,  // [batch][HEADS * D_KV]
     float* __restrict__ softmax)   // [batch][HEADS][2]: largest score and sum of weights, for `evidence`
 {
+    extern __shared__ float factors[];
     const int head = blockIdx.x, row = blockIdx.y, d = threadIdx.x;
     const int used = (lengths[row] + CHUNK - 1) / CHUNK;
     const float* chunks = partial + static_cast<size_t>(row * HEADS + head) * splits * (D_KV + 2);
+    for (int split = d; split < used; split += blockDim.x) factors[split] = chunks[split * (D_KV + 2) + D_KV];
+    __syncthreads();
     float largest = LEAST, total = 0.f, value = 0.f;
-    for (int split = 0; split < used; ++split) largest = fmaxf(largest, chunks[split * (D_KV + 2) + D_KV]);
+    for (int split = 0; split < used; ++split) largest = fmaxf(largest, factors[split]);
+#pragma unroll 8
     for (int split = 0; split < used; ++split) {
         const float* chunk = chunks + split * (D_KV + 2);
-        const float factor = __expf(chunk[D_KV] - largest);
+        const float factor = __expf(factors[split] - largest);
         total += chunk[D_KV + 1] * factor;
         if (d < D_KV) value += chunk[d] * factor;
     }
@@ -295,15 +389,23 @@ extern "C" __global__ void __launch_bounds__(1024) pick_token(
     const float penalty = eos_penalty[blockIdx.x];
     float largest = LEAST, total = 0.f;
     int best = 0;
-    for (int i = threadIdx.x; i < VOCAB; i += blockDim.x) {
-        const float logit = row[i] + (i == eos ? penalty : 0.f);
-        if (logit > largest) {
-            total = total * __expf(largest - logit) + 1.f;
-            largest = logit;
-            best = i;
-        } else {
-            total += __expf(logit - largest);
+    constexpr int STEP = VOCAB % 4 == 0 ? 4 : 1;
+    for (int i = threadIdx.x * STEP; i < VOCAB; i += blockDim.x * STEP) {
+        float logits_of[STEP];
+        if (STEP == 4) *reinterpret_cast<float4*>(logits_of) = *reinterpret_cast<const float4*>(row + i);
+        else logits_of[0] = row[i];
+        const float before = largest;
+#pragma unroll
+        for (int j = 0; j < STEP; ++j) {
+            if (i + j == eos) logits_of[j] += penalty;
+            if (logits_of[j] > largest) {
+                largest = logits_of[j];
+                best = i + j;
+            }
         }
+        total *= __expf(before - largest);
+#pragma unroll
+        for (int j = 0; j < STEP; ++j) total += __expf(logits_of[j] - largest);
     }
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int round = 0; round < 2; ++round) {

@@ -5,93 +5,77 @@
 
 namespace {
 
-constexpr int VECTORS = D_MODEL / VECTOR;          // of a row
-constexpr int PER_LANE = (VECTORS + 31) / 32;
+// A block has one row, a thread one vector of it: whether a row is one of thirty thousand or of one, it takes no longer than it must.
+constexpr int VECTORS = D_MODEL / VECTOR, WARPS_A_ROW = (VECTORS + 31) / 32;
 static_assert(D_MODEL % VECTOR == 0, "rows must be made of whole vectors");
 
-// A warp has one row in its registers.
-struct Row {
-    Vector at[PER_LANE];
-};
-
-__device__ void store_residual(const Row& row, float* residual) {
-#pragma unroll
-    for (int v = 0; v < PER_LANE; ++v) {
-        const int vector = threadIdx.x % 32 + 32 * v;
-        if (vector >= VECTORS) break;
-        float4* out = reinterpret_cast<float4*>(residual + vector * VECTOR);
-        const float* x = row.at[v].at;
-        out[0] = make_float4(x[0], x[1], x[2], x[3]);
-        out[1] = make_float4(x[4], x[5], x[6], x[7]);
-    }
+__device__ void store_residual(const Vector& x, float* to) {
+    float4* out = reinterpret_cast<float4*>(to);
+    out[0] = make_float4(x.at[0], x.at[1], x.at[2], x.at[3]);
+    out[1] = make_float4(x.at[4], x.at[5], x.at[6], x.at[7]);
 }
 
-// x / sqrt(mean(x^2) + EPSILON) * weight
-__device__ void store_normed(const Row& row, const float* weight, __half* normed) {
+// x / sqrt(mean(x^2) + EPSILON) * weight; threads behind the row bring zeros and take nothing.
+__device__ void store_normed(const Vector& x, bool inside, const float* weight, __half* to) {
+    __shared__ float sums[WARPS_A_ROW];
     float squares = 0.f;
 #pragma unroll
-    for (int v = 0; v < PER_LANE; ++v) {
-#pragma unroll
-        for (int i = 0; i < VECTOR; ++i) squares += row.at[v].at[i] * row.at[v].at[i];
-    }
+    for (int i = 0; i < VECTOR; ++i) squares += x.at[i] * x.at[i];
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) squares += __shfl_xor_sync(ALL, squares, step);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = squares;
+    __syncthreads();
+    squares = 0.f;
+#pragma unroll
+    for (int warp = 0; warp < WARPS_A_ROW; ++warp) squares += sums[warp];
+    if (!inside) return;
     const float factor = rsqrtf(squares * (1.f / D_MODEL) + EPSILON);
+    Vector made;
 #pragma unroll
-    for (int v = 0; v < PER_LANE; ++v) {
-        const int vector = threadIdx.x % 32 + 32 * v;
-        if (vector >= VECTORS) break;
-        Vector made;
-#pragma unroll
-        for (int i = 0; i < VECTOR; ++i) made.at[i] = row.at[v].at[i] * factor * weight[vector * VECTOR + i];
-        store(normed + vector * VECTOR, narrow(made));
-    }
+    for (int i = 0; i < VECTOR; ++i) made.at[i] = x.at[i] * factor * weight[i];
+    store(to, narrow(made));
 }
 
 }  // namespace
 
-// Token ids to the residual stream, and its first norm. A warp a row.
+// Token ids to the residual stream, and its first norm. Grid (rows), block WARPS_A_ROW * 32.
 extern "C" __global__ void embed(
-    const int* __restrict__ tokens, const __half* __restrict__ embedding, const float* __restrict__ weight, int rows,
+    const int* __restrict__ tokens, const __half* __restrict__ embedding, const float* __restrict__ weight,
     float* __restrict__ residual, __half* __restrict__ normed)
 {
-    const size_t row = (static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
-    if (row >= rows) return;
-    Row x = {};
-    const __half* source = embedding + static_cast<size_t>(tokens[row]) * D_MODEL;
-#pragma unroll
-    for (int v = 0; v < PER_LANE; ++v) {
-        const int vector = threadIdx.x % 32 + 32 * v;
-        if (vector < VECTORS) x.at[v] = widen(load(source + vector * VECTOR));
+    const size_t row = blockIdx.x;
+    const int column = threadIdx.x * VECTOR;
+    const bool inside = threadIdx.x < VECTORS;
+    Vector x = {};
+    if (inside) {
+        x = widen(load(embedding + static_cast<size_t>(tokens[row]) * D_MODEL + column));
+        store_residual(x, residual + row * D_MODEL + column);
     }
-    store_residual(x, residual + row * D_MODEL);
-    store_normed(x, weight, normed + row * D_MODEL);
+    store_normed(x, inside, weight + column, normed + row * D_MODEL + column);
 }
 
 // Adds what a product made to the residual stream, and norms it. With `destinations` the norm goes to that row of `normed`, and the
-// residual stream, which nobody reads after that, is left as it is. A warp a row.
+// residual stream, which nobody reads after that, is left as it is. Grid (rows), block WARPS_A_ROW * 32.
 extern "C" __global__ void add_and_norm(
-    const __half* __restrict__ made, const float* __restrict__ weight, const int* __restrict__ destinations, int rows,
+    const __half* __restrict__ made, const float* __restrict__ weight, const int* __restrict__ destinations,
     float* __restrict__ residual, __half* __restrict__ normed)
 {
-    const size_t row = (static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
-    if (row >= rows) return;
-    Row x = {};
-#pragma unroll
-    for (int v = 0; v < PER_LANE; ++v) {
-        const int vector = threadIdx.x % 32 + 32 * v;
-        if (vector >= VECTORS) break;
-        const size_t at = row * D_MODEL + vector * VECTOR;
-        x.at[v] = widen(load(made + at));
+    const size_t row = blockIdx.x;
+    const int column = threadIdx.x * VECTOR;
+    const bool inside = threadIdx.x < VECTORS;
+    Vector x = {};
+    if (inside) {
+        const size_t at = row * D_MODEL + column;
+        x = widen(load(made + at));
         const float4* before = reinterpret_cast<const float4*>(residual + at);
         const float4 low = before[0], high = before[1];
         const float added[VECTOR] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-        for (int i = 0; i < VECTOR; ++i) x.at[v].at[i] += added[i];
+        for (int i = 0; i < VECTOR; ++i) x.at[i] += added[i];
+        if (destinations == nullptr) store_residual(x, residual + at);
     }
-    if (destinations == nullptr) store_residual(x, residual + row * D_MODEL);
     const size_t target = destinations == nullptr ? row : destinations[row];
-    store_normed(x, weight, normed + target * D_MODEL);
+    store_normed(x, inside, weight + column, normed + target * D_MODEL + column);
 }
 
 // The inner activation of the feed-forward layer: gelu(first half) * second half, or relu. A thread a vector.
