@@ -38,17 +38,22 @@ class Task:
     profiles: list[dict[str, Shapes]]
 
 
-def graphs_of(manifest: Manifest) -> list[tuple[str, GraphTensors]]:
-    """Names and tensors of all graphs of a GPU reader."""
+def graphs_of(manifest: Manifest) -> dict[str, GraphTensors]:
+    """Names and tensors of all graphs of a GPU reader.
+
+    Raises:
+        EngineError: if they are a CPU's.
+    """
     sizes, encoder, decoder = manifest.sizes, manifest.encoder, manifest.decoder
     if decoder is None:
         raise EngineError("these graphs are for a CPU; export them with --gpu")
-    if encoder is None:
-        graphs = [("encoder", encoder_tensors(sizes, "float16"))]
-    else:
-        graphs = [(product.name, product_tensors(encoder, product)) for product in encoder_products(encoder)]
-    graphs.append(("cross_kv", packed_cross_kv_tensors(sizes)))
-    return graphs + [(product.name, product_tensors(decoder, product, sizes.vocab_size)) for product in decoder_products(sizes)]
+    graphs = {} if encoder else {"encoder": encoder_tensors(sizes, "float16")}
+    graphs["cross_kv"] = packed_cross_kv_tensors(sizes)
+    for stack, products in ((encoder, encoder_products(encoder) if encoder else ()), (decoder, decoder_products(sizes))):
+        for product in products:
+            assert stack is not None
+            graphs[product.engine] = product_tensors(stack, product, manifest.precision, sizes.vocab_size)
+    return graphs
 
 
 def tasks_of(manifest: Manifest, limits: Limits) -> list[Task]:
@@ -56,7 +61,7 @@ def tasks_of(manifest: Manifest, limits: Limits) -> list[Task]:
     length = manifest.prompt.passage_length
     return [
         Task(name, [profile_shapes(tensors, ranges) for ranges in profile_ranges(name, limits, length)])
-        for name, tensors in graphs_of(manifest)
+        for name, tensors in graphs_of(manifest).items()
     ]
 
 
@@ -84,13 +89,10 @@ def build_engines(
         gpu, compute_capability, version = describe_gpu()
         tasks = tasks_of(manifest, limits)
         say(f"{graphs}: {len(tasks)} engines with TensorRT {version} for {gpu}")
-        # products of a kind have one shape: timed once, by the process that builds them all
-        kinds: dict[str, list[Task]] = {}
-        for task in tasks:
-            kinds.setdefault(".".join(part for part in task.name.split(".") if not part.isdigit()), []).append(task)
         seconds: dict[str, float] = {}
-        work = [(graphs, beside, manifest.precision, timing_cache, kind) for kind in kinds.values()]
-        for done in _in_processes(work, jobs) if jobs > 1 else map(_compile_kind, work):
+        shares = [tasks[i::jobs] for i in range(min(jobs, len(tasks)))]
+        work = [(graphs, beside, manifest.precision, timing_cache, share) for share in shares]
+        for done in _in_processes(work, jobs) if jobs > 1 else map(_compile_share, work):
             seconds |= done
             for file, spent in done.items():
                 say(f"  {file}: {spent:.1f} s, {(beside / file).stat().st_size / 1e6:.1f} MB")
@@ -113,11 +115,11 @@ Work = tuple[Path, Path, str, Path, list[Task]]
 def _in_processes(work: list[Work], jobs: int) -> Iterator[dict[str, float]]:
     # spawned, not forked: CUDA does not live through a fork
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(_compile_kind, item) for item in work]):
+        for future in as_completed([pool.submit(_compile_share, item) for item in work]):
             yield future.result()
 
 
-def _compile_kind(work: Work) -> dict[str, float]:
+def _compile_share(work: Work) -> dict[str, float]:
     """Compile engines with one compiler; gives file -> seconds."""
     graphs, directory, precision, timing_cache, tasks = work
     compiler = Compiler(precision, timing_cache)

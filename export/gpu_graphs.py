@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,38 +21,20 @@ from serving.tensors import GraphTensors, encoder_tensors
 
 from .checkpoint import Checkpoint
 from .config import ReaderConfig
-from .graphs import EncoderGraph, Projection, engine_sizes
-from .half import DTYPES, Scales, measured_scales, rescale, to_half
-from .model import Reader
+from .graphs import EncoderGraph, engine_sizes
+from .half import DTYPES, measured_scales, rescale, to_half
 from .onnx_graph import EXTERNAL_DATA_BYTES, OPSET, ExportError, describe_reader, onnx_from_module, require_fitting_tokenizer
 from .onnx_passes import to_opset_17
 from .products import DecoderProducts, EncoderProducts, PackedCrossKVGraph
 from .staging import replacing
 
-GpuGraph = EncoderGraph | Projection | PackedCrossKVGraph
+GpuGraph = EncoderGraph | PackedCrossKVGraph
 ONNX_TYPES = {
     "float32": onnx.TensorProto.FLOAT,
     "float16": onnx.TensorProto.FLOAT16,
     "bfloat16": onnx.TensorProto.BFLOAT16,
 }
 HEAD_WIDTHS = (16, 32, 64, 128)  # that the attention kernels are written for: whole tiles, and a power of two of lanes
-
-
-def gpu_graphs(
-    reader: Reader, encoder: EncoderProducts | None, decoder: DecoderProducts, whole: Scales
-) -> Iterator[tuple[str, GpuGraph, GraphTensors]]:
-    """Name, module and tensors of each graph; without the encoder's products a whole encoder, rescaled by `whole`."""
-    sizes = engine_sizes(reader.config)
-    if encoder is None:
-        graph = EncoderGraph(reader)
-        rescale(graph, whole)
-        yield "encoder", graph, encoder_tensors(sizes, "float16")
-    else:
-        for product, projection in encoder.products():
-            yield product.name, projection, product_tensors(encoder.stack, product)
-    yield "cross_kv", PackedCrossKVGraph(reader), packed_cross_kv_tensors(sizes)
-    for product, projection in decoder.products():
-        yield product.name, projection, product_tensors(decoder.stack, product, sizes.vocab_size)
 
 
 class HalfBorders(torch.nn.Module):
@@ -95,10 +76,24 @@ def export_gpu_reader(
         scales, seconds = measured_scales(reader), {}
         encoder = None if whole_encoder else EncoderProducts(reader, scales["encoder"])
         decoder = DecoderProducts(reader, scales["decoder"])
-        for name, graph, tensors in gpu_graphs(reader, encoder, decoder, scales["encoder"]):
+        sizes = engine_sizes(reader.config)
+
+        def write(name: str, graph: GpuGraph, tensors: GraphTensors) -> None:
             started = time.perf_counter()
             export_half(graph, tensors, beside / f"{name}.onnx", precision, opset)
             seconds[name] = round(time.perf_counter() - started, 2)
+
+        if whole_encoder:
+            graph = EncoderGraph(reader)
+            rescale(graph, scales["encoder"])
+            write("encoder", graph, encoder_tensors(sizes, "float16"))
+        write("cross_kv", PackedCrossKVGraph(reader), packed_cross_kv_tensors(sizes))
+        parts: list[EncoderProducts | DecoderProducts] = [decoder] if encoder is None else [encoder, decoder]
+        for part in parts:
+            for product, weight in part.products():
+                tensors = product_tensors(part.stack, product, precision, sizes.vocab_size)
+                np.save(beside / product.weight, _bits(weight, tensors.inputs[1].dtype), allow_pickle=False)
+                onnx.save(product_model(tensors, opset), beside / f"{product.engine}.onnx")
         (beside / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
         for file, array in (decoder.arrays | (encoder.arrays if encoder else {})).items():
             np.save(beside / file, array, allow_pickle=False)
@@ -130,43 +125,33 @@ def _require_kernels(config: ReaderConfig, *, whole_encoder: bool) -> None:
 
 
 def export_half(graph: GpuGraph, tensors: GraphTensors, path: Path, precision: str, opset: int) -> None:
-    """Cast one graph, export it, and bring it to the older opset where asked for. What makes fp32 (the logits) stays fp32."""
-    if all(spec.dtype == "float16" for spec in tensors.outputs):
-        to_half(graph, DTYPES[precision])
-    if isinstance(graph, Projection):
-        model = product_model(graph.weight, tensors, opset)
-    else:
-        module = graph if precision == "float16" else HalfBorders(graph, tensors)
-        onnx_from_module(module, tensors, path, max(opset, OPSET))
-        if opset >= OPSET:
-            return
+    """Cast one graph, export it, and bring it to the older opset where asked for."""
+    to_half(graph, DTYPES[precision])
+    onnx_from_module(graph if precision == "float16" else HalfBorders(graph, tensors), tensors, path, max(opset, OPSET))
+    if opset < OPSET:
         model = onnx.load(str(path))
         to_opset_17(model)
-    onnx.save(model, str(path), save_as_external_data=model.ByteSize() > EXTERNAL_DATA_BYTES, location=f"{path.name}.data")
+        onnx.save(model, str(path), save_as_external_data=model.ByteSize() > EXTERNAL_DATA_BYTES, location=f"{path.name}.data")
 
 
-def product_model(weight: torch.Tensor, tensors: GraphTensors, opset: int) -> onnx.ModelProto:
-    """One product as a graph of its own. Written by hand: torch's exporter takes a second for each, and a reader has a hundred.
-
-    Args:
-        weight: float[in, out], in the type to multiply in; what crosses the border is cast where it has another.
-        tensors: of the product.
-        opset: of the graph.
-    """
-    (given,), (made,) = tensors.inputs, tensors.outputs
-    inside = ONNX_TYPES[str(weight.dtype).removeprefix("torch.")]
-    # NumPy has no bfloat16: the bits travel as integers
-    bits = weight.contiguous().view(torch.int16) if weight.dtype == torch.bfloat16 else weight.contiguous()
-    constant = onnx.TensorProto(name="weight", data_type=inside, dims=weight.shape, raw_data=bits.numpy().tobytes())
-    names, nodes = {"given": given.name, "made": made.name}, []
-    if ONNX_TYPES[given.dtype] != inside:
-        names["given"] = "given"
-        nodes.append(helper.make_node("Cast", [given.name], ["given"], name="cast_in", to=inside))
-    if ONNX_TYPES[made.dtype] != inside:
-        names["made"] = "made"
-    nodes.append(helper.make_node("MatMul", [names["given"], "weight"], [names["made"]], name="product"))
-    if names["made"] == "made":
-        nodes.append(helper.make_node("Cast", ["made"], [made.name], name="cast_out", to=ONNX_TYPES[made.dtype]))
-    ends = [[helper.make_tensor_value_info(s.name, ONNX_TYPES[s.dtype], s.axes)] for s in (given, made)]
-    graph = helper.make_graph(nodes, "product", *ends, initializer=[constant])
+def product_model(tensors: GraphTensors, opset: int) -> onnx.ModelProto:
+    """X @ weight as a graph, in the weight's type; what crosses the border in another is cast. No module to export: it holds no weights."""
+    x, weight = tensors.inputs
+    (y,) = tensors.outputs
+    inside = ONNX_TYPES[weight.dtype]
+    nodes = [helper.make_node("MatMul", [x.name, weight.name], [y.name], name="product")]
+    if ONNX_TYPES[x.dtype] != inside:
+        nodes[0].input[0] = "given"
+        nodes.insert(0, helper.make_node("Cast", [x.name], ["given"], name="cast_in", to=inside))
+    if ONNX_TYPES[y.dtype] != inside:
+        nodes[-1].output[0] = "made"
+        nodes.append(helper.make_node("Cast", ["made"], [y.name], name="cast_out", to=ONNX_TYPES[y.dtype]))
+    inputs, outputs = ([helper.make_tensor_value_info(s.name, ONNX_TYPES[s.dtype], s.axes) for s in specs] for specs in ((x, weight), (y,)))
+    graph = helper.make_graph(nodes, "product", inputs, outputs)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def _bits(weight: torch.Tensor, dtype: str) -> np.ndarray:
+    """As a file holds it: NumPy has no bfloat16, whose bits travel as integers."""
+    made = weight.detach().to(getattr(torch, dtype)).contiguous()
+    return (made.view(torch.uint16) if dtype == "bfloat16" else made).numpy()

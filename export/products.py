@@ -1,4 +1,4 @@
-"""A GPU reader as serving/products.py cuts it: its products as modules, and the arrays that the kernels read."""
+"""A GPU reader as serving/products.py cuts it: the weights of its products, and the arrays that the kernels read."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ class EncoderProducts:
             array_file("encoder", BIAS): graph.bias.table.float().numpy(),
         }
 
-    def products(self) -> Iterator[tuple[Product, Projection]]:
-        """Each product with its module."""
+    def products(self) -> Iterator[tuple[Product, Tensor]]:
+        """Each product with its weights, float32[in, out]."""
         for product in encoder_products(self.stack):
             layer = self._layers[product.layer]
-            yield product, {"qkv": layer.qkv, "o": layer.o, "wi": layer.feed_forward.wi, "wo": layer.feed_forward.wo}[product.kind]
+            found = {"qkv": layer.qkv, "o": layer.o, "wi": layer.feed_forward.wi, "wo": layer.feed_forward.wo}
+            yield product, found[product.kind].weight
 
 
 class DecoderProducts:
@@ -77,17 +78,17 @@ class DecoderProducts:
             },
         }
 
-    def products(self) -> Iterator[tuple[Product, Projection]]:
-        """Each product with its module."""
+    def products(self) -> Iterator[tuple[Product, Tensor]]:
+        """Each product with its weights, float32[in, out]."""
         for product in decoder_products(self._sizes):
             if product.kind == HEAD:
-                yield product, self._head
+                yield product, self._head.weight
                 continue
             layer = self._layers[product.layer]
             found = {"qkv": layer.qkv, "o": layer.o, "wi": layer.feed_forward.wi, "wo": layer.feed_forward.wo}
             if layer.cross_attends:
                 found |= {"cross_q": layer.cross_q, "cross_o": layer.cross_o}
-            yield product, found[product.kind]
+            yield product, found[product.kind].weight
 
 
 class PackedCrossKVGraph(nn.Module):

@@ -13,12 +13,12 @@ import cupy as cp
 import cupyx
 import numpy as np
 
-from .gpu_encoder import load_arrays
+from .gpu_encoder import load_arrays, load_products, weight_bytes
 from .gpu_engine import LoadEngine, Scratch
 from .gpu_kernels import RowKernels, StepKernels, splits_of
 from .gpu_plan import GpuMemory, batch_buckets, bucket_of, decoder_memory
 from .manifest import EngineError, Manifest
-from .products import BIAS, CROSS_BIAS, EMBEDDING, HEAD, NORMS, array_file, decoder_products, packed_cross_kv_tensors, product_tensors
+from .products import BIAS, CROSS_BIAS, EMBEDDING, HEAD, NORMS, array_file, decoder_products, packed_cross_kv_tensors
 
 TOKENS, POSITIONS, SLOTS, LENGTHS, PENALTY = range(5)  # rows of the state that every step uploads
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
@@ -50,8 +50,8 @@ class GpuDecoder:
         with self._stream:
             scratch = Scratch()
             self._cross_kv = load("cross_kv", packed_cross_kv_tensors(sizes), scratch)
-            self._products = {p: load(p.name, product_tensors(stack, p, sizes.vocab_size), scratch) for p in decoder_products(sizes)}
-            weights = sum(engine.weight_bytes for engine in (self._cross_kv, *self._products.values()))
+            self._products = load_products(directory, manifest, stack, decoder_products(sizes), load, scratch)
+            weights = weight_bytes(self._products) + self._cross_kv.weight_bytes
             self.memory = decoder_memory(sizes, slots, capacities, weights, scratch.bytes)
             _require_room(self.memory, slots)
             self._rows, self._kernels = RowKernels(stack), StepKernels(sizes, manifest.eos_token_id)
@@ -84,7 +84,7 @@ class GpuDecoder:
         self._reading: list[cp.ndarray] = []  # hidden states that the stream may not have read yet
 
     def _prepare(self, bucket: int) -> Callable[[], None]:
-        """Bind all products for a batch, run once, and capture a graph where every engine can be captured."""
+        """Run a step of a batch size once, and capture it into a graph where every engine can be captured."""
         program = self._program(bucket)
         self._bound.append(program)  # a graph knows addresses only: what lies there must live as long
         self._host_state[:] = 0
@@ -99,7 +99,7 @@ class GpuDecoder:
 
         run()
         self._stream.synchronize()
-        if not all(engine.capturable for engine in self._products.values()):
+        if not all(product.engine.capturable for product in self._products.values()):
             return run
         self._stream.begin_capture()
         run()
@@ -118,10 +118,9 @@ class GpuDecoder:
         tokens = self._state[TOKENS, :bucket]
         program: list[Callable[[], None]] = [functools.partial(rows.embed, tokens, self._embedding, next(norms), residual, normed)]
         given = normed
-        for product, engine in self._products.items():
-            (spec,) = product_tensors(self._stack, product, sizes.vocab_size).outputs
-            made = cp.empty(spec.shape({"batch": bucket}), spec.dtype)
-            program.append(functools.partial(engine.bind({"x": given}, {"y": made}, own=True).enqueue, self._stream))
+        for product, loaded in self._products.items():
+            made = cp.empty((bucket, loaded.weight.shape[1]), cp.float32 if product.kind == HEAD else cp.float16)
+            program.append(functools.partial(loaded.enqueue, given, made, self._stream, context=bucket))
             if product.kind == "qkv":
                 given, cache = attended, self._self_cache[product.layer]
                 program.append(functools.partial(kernels.self_attention, made, cache, slots, positions, self._self_bias, given))

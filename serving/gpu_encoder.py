@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import cupy as cp
 import numpy as np
 
-from .gpu_engine import LoadEngine, Scratch
+from .gpu_engine import GpuEngine, LoadEngine, Scratch
+from .gpu_engine import Product as GpuProduct
 from .gpu_kernels import EncoderAttention, RowKernels
 from .gpu_plan import calls_of_tokens, encoder_tokens
 from .limits import Limits
 from .manifest import EngineError, Manifest
-from .products import BIAS, EMBEDDING, NORMS, StackName, StackSizes, array_file, encoder_products, product_tensors, product_widths
+from .products import BIAS, EMBEDDING, NORMS, Product, StackName, StackSizes, array_file, encoder_products, product_tensors, product_widths
 
 
 class GpuEncoder:
@@ -32,11 +33,11 @@ class GpuEncoder:
         self._stream = cp.cuda.Stream(non_blocking=True)
         with self._stream:
             scratch = Scratch()
-            self._products = {p: load(p.name, product_tensors(sizes, p), scratch) for p in encoder_products(sizes)}
+            self._products = load_products(directory, manifest, sizes, encoder_products(sizes), load, scratch)
             self._embedding, self._norms, self._bias = load_arrays(directory, manifest, "encoder", (EMBEDDING, NORMS, BIAS))
             self._rows, self._attend = RowKernels(sizes), EncoderAttention(sizes, len(self._bias) // 2)
             self._allocate(sizes)
-            weights = sum(engine.weight_bytes for engine in self._products.values()) + self._embedding.nbytes
+            weights = weight_bytes(self._products) + self._embedding.nbytes
             self.bytes = weights + scratch.bytes + sum(array.nbytes for array in self._buffers)
             # what is set up on first use is set up now
             self.encode([(np.ones((1, self._passage_length), np.int32),) * 2])
@@ -90,10 +91,10 @@ class GpuEncoder:
         norms = iter(self._norms)
         kernels.embed(on_gpu, self._embedding, next(norms), residual, normed)
         given = normed
-        for product, engine in self._products.items():
+        for product, loaded in self._products.items():
             wide = product.kind in ("qkv", "wi")
             made = rows(self._wide_made if wide else self._made, product_widths(self.sizes, product.kind)[1])
-            engine.bind({"x": given}, {"y": made}).enqueue(self._stream)
+            loaded.enqueue(given, made, self._stream)
             if product.kind == "qkv":
                 given = rows(self._wide_given, product_widths(self.sizes, "o")[0])
                 self._attend(made, tiles, int(lengths.max()), self._bias, given)
@@ -116,3 +117,30 @@ def load_arrays(directory: Path, manifest: Manifest, stack: StackName, names: Se
     files = [array_file(stack, name) for name in names]
     manifest.verify(directory, tuple(files))
     return [cp.asarray(np.load(directory / file, allow_pickle=False)) for file in files]
+
+
+def load_products(
+    directory: Path, manifest: Manifest, stack: StackSizes, products: Sequence[Product], load: LoadEngine, scratch: Scratch
+) -> dict[Product, GpuProduct]:
+    """Products of a stack with their weights on the GPU, in the order given; those of a kind share an engine.
+
+    Raises:
+        ManifestError: if a file is missing or altered.
+        EngineError: if an engine cannot be loaded here.
+    """
+    manifest.verify(directory, tuple(product.weight for product in products))
+    engines: dict[str, GpuEngine] = {}
+    loaded = {}
+    for product in products:
+        if product.engine not in engines:
+            tensors = product_tensors(stack, product, manifest.precision, manifest.sizes.vocab_size)
+            engines[product.engine] = load(product.engine, tensors, scratch)
+        weight = cp.asarray(np.load(directory / product.weight, allow_pickle=False))
+        loaded[product] = GpuProduct(engines[product.engine], weight)
+    return loaded
+
+
+def weight_bytes(products: Mapping[Product, GpuProduct]) -> int:
+    """Bytes of the weights, and of the engines that share them."""
+    engines = {id(loaded.engine): loaded.engine for loaded in products.values()}
+    return sum(loaded.weight.nbytes for loaded in products.values()) + sum(engine.weight_bytes for engine in engines.values())

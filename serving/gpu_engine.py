@@ -23,8 +23,11 @@ class GpuEngine(Protocol):
     capturable: bool  # whether an enqueued call may be captured into a CUDA graph
     weight_bytes: int
 
-    def bind(self, inputs: Mapping[str, cp.ndarray], outputs: Mapping[str, cp.ndarray], *, own: bool = False) -> Call:
-        """Bind contiguous arrays by tensor name. A later `bind` of the same profile takes the place of this one, unless it is its own."""
+    def bind(self, inputs: Mapping[str, cp.ndarray], outputs: Mapping[str, cp.ndarray], *, context: int = 0) -> Call:
+        """Bind contiguous arrays by tensor name. A later `bind` of the same profile and `context` takes the place of this one.
+
+        What is captured into a graph must not meet other shapes later: each batch size has a context of its own.
+        """
         ...
 
 
@@ -45,6 +48,17 @@ class Scratch:
         if self._memory is None:
             self._memory = cp.cuda.alloc(max(self.bytes, 1))
         return int(self._memory.ptr)
+
+
+class Product:
+    """One product: its kind's engine, and its own weights."""
+
+    def __init__(self, engine: GpuEngine, weight: cp.ndarray):
+        self.engine, self.weight = engine, weight
+
+    def enqueue(self, x: cp.ndarray, y: cp.ndarray, stream: cp.cuda.Stream, context: int = 0) -> None:
+        """Multiply: y = x @ weight, on `stream`, without waiting."""
+        self.engine.bind({"x": x, "weight": self.weight}, {"y": y}, context=context).enqueue(stream)
 
 
 LoadEngine = Callable[[str, GraphTensors, Scratch], GpuEngine]

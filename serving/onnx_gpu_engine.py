@@ -50,7 +50,7 @@ class OnnxGpuEngine:
         self._options = ort.RunOptions()
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
-    def bind(self, inputs: Mapping[str, cp.ndarray], outputs: Mapping[str, cp.ndarray], *, own: bool = False) -> OnnxCall:
+    def bind(self, inputs: Mapping[str, cp.ndarray], outputs: Mapping[str, cp.ndarray], *, context: int = 0) -> OnnxCall:
         """Bind contiguous arrays by tensor name."""
         binding = self._session.io_binding()
         for arrays, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):

@@ -1,7 +1,8 @@
-"""How a reader is cut for a GPU: into its matrix products, each an engine, with small kernels between them (cuda/).
+"""How a reader is cut for a GPU: into its matrix products, with small kernels between them (cuda/).
 
-A product sees rows and nothing else: tokens of passages that lie one after the other, without padding, or one row a running answer. So an
-engine costs what its rows cost, and what a step's time goes into, the keys and values, is read once, where it lies, by an attention kernel.
+A product sees rows and nothing else: tokens of passages that lie one after the other, without padding, or one row a running answer. So it
+costs what its rows cost, and what a step's time goes into, the keys and values, is read once, where it lies, by an attention kernel. The
+weights are an input as well: one engine serves the products of a kind in all layers.
 
     encoder layer   norm -> qkv -> attention -> o -> add, norm -> wi -> activate -> wo -> add
     decoder layer   the same; in the cross-attending ones, before wi: cross_q -> attention -> cross_o -> add, norm
@@ -56,9 +57,14 @@ class Product:
     kind: str
 
     @property
-    def name(self) -> str:
-        """Of its engine file, without the suffix."""
-        return f"{self.stack}.{self.layer:02d}.{self.kind}"
+    def engine(self) -> str:
+        """Of the engine file, without the suffix."""
+        return f"{self.stack}.{self.kind}"
+
+    @property
+    def weight(self) -> str:
+        """File of its weights."""
+        return f"{self.stack}.{self.layer:02d}.{self.kind}.npy"
 
 
 def encoder_products(stack: StackSizes) -> tuple[Product, ...]:
@@ -89,12 +95,21 @@ def product_widths(stack: StackSizes, kind: str, vocab_size: int = 0) -> tuple[i
     }[kind]
 
 
-def product_tensors(stack: StackSizes, product: Product, vocab_size: int = 0) -> GraphTensors:
-    """Input and output of a product; all float16 but the logits, which are float32."""
+def product_tensors(stack: StackSizes, product: Product, precision: str, vocab_size: int = 0) -> GraphTensors:
+    """Inputs and output of a product's engine.
+
+    Args:
+        stack: the product's.
+        product: any of its kind.
+        precision: of the weights, "float16" or "bfloat16"; what is multiplied crosses the border as float16 with either. The head is
+            float32 with both, its input excepted.
+        vocab_size: columns of the head.
+    """
     rows = "tokens" if product.stack == "encoder" else "batch"
     given, made = product_widths(stack, product.kind, vocab_size)
-    dtype = "float32" if product.kind == HEAD else "float16"
-    return GraphTensors((TensorSpec("x", "float16", (rows, given)),), (TensorSpec("y", dtype, (rows, made)),))
+    exact = product.kind == HEAD
+    inputs = (TensorSpec("x", "float16", (rows, given)), TensorSpec("weight", "float32" if exact else precision, (given, made)))
+    return GraphTensors(inputs, (TensorSpec("y", "float32" if exact else "float16", (rows, made)),))
 
 
 def packed_cross_kv_tensors(sizes: EngineSizes, dtype: str = "float16") -> GraphTensors:

@@ -41,7 +41,7 @@ class TensorRTCall:
 
 
 class TensorRTEngine:
-    """One engine and a context for each of its profiles, made when first needed."""
+    """One engine and its contexts, made when first needed."""
 
     capturable = True
 
@@ -66,12 +66,12 @@ class TensorRTEngine:
         self.weight_bytes = len(plan)
         self._scratch = scratch
         scratch.reserve(int(getattr(self._engine, "device_memory_size_v2", None) or self._engine.device_memory_size))
-        self._contexts: dict[int, Any] = {}
+        self._contexts: dict[tuple[int, int], Any] = {}
 
-    def _context(self, profile: int) -> Any:
-        if profile not in self._contexts:
-            self._contexts[profile] = self._new_context(profile)
-        return self._contexts[profile]
+    def _context(self, profile: int, number: int) -> Any:
+        if (profile, number) not in self._contexts:
+            self._contexts[profile, number] = self._new_context(profile)
+        return self._contexts[profile, number]
 
     def _new_context(self, profile: int) -> Any:
         if hasattr(self._engine, "create_execution_context_without_device_memory"):
@@ -88,8 +88,8 @@ class TensorRTEngine:
         stream.synchronize()
         return context
 
-    def bind(self, inputs: Mapping[str, cp.ndarray], outputs: Mapping[str, cp.ndarray], *, own: bool = False) -> TensorRTCall:
-        """Bind contiguous arrays by tensor name. A later `bind` of the same profile takes the place of this one, unless it is its own.
+    def bind(self, inputs: Mapping[str, cp.ndarray], outputs: Mapping[str, cp.ndarray], *, context: int = 0) -> TensorRTCall:
+        """Bind contiguous arrays by tensor name. A later `bind` of the same profile and `context` takes the place of this one.
 
         Raises:
             EngineError: if no profile covers the shapes.
@@ -101,11 +101,11 @@ class TensorRTEngine:
             raise EngineError(
                 f"{self._file}: shapes {shapes} are in none of its profiles, which go up to {most}; lower the limits or rebuild"
             )
-        context = self._new_context(profile) if own else self._context(profile)
+        bound = self._context(profile, context)
         for name, array in inputs.items():
-            if not context.set_input_shape(name, array.shape):
+            if not bound.set_input_shape(name, array.shape):
                 raise EngineError(f"{self._file}: {name} may not have shape {list(array.shape)}")
         for name, array in (*inputs.items(), *outputs.items()):
             assert array.flags.c_contiguous, name
-            context.set_tensor_address(name, array.data.ptr)
-        return TensorRTCall(context, self._file)
+            bound.set_tensor_address(name, array.data.ptr)
+        return TensorRTCall(bound, self._file)

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "int32": np.int32, "bytes": np.object_}
+# NumPy has no bfloat16: the bits travel as integers
+NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int32": np.int32, "bytes": np.object_}
 TRITON_DTYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int32": "TYPE_INT32", "bytes": "TYPE_STRING"}
 
 

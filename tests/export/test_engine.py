@@ -36,8 +36,8 @@ def test_there_is_a_task_for_every_graph_with_the_limits_in_its_profile(graphs: 
     tasks = tasks_of(manifest, Limits(slots=5, max_passages=7))
     assert sorted(f"{task.name}.onnx" for task in tasks) == sorted(file for file in manifest.files if file.endswith(".onnx"))
     profiles = {task.name: task.profiles[0] for task in tasks}
-    assert profiles["encoder.01.wo"]["x"][2] == (7 * manifest.prompt.passage_length, 40)
-    assert profiles["decoder.00.qkv"]["x"][2] == (5, 32)
+    assert profiles["encoder.wo"]["x"][2] == (7 * manifest.prompt.passage_length, 40)
+    assert profiles["decoder.qkv"]["x"][2] == (5, 32)
 
 
 def test_a_whole_encoder_is_one_task(tmp_path: Path, tokenizer_json: str) -> None:
@@ -59,8 +59,8 @@ def test_a_failed_build_leaves_nothing(no_cupy: None, graphs: Path, tmp_path: Pa
 
 
 def test_damaged_graphs_are_not_built(graphs: Path, tmp_path: Path) -> None:
-    (graphs / "encoder.00.o.onnx").write_bytes(b"")
-    with pytest.raises(ManifestError, match=r"encoder\.00\.o\.onnx: SHA-256"):
+    (graphs / "encoder.00.o.npy").write_bytes(b"")
+    with pytest.raises(ManifestError, match=r"encoder\.00\.o\.npy: SHA-256"):
         build_engines(graphs, tmp_path / "engines", Limits(), tmp_path / "cache")
 
 

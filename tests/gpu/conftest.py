@@ -46,7 +46,7 @@ def limits_of(engines: Path) -> Limits:
     built = Manifest.load(engines)
     if built.build is None:  # ONNX Runtime takes any
         return Limits(slots=8)
-    (profile,) = built.build.profiles["decoder.00.qkv.plan"]
+    (profile,) = built.build.profiles["decoder.qkv.plan"]
     return Limits(slots=profile["x"][2][0])
 
 

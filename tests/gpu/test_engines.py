@@ -35,7 +35,7 @@ def test_every_engine_equals_its_graph(gpu_reader: GpuReader, record_property) -
     manifest = gpu_reader.manifest
     load = _gpu_loader(gpu_reader.engines, manifest, 0)
     lengths = {"encoder_sequence_length": 300, "tokens": 300, "batch": gpu_reader.limits.slots}
-    for name, tensors in graphs_of(manifest):
+    for name, tensors in graphs_of(manifest).items():
         given = {}
         for spec in tensors.inputs:
             given[spec.name] = rng.standard_normal(spec.shape(lengths)).astype(spec.dtype)

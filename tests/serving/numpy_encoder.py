@@ -5,18 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from serving.manifest import Manifest
 from serving.products import BIAS, EMBEDDING, NORMS, array_file, encoder_products
-from tests.serving.numpy_rows import activate, attend_within_passages, norm
+from tests.serving.numpy_rows import activate, attend_within_passages, load_products, norm
 
 
 class NumpyEncoder:
     def __init__(self, directory: Path, manifest: Manifest):
         assert manifest.encoder is not None
         self.stack = manifest.encoder
-        self.products = [(p, ort.InferenceSession(str(directory / f"{p.name}.onnx"))) for p in encoder_products(self.stack)]
+        self.products = load_products(directory, encoder_products(self.stack))
         names = (array_file("encoder", name) for name in (EMBEDDING, NORMS, BIAS))
         self.embedding, self.norms, self.bias = (np.load(directory / name, allow_pickle=False) for name in names)
 
@@ -27,9 +26,8 @@ class NumpyEncoder:
         residual = self.embedding[input_ids[valid]].astype(np.float32)
         norms = iter(self.norms)
         given = norm(residual, next(norms), self.stack.epsilon)
-        for product, session in self.products:
-            (made,) = session.run(None, {"x": given.astype(np.float16)})
-            made = made.astype(np.float32)
+        for product, multiply in self.products:
+            made = multiply(given)
             if product.kind == "qkv":
                 given = attend_within_passages(made, lengths, self.bias, self.stack)
             elif product.kind == "wi":

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from serving.products import StackSizes
+import numpy as np
+import onnxruntime as ort
+
+from serving.products import Product, StackSizes
 
 
 def norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
@@ -32,3 +37,14 @@ def attend_within_passages(query_key_value: np.ndarray, lengths: list[int], bias
         out[first : first + length] = np.einsum("hqk,khd->qhd", weights, rows[:, 2]).reshape(length, -1)
         first += length
     return out
+
+
+def load_products(directory: Path, products: Sequence[Product]) -> list[tuple[Product, Callable[[np.ndarray], np.ndarray]]]:
+    """Each product with what multiplies by its weights, as its exported graph does; takes any float, gives float32."""
+    sessions = {p.engine: ort.InferenceSession(str(directory / f"{p.engine}.onnx")) for p in products}
+
+    def multiply(session: ort.InferenceSession, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
+        (made,) = session.run(None, {"x": x.astype(np.float16), "weight": weight})
+        return made.astype(np.float32)
+
+    return [(p, functools.partial(multiply, sessions[p.engine], np.load(directory / p.weight, allow_pickle=False))) for p in products]

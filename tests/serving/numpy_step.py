@@ -12,14 +12,14 @@ import onnxruntime as ort
 
 from serving.manifest import Manifest
 from serving.products import BIAS, CROSS_BIAS, EMBEDDING, HEAD, NORMS, array_file, decoder_products
-from tests.serving.numpy_rows import activate, norm
+from tests.serving.numpy_rows import activate, load_products, norm
 
 
 class NumpyStep:
     def __init__(self, directory: Path, manifest: Manifest, slots: int, length: int = 64, self_length: int = 64):
         assert manifest.decoder is not None
         self.sizes, self.stack, self.slots = manifest.sizes, manifest.decoder, slots
-        self.products = [(p, ort.InferenceSession(str(directory / f"{p.name}.onnx"))) for p in decoder_products(manifest.sizes)]
+        self.products = load_products(directory, decoder_products(manifest.sizes))
         self.cross_kv = ort.InferenceSession(str(directory / "cross_kv.onnx"))
         files = {name: directory / array_file("decoder", name) for name in (EMBEDDING, NORMS, BIAS, CROSS_BIAS)}
         arrays = {name: np.load(file, allow_pickle=False) for name, file in files.items() if file.exists()}
@@ -77,9 +77,8 @@ class NumpyStep:
         norms = iter(self.norms)
         residual = self.embedding[tokens].astype(np.float32)
         given = norm(residual, next(norms), self.stack.epsilon)
-        for product, session in self.products:
-            (made,) = session.run(None, {"x": given.astype(np.float16)})
-            made = made.astype(np.float32)
+        for product, multiply in self.products:
+            made = multiply(given)
             if product.kind == "qkv":
                 given, _ = self.attention("self", product.layer, made, positions)
             elif product.kind == "cross_q":

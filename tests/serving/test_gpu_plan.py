@@ -39,12 +39,13 @@ def test_every_projection_of_a_reader_is_one_product() -> None:
     assert len(encoder_products(STACK)) == 12 * 4
     for sizes, count in ((FID_BASE, 12 * 6 + 1), (FIDO_BASE, 12 * 4 + 2 * 2 + 1)):
         products = decoder_products(sizes)
-        assert len(products) == count == len({p.name for p in products}) and products[-1].kind == HEAD
+        assert len(products) == count == len({p.weight for p in products}) and products[-1].kind == HEAD
         assert sorted({p.layer for p in products if p.kind == "cross_q"}) == list(sizes.cross_attention_layers)
     for given, made in zip(encoder_products(STACK), encoder_products(STACK)[1:], strict=False):
         # what one makes is what the next takes, once attention and the gate have been there
         shrunk = {"qkv": 3, "wi": 2}.get(given.kind, 1)
-        wide, narrow = product_tensors(STACK, given).outputs[0], product_tensors(STACK, made).inputs[0]
+        wide = product_tensors(STACK, given, "float16").outputs[0]
+        narrow = product_tensors(STACK, made, "float16").inputs[0]
         assert wide.axes[1] == shrunk * narrow.axes[1]
 
 
@@ -54,14 +55,15 @@ def test_profiles_cover_what_the_limits_allow_and_no_more() -> None:
     assert whole["input_ids"] == whole["attention_mask"] == ((1, 1), (120, 256), (120, 256))
     (_, o, wi, _) = encoder_products(STACK)[4:8]
     for product, columns in ((o, 768), (wi, 768)):
-        (shapes,) = (profile_shapes(product_tensors(STACK, product), r) for r in profile_ranges(product.name, limits, 256))
+        (shapes,) = (profile_shapes(product_tensors(STACK, product, "float16"), r) for r in profile_ranges(product.engine, limits, 256))
         assert shapes["x"] == ((1, columns), (120 * 256, columns), (120 * 256, columns))
+        assert len(set(shapes["weight"])) == 1  # of one shape, whatever the rows
     (cross_kv,) = (profile_shapes(packed_cross_kv_tensors(FID_BASE), r) for r in profile_ranges("cross_kv", limits, 256))
     assert cross_kv["encoder_hidden_states"] == ((1, 768), (10240, 768), (10240, 768))
     head = decoder_products(FID_BASE)[-1]
-    tensors = product_tensors(STACK, head, FID_BASE.vocab_size)
+    tensors = product_tensors(STACK, head, "bfloat16", FID_BASE.vocab_size)
     assert tensors.outputs[0].shape({"batch": 3}) == (3, 32128) and tensors.outputs[0].dtype == "float32"
-    (step,) = (profile_shapes(tensors, r) for r in profile_ranges(head.name, limits, 256))
+    (step,) = (profile_shapes(tensors, r) for r in profile_ranges(head.engine, limits, 256))
     assert all(fits((rows, 768), step["x"]) for rows in (1, 24))
     assert not fits((25, 768), step["x"])
 
