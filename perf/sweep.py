@@ -224,6 +224,15 @@ def run_sweep(plan: Sequence[Series], arguments: argparse.Namespace) -> dict[str
         **{name: getattr(arguments, name) for name in ("slots", "max_passages", "encoder_batch", "encoder_instances", "encode_threads")}
     )
     points, entries, failures = points_of(plan, arguments.rounds), [], []
+    settings = {
+        "workloads": {series.workload: f"{series.spec or 'questions of the data file'}, seed {arguments.seed}" for series in plan},
+        "rounds": arguments.rounds,
+        "perf_analyzer": program.version(),
+        "limits": dataclasses.asdict(limits),
+        "excluded": __doc__.partition("Not counted: ")[2].partition(".")[0].replace("\n", " ") if __doc__ else "",
+        "failures": failures,
+    }
+    result = {"settings": settings, "points": entries}
     streams = any(series.streaming for series in plan)
     with tempfile.TemporaryDirectory() as scratch:
         repository = Path(scratch, "repository")
@@ -240,21 +249,15 @@ def run_sweep(plan: Sequence[Series], arguments: argparse.Namespace) -> dict[str
                     print(f"{number:3} of {len(points)}  {failures[-1]}", file=sys.stderr, flush=True)
                     continue
                 entries.append(entry)
+                # after every point: a run that is cut short keeps what it has
+                (arguments.run / "sweep.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
                 mark = "" if entry["stable"] else "  unstable"
                 print(
                     f"{number:3} of {len(points)}  {point.name}: {entry['questions_per_s']:.2f} questions/s, "
                     f"p50 {entry['latency_ms']['p50']:.1f} ms{mark}",
                     flush=True,
                 )
-    settings = {
-        "workloads": {series.workload: f"{series.spec or 'questions of the data file'}, seed {arguments.seed}" for series in plan},
-        "rounds": arguments.rounds,
-        "perf_analyzer": program.version(),
-        "limits": dataclasses.asdict(limits),
-        "excluded": __doc__.partition("Not counted: ")[2].partition(".")[0].replace("\n", " ") if __doc__ else "",
-        "failures": failures,
-    }
-    return {"settings": settings, "points": entries}
+    return result
 
 
 def main(argv: list[str] | None = None) -> int:

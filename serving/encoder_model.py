@@ -14,6 +14,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from .engines import load_encoder
+from .last_resort import leave
 from .limits import Limits
 from .manifest import Manifest
 from .metrics import EncoderMetrics
@@ -64,3 +65,4 @@ class EncoderModel:
         """Let the engine go while the process is whole, as ReaderModel does."""
         del self._encoder
         gc.collect()
+        leave(on_gpu=self._on_gpu)

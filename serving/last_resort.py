@@ -1,19 +1,30 @@
 """A model's process that does not end by itself is ended, and says where every thread of it was.
 
 Triton 2.51 waits without limit for the process of a model that it unloads. On a GPU the readers' processes were seen not to end, after all
-was answered and finalized; the server then waited its whole exit timeout, and the next start had to wait for it.
+was answered and finalized (their main thread is in native code by then), and the encoders' to crash; the server then waited its whole exit
+timeout, and the next start had to wait for it.
 """
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
+import os
 
 # Both end before Triton's exit timeout of 30 s does.
 TELLING_S = 22.0  # from being told to end until every question has been told so
 LEAVING_S = 5.0  # after that
+LEAVING_A_GPU_S = 1.0  # the same where it is known not to end
 STANDARD_ERROR = 2  # by number: an embedded interpreter's sys.stderr need not be a file
 
 
 def end_within(seconds: float) -> None:
     """The process has so many seconds from now, whatever it was given before; then it says where its threads are and exits with code 1."""
     faulthandler.dump_traceback_later(seconds, exit=True, file=STANDARD_ERROR)
+
+
+def leave(*, on_gpu: bool) -> None:
+    """All was told: the process has little time left, and on a GPU does not go through the end of the interpreter, in which it crashes."""
+    if on_gpu:
+        atexit.register(os._exit, 0)
+    end_within(LEAVING_A_GPU_S if on_gpu else LEAVING_S)

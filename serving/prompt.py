@@ -19,8 +19,8 @@ from .manifest import Manifest, ManifestError
 # Encoder rows are padded to a multiple of this, so that questions meet in one batch of the dynamic batcher more often.
 LENGTH_MULTIPLE = 16
 # Passages that one thread tokenizes at a time: some hundred microseconds a passage, so that a question of many is spread over the cores.
-PASSAGES_A_TASK = 8
-MOST_CUTTERS = 8  # each holds a vocabulary: 5 MB of 3,000 pieces, 36 MB of T5's 32,000
+PASSAGES_A_TASK = 4
+MOST_CUTTERS = 12  # each holds a vocabulary: 5 MB of 3,000 pieces, 36 MB of T5's 32,000
 
 
 class PromptError(ValueError):

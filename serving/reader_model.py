@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer
 
 from .decode_loop import DecodeLoop, GivenUpError, LoopCounts, LoopStoppedError, Question, QueueFullError
 from .engines import bytes_per_element, kv_budget, load_decoder
-from .last_resort import LEAVING_S, TELLING_S, end_within
+from .last_resort import TELLING_S, end_within, leave
 from .limits import Limits
 from .manifest import TOKENIZER_FILE, Manifest, ManifestError
 from .metrics import Metrics
@@ -28,6 +29,10 @@ from .reply import Caller, Reply, StreamReply, UnaryReply, send_error
 from .request import read_request
 from .tensors import READER_TENSORS
 
+CANCEL_POLL_S = 0.01
+# Python's own 5 ms are ten steps of a small reader on a GPU: so long the loop, back from the engine, would wait for one that tokenizes.
+SWITCH_INTERVAL_S = 0.0002
+
 
 class ReaderModel:
     """Triton's contract: initialize once, execute batches of requests, finalize."""
@@ -35,6 +40,7 @@ class ReaderModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load tokenizer and decoder engines of the reader that the parameter `reader` names, and start the decode loop."""
         self._name = args["model_name"]
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         config = json.loads(args["model_config"])
         self._streams = bool(config.get("model_transaction_policy", {}).get("decoupled", False))
         try:
@@ -52,7 +58,7 @@ class ReaderModel:
         _require_same_weights(manifest, Manifest.load(repository / self._encoder_model / version), reader)
         manifest.verify(directory, (TOKENIZER_FILE,))
         self._prompt = PromptEncoder(Tokenizer.from_file(str(directory / TOKENIZER_FILE)), manifest)
-        self._sizes, self._bytes_per_element = manifest.sizes, bytes_per_element(manifest)
+        self._sizes, self._bytes_per_element, self._on_gpu = manifest.sizes, bytes_per_element(manifest), manifest.on_gpu
         engine = load_decoder(directory, manifest, limits, device)
         self._pack = engine.pack
         # hidden states that are made on the GPU and read there stay there
@@ -68,7 +74,14 @@ class ReaderModel:
         self._responding = ThreadPoolExecutor(1, thread_name_prefix="respond")
         self._stopping = threading.Event()
         self._in_hand: set[Reply] = set()
+        threading.Thread(target=self._watch, name="cancellations", daemon=True).start()
         self._metrics = Metrics(self._name, self._loop.counts, lambda: len(self._in_hand), self._kv_bytes)
+
+    def _watch(self) -> None:
+        """See which questions were cancelled, beside the loop: a step must not wait for Triton's word on each of them."""
+        while not self._stopping.wait(CANCEL_POLL_S):
+            for reply in list(self._in_hand):
+                reply.caller.look()
 
     def _kv_bytes(self, counts: LoopCounts) -> int:
         return counts.encoder_tokens * self._sizes.cross_kv_bytes_per_token(self._bytes_per_element)
@@ -110,7 +123,7 @@ class ReaderModel:
         self._loop.stop()
         self._responding.shutdown()
         self._metrics.close()
-        end_within(LEAVING_S)
+        leave(on_gpu=self._on_gpu)
         # engines and their memory go while the process is whole: left to its end, a GPU's library may be gone before what needs it
         del self._pack, self._loop
         gc.collect()
