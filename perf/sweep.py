@@ -223,7 +223,9 @@ def run_sweep(plan: Sequence[Series], arguments: argparse.Namespace) -> dict[str
     limits = Limits(
         **{name: getattr(arguments, name) for name in ("slots", "max_passages", "encoder_batch", "encoder_instances", "encode_threads")}
     )
-    points, entries, failures = points_of(plan, arguments.rounds), [], []
+    points = points_of(plan, arguments.rounds)
+    entries: list[dict[str, Any]] = []
+    failures: list[str] = []
     settings = {
         "workloads": {series.workload: f"{series.spec or 'questions of the data file'}, seed {arguments.seed}" for series in plan},
         "rounds": arguments.rounds,
