@@ -60,11 +60,11 @@ def card_plan(passage_length: int) -> tuple[Series, ...]:
     """For base-size readers on a GPU: the paper's workload first, then longer answers, other numbers of passages, ragged passages."""
     full, ragged = exactly(passage_length), Uniform(passage_length // 3, passage_length)
     return (
-        Series("paper", _made(40, full, 32), (1, 16, 64), (40.0, 80.0), (1, 16), requests=128),
-        Series("answers_128", _made(40, full, 128), (64,), requests=192),
-        Series("answers_512", _made(40, full, 512), (64,), requests=128),
-        Series("passages_10", _made(10, full, 32), (64,), requests=256),
-        Series("padding", _made(40, ragged, 32), (64,), requests=192),
+        Series("paper", _made(40, full, 32), (1, 16, 64), (80.0,), (16,), requests=96),
+        Series("answers_128", _made(40, full, 128), (64,), requests=96),
+        Series("answers_512", _made(40, full, 512), (64,), requests=64),
+        Series("passages_10", _made(10, full, 32), (64,), requests=128),
+        Series("padding", _made(40, ragged, 32), (64,), requests=96),
     )
 
 
