@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--whole-encoder", action="store_true", help=f"on a GPU: the {whole}")
     for command in (onnx, preset):
         command.add_argument("--opset", type=int, help="of the graphs (default: 18; with --gpu 17, the newest that TensorRT 8.6 reads)")
-        command.add_argument("--gpu", action="store_true", help="graphs for the GPU: half precision, the decoder step in parts")
+        command.add_argument("--gpu", action="store_true", help="graphs for the GPU: half precision, encoder and decoder step in products")
         command.add_argument("--precision", choices=("float16", "bfloat16"), default="float16", help="of --gpu (default: %(default)s)")
 
     build.add_argument("engines", type=Path, help="directory to write; graphs for a GPU are kept beside it, as NAME.graphs")

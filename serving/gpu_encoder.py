@@ -11,7 +11,7 @@ import numpy as np
 from .gpu_engine import GpuEngine, LoadEngine, Scratch
 from .gpu_engine import Product as GpuProduct
 from .gpu_kernels import EncoderAttention, RowKernels
-from .gpu_plan import calls_of_tokens, encoder_tokens
+from .gpu_plan import attention_tiles, calls_of_tokens, encoder_tokens
 from .limits import Limits
 from .manifest import EngineError, Manifest
 from .products import BIAS, EMBEDDING, NORMS, Product, StackName, StackSizes, array_file, encoder_products, product_tensors, product_widths
@@ -80,7 +80,7 @@ class GpuEncoder:
     def _encode_call(self, tokens: np.ndarray, destinations: np.ndarray, lengths: np.ndarray, hidden: cp.ndarray) -> None:
         """Encode passages that lie one after the other, each row of the result into its place of `hidden`."""
         count, kernels = len(tokens), self._rows
-        tiles = EncoderAttention.tiles(lengths)
+        tiles = attention_tiles(lengths)
         uploaded = cp.asarray(np.concatenate([tokens, destinations, tiles.ravel()]).astype(np.int32))
         on_gpu, places, tiles = uploaded[:count], uploaded[count : 2 * count], uploaded[2 * count :].reshape(-1, 3)
 

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import cupy as cp
-import numpy as np
 
+from .gpu_plan import TILE
 from .products import StackSizes
 from .tensors import EngineSizes
 
 SOURCES = Path(__file__).with_name("cuda")
 CHUNK = 256  # encoded tokens a block of cross-attention reads: enough blocks for all multiprocessors even for one question
-WARPS = 4  # of an attention block; this and the next two as in the sources
-TILE = 64  # queries of a block of the encoder's attention
+WARPS = 4  # of an attention block; this and the next as in the sources
 STAGE = 64  # keys that it reads at a time, at most
 THREADS = 256  # of the blocks of `activate`
 
@@ -70,28 +69,12 @@ class EncoderAttention:
         module = _compiled("encoder_attention.cu", {"D_KV": stack.d_kv, "HEADS": stack.num_heads, "REACH": reach})
         self._attention = module.get_function("attention")
 
-    @staticmethod
-    def tiles(lengths: np.ndarray) -> np.ndarray:
-        """The blocks of a call: one for every TILE tokens of a passage.
-
-        Args:
-            lengths: int[passages], all positive.
-
-        Returns:
-            int32[tiles, 3]: first token of the passage, its length, first query of the tile within the passage.
-        """
-        counts = -(-lengths // TILE)
-        passage = np.repeat(np.arange(len(lengths)), counts)
-        in_passage = np.arange(len(passage)) - np.repeat(np.cumsum(counts) - counts, counts)
-        firsts = np.cumsum(lengths) - lengths
-        return np.stack([firsts[passage], lengths[passage], in_passage * TILE], axis=1).astype(np.int32)
-
     def __call__(self, query_key_value: cp.ndarray, tiles: cp.ndarray, longest: int, bias: cp.ndarray, out: cp.ndarray) -> None:
         """Attend within each passage.
 
         Args:
             query_key_value: float16[tokens, 3 * num_heads * d_kv].
-            tiles: of `tiles`, on the GPU.
+            tiles: of `attention_tiles`, on the GPU.
             longest: tokens of the longest passage.
             bias: float32[2 * reach + 1, num_heads], by key minus query.
             out: float16[tokens, num_heads * d_kv].

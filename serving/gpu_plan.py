@@ -16,6 +16,7 @@ from .tensors import EngineSizes, GraphTensors
 Range = tuple[int, int, int]
 Shapes = tuple[tuple[int, ...], ...]
 HALF_BYTES = 2
+TILE = 64  # queries of a block of the encoder's attention, as in cuda/encoder_attention.cu
 
 
 def batch_buckets(slots: int) -> tuple[int, ...]:
@@ -55,6 +56,22 @@ def calls_of_tokens(lengths: np.ndarray, most: int) -> Iterator[tuple[slice, np.
         until = int(np.searchsorted(ends, token + most, side="right"))
         yield slice(token, int(ends[until - 1])), lengths[passage:until]
         passage, token = until, int(ends[until - 1])
+
+
+def attention_tiles(lengths: np.ndarray) -> np.ndarray:
+    """The blocks of attention within passages that lie one after the other: one for every TILE tokens of a passage.
+
+    Args:
+        lengths: int[passages], all positive.
+
+    Returns:
+        int32[tiles, 3]: first token of the passage, its length, first query of the tile within the passage.
+    """
+    counts = -(-lengths // TILE)
+    passage = np.repeat(np.arange(len(lengths)), counts)
+    in_passage = np.arange(len(passage)) - np.repeat(np.cumsum(counts) - counts, counts)
+    firsts = np.cumsum(lengths) - lengths
+    return np.stack([firsts[passage], lengths[passage], in_passage * TILE], axis=1).astype(np.int32)
 
 
 def profile_ranges(name: str, limits: Limits, passage_length: int) -> list[dict[str, Range]]:

@@ -6,11 +6,12 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from export.checkpoint import Checkpoint
-from export.engine import build_engines, describe_gpu, fitting_engine, tasks_of
+from export.engine import build_engines, describe_gpu, fitting_engine, graphs_of, tasks_of
 from export.gpu_graphs import export_gpu_reader
 from serving.engines import load_decoder, load_encoder
 from serving.limits import Limits
@@ -44,6 +45,39 @@ def test_a_whole_encoder_is_one_task(tmp_path: Path, tokenizer_json: str) -> Non
     checkpoint = Checkpoint(random_reader(WIDE), tokenizer_json, "test", "own")
     manifest = export_gpu_reader(checkpoint, tmp_path / "graphs", whole_encoder=True)
     assert tasks_of(manifest, Limits(encoder_batch=60))[0].profiles[0]["input_ids"][2] == (60, manifest.prompt.passage_length)
+
+
+class CountingCompiler:
+    """In place of TensorRT: an engine is the name of its graph."""
+
+    compiled: ClassVar[list[str]] = []
+
+    def __init__(self, precision: str, timing_cache: Path | None = None):
+        pass
+
+    def compile(self, path: Path, profiles: object) -> bytes:
+        self.compiled.append(path.stem)
+        return path.stem.encode()
+
+    def save_timings(self) -> None:
+        pass
+
+
+def test_only_what_has_changed_is_built_again(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.engine.Compiler", CountingCompiler)
+    monkeypatch.setattr("export.engine.describe_gpu", lambda: ("GPU", "9.0", "8.6.0"))
+    names = list(graphs_of(Manifest.load(graphs)))
+    rounds = {}
+    for what, limits in (("all", Limits()), ("nothing", Limits()), ("the decoder's", Limits(slots=3))):
+        CountingCompiler.compiled = []
+        built = build_engines(graphs, tmp_path / "engines", limits, tmp_path / "cache" / "timings", say=lambda _: None)
+        built.verify(tmp_path / "engines", tuple(built.files))
+        assert built.build is not None and built.build.gpu == "GPU" and len(built.build.seconds) == len(names)
+        rounds[what] = list(CountingCompiler.compiled)
+    assert rounds["nothing"] == [] and {"cross_kv", "encoder.wo", "decoder.wo", "decoder.head"} <= set(rounds["all"]) <= set(names)
+    assert "decoder.cross_o" not in rounds["all"]  # the same product as decoder.o
+    assert rounds["the decoder's"] == [name for name in rounds["all"] if name.startswith("decoder.")]
+    assert (tmp_path / "engines" / "encoder.wo.plan").read_bytes() == b"encoder.wo"
 
 
 def test_without_a_gpu_the_cpu_is_what_fits(no_cupy: None) -> None:

@@ -8,6 +8,7 @@ import pytest
 cp = pytest.importorskip("cupy")
 
 from serving.gpu_kernels import EncoderAttention, RowKernels  # noqa: E402
+from serving.gpu_plan import attention_tiles  # noqa: E402
 from serving.products import StackSizes  # noqa: E402
 from tests.serving.numpy_rows import activate, attend_within_passages, norm  # noqa: E402
 
@@ -40,7 +41,7 @@ def test_attention_stays_within_each_passage(stack: StackSizes) -> None:
     reach = REACHES[SIZES.index(stack)]
     bias = rng.standard_normal((2 * reach + 1, stack.num_heads)).astype(np.float32)
     out = cp.full((rows, width), cp.nan, cp.float16)
-    tiles = cp.asarray(EncoderAttention.tiles(np.array(LENGTHS)))
+    tiles = cp.asarray(attention_tiles(np.array(LENGTHS)))
     EncoderAttention(stack, reach)(cp.asarray(made), tiles, max(LENGTHS), cp.asarray(bias), out)
     wanted = attend_within_passages(made[:rows].astype(np.float64), LENGTHS, bias, stack)
     assert np.abs(out.get() - wanted).max() < 4e-3 * np.abs(wanted).max()
@@ -52,7 +53,7 @@ def test_large_scores_do_not_overflow() -> None:
     made = halves(rng, 300, 3 * 768, scale=20.0)
     bias = rng.standard_normal((257, 12)).astype(np.float32) * 30
     out = cp.full((300, 768), cp.nan, cp.float16)
-    tiles = cp.asarray(EncoderAttention.tiles(np.array([100, 200])))
+    tiles = cp.asarray(attention_tiles(np.array([100, 200])))
     EncoderAttention(stack, 128)(cp.asarray(made), tiles, 200, cp.asarray(bias), out)
     wanted = attend_within_passages(made.astype(np.float64), [100, 200], bias, stack)
     assert np.abs(out.get() - wanted).max() < 4e-3 * np.abs(wanted).max()

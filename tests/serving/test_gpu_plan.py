@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from serving.gpu_plan import (
+    TILE,
+    attention_tiles,
     batch_buckets,
     bucket_of,
     cache_capacities,
@@ -80,6 +82,17 @@ def test_calls_hold_every_passage_once_and_not_too_many_tokens(seed: int) -> Non
         assert tokens.stop - tokens.start == part.sum() <= most
         assert following is None or part.sum() + following[1][0] > most  # filled up
     assert not list(calls_of_tokens(lengths[:0], most))
+
+
+def test_tiles_cover_every_query_of_every_passage_once() -> None:
+    lengths = np.array([256, 1, 64, 65, 130])
+    covered = [[] for _ in lengths]  # type: list[list[int]]
+    firsts = (np.cumsum(lengths) - lengths).tolist()
+    for first, length, start in attention_tiles(lengths).tolist():
+        passage = firsts.index(first)
+        assert length == lengths[passage]
+        covered[passage] += range(start, min(start + TILE, length))
+    assert [sorted(queries) for queries in covered] == [list(range(length)) for length in lengths]
 
 
 def test_the_tightest_profile_is_chosen() -> None:
