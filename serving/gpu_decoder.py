@@ -13,10 +13,10 @@ import cupy as cp
 import cupyx
 import numpy as np
 
-from .gpu_encoder import load_arrays, load_products, weight_bytes
 from .gpu_engine import LoadEngine, Scratch
 from .gpu_kernels import RowKernels, StepKernels, splits_of
 from .gpu_plan import GpuMemory, batch_buckets, bucket_of, decoder_memory
+from .gpu_products import load_arrays, load_products, weight_bytes
 from .manifest import EngineError, Manifest
 from .products import BIAS, CROSS_BIAS, EMBEDDING, HEAD, NORMS, array_file, decoder_products, packed_cross_kv_tensors
 

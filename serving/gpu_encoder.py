@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import cupy as cp
 import numpy as np
 
-from .gpu_engine import GpuEngine, LoadEngine, Scratch
-from .gpu_engine import Product as GpuProduct
+from .gpu_engine import LoadEngine, Scratch
 from .gpu_kernels import EncoderAttention, RowKernels
 from .gpu_plan import attention_tiles, calls_of_tokens, encoder_tokens
+from .gpu_products import load_arrays, load_products, weight_bytes
 from .limits import Limits
 from .manifest import EngineError, Manifest
-from .products import BIAS, EMBEDDING, NORMS, Product, StackName, StackSizes, array_file, encoder_products, product_tensors, product_widths
+from .products import BIAS, EMBEDDING, NORMS, StackSizes, encoder_products, product_widths
 
 
 class GpuEncoder:
@@ -106,41 +106,3 @@ class GpuEncoder:
             else:
                 given = normed
                 kernels.add_and_norm(made, next(norms), residual, given)
-
-
-def load_arrays(directory: Path, manifest: Manifest, stack: StackName, names: Sequence[str]) -> list[cp.ndarray]:
-    """Verified arrays of a stack, on the GPU.
-
-    Raises:
-        ManifestError: if one is missing or altered.
-    """
-    files = [array_file(stack, name) for name in names]
-    manifest.verify(directory, tuple(files))
-    return [cp.asarray(np.load(directory / file, allow_pickle=False)) for file in files]
-
-
-def load_products(
-    directory: Path, manifest: Manifest, stack: StackSizes, products: Sequence[Product], load: LoadEngine, scratch: Scratch
-) -> dict[Product, GpuProduct]:
-    """Products of a stack with their weights on the GPU, in the order given; those of a kind share an engine.
-
-    Raises:
-        ManifestError: if a file is missing or altered.
-        EngineError: if an engine cannot be loaded here.
-    """
-    manifest.verify(directory, tuple(product.weight for product in products))
-    engines: dict[str, GpuEngine] = {}
-    loaded = {}
-    for product in products:
-        if product.engine not in engines:
-            tensors = product_tensors(stack, product, manifest.precision, manifest.sizes.vocab_size)
-            engines[product.engine] = load(product.engine, tensors, scratch)
-        weight = cp.asarray(np.load(directory / product.weight, allow_pickle=False))
-        loaded[product] = GpuProduct(engines[product.engine], weight)
-    return loaded
-
-
-def weight_bytes(products: Mapping[Product, GpuProduct]) -> int:
-    """Bytes of the weights, and of the engines that share them."""
-    engines = {id(loaded.engine): loaded.engine for loaded in products.values()}
-    return sum(loaded.weight.nbytes for loaded in products.values()) + sum(engine.weight_bytes for engine in engines.values())

@@ -50,15 +50,4 @@ class Scratch:
         return int(self._memory.ptr)
 
 
-class Product:
-    """One product: its kind's engine, and its own weights."""
-
-    def __init__(self, engine: GpuEngine, weight: cp.ndarray):
-        self.engine, self.weight = engine, weight
-
-    def enqueue(self, x: cp.ndarray, y: cp.ndarray, stream: cp.cuda.Stream, context: int = 0) -> None:
-        """Multiply: y = x @ weight, on `stream`, without waiting."""
-        self.engine.bind({"x": x, "weight": self.weight}, {"y": y}, context=context).enqueue(stream)
-
-
 LoadEngine = Callable[[str, GraphTensors, Scratch], GpuEngine]

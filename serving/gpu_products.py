@@ -1,0 +1,62 @@
+"""The products of a stack and the arrays of its kernels, loaded to the GPU from verified files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import cupy as cp
+import numpy as np
+
+from .gpu_engine import GpuEngine, LoadEngine, Scratch
+from .manifest import Manifest
+from .products import Product, StackName, StackSizes, array_file, product_tensors
+
+
+class LoadedProduct:
+    """One product: its kind's engine, and its own weights."""
+
+    def __init__(self, engine: GpuEngine, weight: cp.ndarray):
+        self.engine, self.weight = engine, weight
+
+    def enqueue(self, x: cp.ndarray, y: cp.ndarray, stream: cp.cuda.Stream, context: int = 0) -> None:
+        """Multiply: y = x @ weight, on `stream`, without waiting."""
+        self.engine.bind({"x": x, "weight": self.weight}, {"y": y}, context=context).enqueue(stream)
+
+
+def load_arrays(directory: Path, manifest: Manifest, stack: StackName, names: Sequence[str]) -> list[cp.ndarray]:
+    """Verified arrays of a stack, on the GPU.
+
+    Raises:
+        ManifestError: if one is missing or altered.
+    """
+    files = [array_file(stack, name) for name in names]
+    manifest.verify(directory, tuple(files))
+    return [cp.asarray(np.load(directory / file, allow_pickle=False)) for file in files]
+
+
+def load_products(
+    directory: Path, manifest: Manifest, stack: StackSizes, products: Sequence[Product], load: LoadEngine, scratch: Scratch
+) -> dict[Product, LoadedProduct]:
+    """Products of a stack with their weights on the GPU, in the order given; those of a kind share an engine.
+
+    Raises:
+        ManifestError: if a file is missing or altered.
+        EngineError: if an engine cannot be loaded here.
+    """
+    manifest.verify(directory, tuple(product.weight for product in products))
+    engines: dict[str, GpuEngine] = {}
+    loaded = {}
+    for product in products:
+        if product.engine not in engines:
+            tensors = product_tensors(stack, product, manifest.precision, manifest.sizes.vocab_size)
+            engines[product.engine] = load(product.engine, tensors, scratch)
+        weight = cp.asarray(np.load(directory / product.weight, allow_pickle=False))
+        loaded[product] = LoadedProduct(engines[product.engine], weight)
+    return loaded
+
+
+def weight_bytes(products: Mapping[Product, LoadedProduct]) -> int:
+    """Bytes of the weights, and of the engines that share them."""
+    engines = {id(loaded.engine): loaded.engine for loaded in products.values()}
+    return sum(loaded.weight.nbytes for loaded in products.values()) + sum(engine.weight_bytes for engine in engines.values())

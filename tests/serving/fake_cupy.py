@@ -1,0 +1,156 @@
+"""As much of CuPy as the GPU runtime uses, on NumPy and without waiting for anything; and the kernels, in NumPy, under their own names.
+
+For tests of what the runtime does with them on machines without a GPU. The real ones are tested in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from serving.products import StackSizes
+from serving.tensors import EngineSizes
+from tests.serving.numpy_rows import activate, attend_within_passages, norm
+
+
+class Array(np.ndarray):
+    """An array with an address, as CuPy's have."""
+
+    @property
+    def data(self) -> Any:
+        return types.SimpleNamespace(ptr=self.ctypes.data)
+
+
+def array(values: Any) -> Array:
+    return np.ascontiguousarray(values).view(Array)
+
+
+class Context:
+    """A stream or a device: enqueued work is done at once."""
+
+    ptr = 0
+    id = 0
+
+    def __init__(self, *_: object, **__: object):
+        pass
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def memcpy(target: int, source: int, size: int, *_: object) -> None:
+    ctypes.memmove(target, source, size)
+
+
+def modules() -> dict[str, types.ModuleType]:
+    """What to put into sys.modules."""
+    cupy, cupyx = types.ModuleType("cupy"), types.ModuleType("cupyx")
+    runtime = types.SimpleNamespace(memcpyAsync=memcpy, memGetInfo=lambda: (1 << 40, 1 << 40))
+    contents = {name: getattr(np, name) for name in ("float16", "float32", "int32", "uint64")} | {
+        "ndarray": Array,
+        "asarray": array,
+        "asnumpy": np.asarray,
+        "empty": lambda shape, dtype: array(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else -7, dtype)),
+        "zeros": lambda shape, dtype: array(np.zeros(shape, dtype)),
+        "cuda": types.SimpleNamespace(Stream=Context, Device=Context, runtime=runtime),
+    }
+    for name, value in contents.items():
+        setattr(cupy, name, value)
+    cupyx.zeros_pinned = lambda shape, dtype: np.zeros(shape, dtype)  # type: ignore[attr-defined]
+    kernels = types.ModuleType("serving.gpu_kernels")
+    for made in (RowKernels, EncoderAttention, StepKernels):
+        setattr(kernels, made.__name__, made)
+    kernels.splits_of = lambda capacity: 1  # type: ignore[attr-defined]
+    return {"cupy": cupy, "cupyx": cupyx, "serving.gpu_kernels": kernels}
+
+
+class RowKernels:
+    def __init__(self, stack: StackSizes):
+        self.stack = stack
+
+    def embed(self, tokens: Array, embedding: Array, weight: Array, residual: Array, normed: Array) -> None:
+        residual[:] = embedding[tokens]
+        normed[:] = norm(residual, weight, self.stack.epsilon)
+
+    def add_and_norm(self, made: Array, weight: Array, residual: Array, normed: Array, destinations: Array | None = None) -> None:
+        total = residual + made
+        if destinations is None:
+            residual[:] = total
+            destinations = array(np.arange(len(made)))
+        normed[destinations] = norm(total, weight, self.stack.epsilon)
+
+    def activate(self, inner: Array, out: Array) -> None:
+        out[:] = activate(inner.astype(np.float32), self.stack)
+
+
+class EncoderAttention:
+    def __init__(self, stack: StackSizes, reach: int):
+        self.stack, self.reach = stack, reach
+
+    def __call__(self, query_key_value: Array, tiles: Array, longest: int, bias: Array, out: Array) -> None:
+        assert len(bias) == 2 * self.reach + 1
+        lengths = [int(length) for _, length, start in tiles if start == 0]
+        assert max(lengths) == longest
+        out[:] = attend_within_passages(query_key_value.astype(np.float32), lengths, bias, self.stack)
+
+
+class StepKernels:
+    def __init__(self, sizes: EngineSizes, eos_token_id: int):
+        self.sizes, self.eos = sizes, eos_token_id
+
+    def _rows(self, positions: Array, slots: Array) -> Iterator[tuple[int, int, int]]:
+        return ((row, int(position), int(slots[row])) for row, position in enumerate(positions) if position >= 0)
+
+    def _attend(self, query: np.ndarray, tokens: np.ndarray, bias: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        sizes = self.sizes
+        keys, values = tokens.astype(np.float32).reshape(-1, 2, sizes.num_kv_heads, sizes.d_kv).transpose(1, 2, 0, 3)
+        group = sizes.num_heads // sizes.num_kv_heads
+        scores = np.einsum("hd,htd->ht", query.astype(np.float32).reshape(-1, sizes.d_kv), keys.repeat(group, 0))
+        scores += 0 if bias is None else bias.T
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        weights /= weights.sum(1, keepdims=True)
+        return np.einsum("ht,htd->hd", weights, values.repeat(group, 0)).ravel(), weights.sum(0)
+
+    def self_attention(self, made: Array, cache: Array, slots: Array, positions: Array, bias: Array, out: Array) -> None:
+        queries = self.sizes.num_heads * self.sizes.d_kv
+        out[:] = 0
+        for row, position, slot in self._rows(positions, slots):
+            cache[slot, position] = made[row, queries:]
+            behind = (position - np.arange(position + 1)).clip(0, len(bias) - 1)
+            out[row], _ = self._attend(made[row, :queries], cache[slot, : position + 1], bias[behind])
+
+    def _across(self, row: int, position: int, slot: int, at: tuple) -> tuple[np.ndarray, np.ndarray]:
+        query, cache, _, lengths, _, bias, places = at
+        length = int(lengths[row])
+        near = None if bias is None else bias[(position - places[slot, :length]).clip(0, len(bias) - 1)]
+        return self._attend(query[row], cache[slot, :length], near)
+
+    def cross_attention(self, *arguments: Any) -> None:
+        at, out = arguments[:7], arguments[9]
+        out[:] = 0
+        for row, position, slot in self._rows(at[4], at[2]):
+            out[row], _ = self._across(row, position, slot, at)
+
+    def evidence(self, *arguments: Any) -> None:
+        at, layer, weights = arguments[:7], arguments[8], arguments[9]
+        for row, position, slot in self._rows(at[4], at[2]):
+            if position == 0:
+                _, total = self._across(row, position, slot, at)
+                share = total / len(self.sizes.cross_attention_layers)
+                weights[row, : len(total)] = share if layer == 0 else weights[row, : len(total)] + share
+
+    def pick_token(self, logits: Array, eos_penalty: Array, token: Array, log_prob: Array) -> None:
+        wide = np.asarray(logits, np.float64).copy()
+        wide[:, self.eos] += eos_penalty
+        token[: len(wide)] = wide.argmax(1)
+        log_prob[: len(wide)] = -np.log(np.exp(wide - wide.max(1, keepdims=True)).sum(1))

@@ -1,0 +1,136 @@
+"""What the GPU's encoder and decoder do with their products and kernels, on stand-ins for both: tests/gpu has the real ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from export.checkpoint import Checkpoint
+from export.gpu_graphs import export_gpu_reader
+from serving.limits import Limits
+from serving.manifest import EngineError, Manifest, ManifestError
+from tests.conftest import FID, FIDO, RELEASED_FID, random_passages, random_reader, wide
+from tests.serving import fake_cupy
+from tests.serving.numpy_encoder import NumpyEncoder
+from tests.serving.numpy_step import NumpyStep
+
+READERS = {"fid": FID, "fido": FIDO, "released_fid": RELEASED_FID}
+LIMITS = Limits(slots=3, max_passages=4)
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> dict[str, Path]:
+    folders = {}
+    for name, config in READERS.items():
+        folders[name] = tmp_path_factory.mktemp("gpu") / name
+        export_gpu_reader(Checkpoint(random_reader(wide(config)), tokenizer_json, name, "own"), folders[name])
+    return folders
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Imports a module of the runtime on the stand-ins."""
+    before = set(sys.modules)
+    for name, module in fake_cupy.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    yield lambda name: importlib.import_module(f"serving.{name}")
+    for name in set(sys.modules) - before:
+        if name.startswith("serving.gpu_"):
+            del sys.modules[name]
+            vars(sys.modules["serving"]).pop(name.removeprefix("serving."), None)
+
+
+class Call:
+    def __init__(self, session: ort.InferenceSession, given: dict[str, np.ndarray], outputs: dict[str, np.ndarray]):
+        self._session, self._given, self._outputs = session, given, outputs
+
+    def enqueue(self, stream: object) -> None:
+        for made, out in zip(self._session.run(list(self._outputs), self._given), self._outputs.values(), strict=True):
+            out[:] = made
+
+
+class Engine:
+    """A graph on ONNX Runtime's CPU provider."""
+
+    capturable = False
+    weight_bytes = 0
+
+    def __init__(self, directory: Path, name: str):
+        self._session = ort.InferenceSession(str(directory / f"{name}.onnx"))
+
+    def bind(self, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray], *, context: int = 0) -> Call:
+        return Call(self._session, {name: np.asarray(value) for name, value in inputs.items()}, outputs)
+
+
+def loader(directory: Path) -> Any:
+    return lambda name, tensors, scratch: Engine(directory, name)
+
+
+@pytest.mark.parametrize("name", list(READERS))
+def test_encoder_packs_passages_of_all_questions_and_puts_each_back(name: str, graphs: dict[str, Path], runtime: Any) -> None:
+    directory, manifest = graphs[name], Manifest.load(graphs[name])
+    encoder = runtime("gpu_encoder").GpuEncoder(directory, manifest, loader(directory), LIMITS)
+    batch = [
+        tuple(a[0].numpy().astype(np.int32) for a in random_passages(n, width, seed=n)) for n, width in ((3, 24), (1, 9), (4, 24), (2, 16))
+    ]
+    batch[2][1][1] = 0  # a passage without a token
+    assert sum(int(mask.sum()) for _, mask in batch) > encoder.most_tokens - manifest.prompt.passage_length, "wanted more than one call"
+    reference = NumpyEncoder(directory, manifest)
+    for (ids, mask), found in zip(batch, encoder.encode(batch), strict=True):
+        wanted = reference.encode(ids, mask)
+        assert found.shape == wanted.shape and not found[mask == 0].any()
+        np.testing.assert_allclose(found, wanted, atol=2e-2)
+
+
+def test_foreign_ids_and_passages_that_are_too_long_reach_no_foreign_memory(graphs: dict[str, Path], runtime: Any) -> None:
+    directory, manifest = graphs["fid"], Manifest.load(graphs["fid"])
+    encoder = runtime("gpu_encoder").GpuEncoder(directory, manifest, loader(directory), LIMITS)
+    ids = np.full((2, 40), 96, np.int32)
+    ids[0, 0], ids[1, 1] = -5, 10**6
+    (found,) = encoder.encode([(ids, np.ones_like(ids))])
+    length = manifest.prompt.passage_length
+    assert found.shape[:2] == (2, 40) and np.isfinite(found).all() and found[:, :length].any() and not found[:, length:].any()
+
+
+@pytest.mark.parametrize("name", list(READERS))
+def test_decoder_steps_as_the_products_say(name: str, graphs: dict[str, Path], runtime: Any) -> None:
+    directory, manifest = graphs[name], Manifest.load(graphs[name])
+    decoder = runtime("gpu_decoder").GpuDecoder(directory, manifest, loader(directory), LIMITS.slots, (64, 16))
+    reference = NumpyStep(directory, manifest, LIMITS.slots)
+    rng = np.random.default_rng(1)
+    for slot, length in enumerate((30, 7, 21)):
+        hidden = rng.standard_normal((length, manifest.sizes.d_model_encoder)).astype(np.float16)
+        places = np.sort(rng.choice(90, length, replace=False)).astype(np.int32)
+        decoder.admit(slot, slot, decoder.pack(hidden[None], np.ones((1, length), np.int32)), places)
+        reference.admit(slot, slot, hidden, places)
+    tokens, penalty = np.zeros(3, np.int32), np.array([-1e9, 0, 0], np.float32)
+    for position in range(5):
+        if position == 2:  # the last answer takes the first's place
+            for engine in (decoder, reference):
+                engine.move(2, 0)
+            tokens, penalty = np.array([tokens[2], tokens[1]]), penalty[[2, 1]]
+        at = np.full(len(tokens), position, np.int32)
+        wanted, found = reference.step(tokens, at, penalty), decoder.step(tokens, at, penalty)
+        np.testing.assert_allclose(found[1], wanted[1], atol=2e-2)
+        np.testing.assert_allclose(found[2], wanted[2] if position == 0 else 0, atol=1e-2)
+        tokens = wanted[0]
+
+
+def test_what_cannot_run_is_refused_by_name(graphs: dict[str, Path], runtime: Any, tmp_path: Path, tokenizer_json: str) -> None:
+    directory, manifest = graphs["fido"], Manifest.load(graphs["fido"])
+    whole = dataclasses.replace(manifest, encoder=None)
+    with pytest.raises(EngineError, match="the encoder is one graph, for Triton's own backend"):
+        runtime("gpu_encoder").GpuEncoder(directory, whole, loader(directory), LIMITS)
+    with pytest.raises(EngineError, match="the decoder is one graph"):
+        runtime("gpu_decoder").GpuDecoder(directory, dataclasses.replace(manifest, decoder=None), loader(directory), 1, (64, 16))
+    files = {file: hash_ for file, hash_ in manifest.files.items() if file != "decoder.00.qkv.npy"}
+    with pytest.raises(ManifestError, match=r"decoder\.00\.qkv\.npy: not in manifest\.json"):
+        runtime("gpu_decoder").GpuDecoder(directory, dataclasses.replace(manifest, files=files), loader(directory), 1, (64, 16))
