@@ -30,8 +30,8 @@ from .tally import Tally, last_line, notes, table
 PASS_MINUTES = 10.0
 # Of a soak's time. glibc keeps what the largest burst so far has taken, and the largest is not in the first round.
 WARM_UP_SHARE = 1 / 2
-# Allocators and Triton's shared memory pool keep their high-water mark, that of the largest crowd so far; crowds of equal size go on setting
-# new marks by chance. So the warm-up's are larger than those that are measured.
+# Allocators and Triton's shared memory pool keep their high-water mark, that of the largest crowd so far; crowds of equal size go on
+# setting new marks by chance. So the warm-up's are larger than those that are measured.
 WARM_UP_SCALE = 1.5
 CASES = 6  # of each reader
 LONG_TOKENS = 96  # of the long ones
