@@ -29,6 +29,7 @@ SHM_PREFIX = "fido-"
 SCRATCH_PREFIX = "fido-triton-"
 PR_SET_PDEATHSIG = 1
 START_ATTEMPTS = 3
+TOLD_LINES = 20  # of the log, where a start fails
 CUDA_POOL_BYTES = 1 << 30  # a question of 40 x 256 tokens has 16 MB of hidden states at base size, and many are under way at once
 
 
@@ -68,6 +69,15 @@ def free_ports(count: int) -> list[int]:
     finally:
         for s in sockets:
             s.close()
+
+
+def faults_in(lines: list[str]) -> list[str]:
+    """The first faults of a log, each once: the cause comes first, and Triton at its end can repeat one of its own for pages."""
+    found: dict[str, str] = {}
+    for line in lines:
+        if line.startswith("E") or "UNAVAILABLE" in line or "error" in line.lower():
+            found.setdefault(line.partition("] ")[2] or line, line)
+    return list(found.values())[:TOLD_LINES]
 
 
 class TritonServer:
@@ -201,8 +211,7 @@ class TritonServer:
 
     def _log_faults(self) -> str:
         lines = self.log.read_bytes()[self._log_start :].decode("utf-8", errors="replace").splitlines()
-        faults = [line for line in lines if line.startswith("E") or "UNAVAILABLE" in line or "error" in line.lower()]
-        return "\n".join((faults or lines)[-20:])
+        return "\n".join(faults_in(lines) or lines[-TOLD_LINES:])
 
     def model_processes(self) -> dict[str, int]:
         """Process id of each model's Python process, and of the server itself under "tritonserver"."""

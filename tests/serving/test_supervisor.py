@@ -16,7 +16,7 @@ from clients.reader_client import ReaderClient, ReaderError
 from export.repository import repository_from_engines
 from serving import supervisor
 from serving.limits import Limits
-from serving.server import SHM, SHM_PREFIX, START_ATTEMPTS, TritonServer, _children, free_ports, remove_leftovers
+from serving.server import SHM, SHM_PREFIX, START_ATTEMPTS, TOLD_LINES, TritonServer, _children, faults_in, free_ports, remove_leftovers
 from serving.tritonserver import ServerError
 
 ROOT = Path(__file__).parents[2]
@@ -162,3 +162,11 @@ def test_a_start_that_triton_aborts_is_tried_again_and_one_that_it_refuses_is_no
     with pytest.raises(ServerError, match="before it was ready"), TritonServer(["fido"], ROOT / "model_repository"):
         pass
     assert counted.read_text().count("started") == starts
+
+
+def test_what_a_failed_start_tells_is_the_cause_and_not_what_follows_it_for_pages():
+    cause = 'E1124 13:38:36.1 8619 model_lifecycle.cc:642] "failed to load fid: decoder_step.onnx: SHA-256 wanted 12..., got 34..."'
+    after = [f"E1124 13:38:39.{i} 8619 ev_epoll1_linux.cc:373] (event_engine) Epoll1Poller encountered epoll_wait error" for i in range(50)]
+    others = [f"E1124 13:38:40.1 8619 x.cc:1] another {i}" for i in range(50)]
+    found = faults_in(["I1124 13:38:35.1 8619 server.cc:1] started", cause, *after, *others])
+    assert found[:3] == [cause, after[0], others[0]] and len(found) == TOLD_LINES
