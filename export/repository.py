@@ -16,6 +16,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from serving.gpu_plan import encoder_batch
 from serving.limits import Limits
 from serving.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, ManifestError
+from serving.products import ARRAYS, array_file
 from serving.tensors import READER_TENSORS, EngineSizes, GraphTensors, encoder_tensors
 
 READERS = ("fid", "fido")
@@ -28,11 +29,10 @@ MODEL_FILES = {
     "reader": '"""Triton entry point of the reader: the chain behind one request."""\n\n'
     "from serving.reader_model import ReaderModel as TritonPythonModel  # noqa: F401\n",
 }
-ARRAYS = {stack: tuple(f"{stack}_{name}" for name in ("embedding", "norms", "bias", "cross_bias")) for stack in ("encoder", "decoder")}
 # Which engine files each model's version folder holds, besides the manifest. The stream model reads those of the unary one.
 ENGINE_FILES = {
-    "encoder": ("encoder", *ARRAYS["encoder"]),
-    "reader": ("cross_kv", "decoder_step", "decoder", *ARRAYS["decoder"]),
+    "encoder": ("encoder", *(Path(array_file("encoder", name)).stem for name in ARRAYS)),
+    "reader": ("cross_kv", "decoder_step", "decoder", *(Path(array_file("decoder", name)).stem for name in ARRAYS)),
     "stream": (),
 }
 

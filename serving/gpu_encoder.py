@@ -14,7 +14,7 @@ from .gpu_plan import attention_tiles, calls_of_tokens, encoder_tokens
 from .gpu_products import load_arrays, load_products, weight_bytes
 from .limits import Limits
 from .manifest import EngineError, Manifest
-from .products import BIAS, EMBEDDING, NORMS, StackSizes, encoder_products, product_widths
+from .products import BIAS, EMBEDDING, ENCODER_KINDS, NORMS, StackSizes, encoder_products, product_widths
 
 
 class GpuEncoder:
@@ -45,7 +45,7 @@ class GpuEncoder:
     def _allocate(self, sizes: StackSizes) -> None:
         """What a call works in. A buffer holds what no two steps need at once."""
         most = self.most_tokens
-        widths = {kind: product_widths(sizes, kind) for kind in ("qkv", "o", "wi", "wo")}
+        widths = {kind: product_widths(sizes, kind) for kind in ENCODER_KINDS}
         self._residual = cp.empty((most, sizes.d_model), cp.float32)
         self._normed, self._made = (cp.empty(most * sizes.d_model, cp.float16) for _ in range(2))
         self._wide_made = cp.empty(most * max(widths["qkv"][1], widths["wi"][1]), cp.float16)

@@ -20,7 +20,8 @@ from .tensors import EngineSizes, GraphTensors, TensorSpec
 
 StackName = Literal["encoder", "decoder"]
 # Arrays that the kernels read; the files lie beside the engines.
-EMBEDDING, NORMS, BIAS, CROSS_BIAS = "embedding", "norms", "bias", "cross_bias"
+ARRAYS = EMBEDDING, NORMS, BIAS, CROSS_BIAS = ("embedding", "norms", "bias", "cross_bias")
+ENCODER_KINDS = ("qkv", "o", "wi", "wo")  # products of a layer, in order
 HEAD = "head"
 
 
@@ -69,7 +70,7 @@ class Product:
 
 def encoder_products(stack: StackSizes) -> tuple[Product, ...]:
     """All products of the encoder in the order in which they run."""
-    return tuple(Product("encoder", layer, kind) for layer in range(stack.num_layers) for kind in ("qkv", "o", "wi", "wo"))
+    return tuple(Product("encoder", layer, kind) for layer in range(stack.num_layers) for kind in ENCODER_KINDS)
 
 
 def decoder_products(sizes: EngineSizes) -> tuple[Product, ...]:
