@@ -16,14 +16,18 @@ from .tensors import EngineSizes
 
 SOURCES = Path(__file__).with_name("cuda")
 CHUNK = 256  # encoded tokens a block of cross-attention reads: enough blocks for all multiprocessors even for one question
-WARPS = 4  # of an attention block; this and the next as in the sources
-STAGE = 64  # keys that it reads at a time, at most
+WARPS = 4  # of an attention block
 THREADS = 256  # of the blocks of `activate`
 
 
 def splits_of(capacity: int) -> int:
     """Chunks that a cache of `capacity` tokens falls into."""
     return -(-capacity // CHUNK)
+
+
+def keys_at_a_time(d_kv: int) -> int:
+    """Keys that a stage of an attention block, or a warp of one, has in shared memory."""
+    return 64 if d_kv <= 64 else 32
 
 
 def _compiled(source: str, defines: dict[str, Any]) -> cp.RawModule:
@@ -66,7 +70,9 @@ class EncoderAttention:
 
     def __init__(self, stack: StackSizes, reach: int):
         self._heads = stack.num_heads
-        module = _compiled("encoder_attention.cu", {"D_KV": stack.d_kv, "HEADS": stack.num_heads, "REACH": reach})
+        self._keys = keys_at_a_time(stack.d_kv)
+        defines = {"D_KV": stack.d_kv, "HEADS": stack.num_heads, "REACH": reach, "WARPS": WARPS, "TILE": TILE, "KEYS": self._keys}
+        module = _compiled("encoder_attention.cu", defines)
         self._attention = module.get_function("attention")
 
     def __call__(self, query_key_value: cp.ndarray, tiles: cp.ndarray, longest: int, bias: cp.ndarray, out: cp.ndarray) -> None:
@@ -79,7 +85,7 @@ class EncoderAttention:
             bias: float32[2 * reach + 1, num_heads], by key minus query.
             out: float16[tokens, num_heads * d_kv].
         """
-        near = -(-longest // STAGE) * STAGE + TILE  # distances that a tile can need
+        near = -(-longest // self._keys) * self._keys + TILE  # distances that a tile can need
         self._attention((len(tiles), self._heads), (WARPS * 32,), (query_key_value, tiles, bias, out), shared_mem=near * 4)
 
 
@@ -98,14 +104,15 @@ class StepKernels:
             "KV_HEADS": sizes.num_kv_heads,
             "CHUNK": CHUNK,
             "VOCAB": sizes.vocab_size,
+            "WARPS": WARPS,
+            "WARP_TOKENS": keys_at_a_time(sizes.d_kv),
         }
         module = _compiled("decoder_step.cu", defines)
         self._self_attention = module.get_function("self_attention")
         self._cross_attention = module.get_function("cross_attention")
         self._shared_bytes = 0
         if sizes.num_kv_heads < sizes.num_heads:  # a warp's tokens, keys and values, each row eight halves apart from the next
-            tokens = 64 if sizes.d_kv <= 64 else 32
-            self._shared_bytes = WARPS * 2 * tokens * (sizes.d_kv + 8) * 2
+            self._shared_bytes = WARPS * 2 * keys_at_a_time(sizes.d_kv) * (sizes.d_kv + 8) * 2
             self._cross_attention.max_dynamic_shared_size_bytes = self._shared_bytes
         self._cross_join = module.get_function("cross_join")
         self._evidence = module.get_function("evidence")

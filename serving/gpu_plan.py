@@ -16,7 +16,7 @@ from .tensors import EngineSizes, GraphTensors
 Range = tuple[int, int, int]
 Shapes = tuple[tuple[int, ...], ...]
 HALF_BYTES = 2
-TILE = 64  # queries of a block of the encoder's attention, as in cuda/encoder_attention.cu
+TILE = 64  # queries of a block of the encoder's attention
 
 
 def batch_buckets(slots: int) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 // What runs between the products of a decoder step and is not done to rows alone: attention over the caches, the choice of the token.
 //
-// Compiled for one reader by gpu_kernels.py, which defines D_KV, HEADS, KV_HEADS, CHUNK and VOCAB.
+// Compiled for one reader by gpu_kernels.py, which defines D_KV, HEADS, KV_HEADS, CHUNK, VOCAB, WARPS (a block)
+// and WARP_TOKENS (that a warp has at a time where heads share keys).
 //
 // A cache is half[slots][capacity][2 * KV_HEADS * D_KV]: of each token the keys of all heads, then the values. One step reads every valid
 // token once, so these kernels are bound by memory; all they must do is ask for enough of it at a time. Sums and softmax are fp32.
@@ -10,9 +11,7 @@ namespace {
 constexpr int GROUP = HEADS / KV_HEADS;      // query heads that read one key/value head
 constexpr int LANES = D_KV / VECTOR;         // neighbouring lanes that hold one token's key between them
 constexpr int TOKENS = 32 / LANES;           // tokens that a warp reads at once
-constexpr int WARPS = 4;
 constexpr int UNROLL = 4;                    // loads in flight a thread, of keys and of values each
-constexpr int WARP_TOKENS = D_KV <= 64 ? 64 : 32;  // that a warp has at a time where heads share keys
 constexpr int STRIDE = 2 * KV_HEADS * D_KV;  // halves a token
 constexpr float LEAST = -1e30f;   // below every score
 

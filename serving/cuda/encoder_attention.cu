@@ -1,15 +1,14 @@
 // Self-attention within passages, on tensor cores, with T5's relative bias from its table.
 //
-// Compiled for one reader by gpu_kernels.py, which defines D_KV, HEADS and REACH. Tokens of all passages lie one after the other, without
+// Compiled for one reader by gpu_kernels.py, which defines D_KV, HEADS, REACH, WARPS and TILE (queries a block) and KEYS (a stage). Tokens of all passages lie one after the other, without
 // padding. Scores and softmax are fp32.
 
 namespace {
 
-constexpr int WARPS = 4;
-constexpr int M_TILES = 1;                     // of 16 queries a warp
+constexpr int M_TILES = TILE / (WARPS * 16);  // of 16 queries a warp
 constexpr int QUERIES = WARPS * M_TILES * 16;  // a block
-constexpr int KEYS = D_KV <= 64 ? 64 : 32;     // a stage
 constexpr int PITCH = D_KV + VECTOR;           // halves of a row in shared memory: neighbouring rows start four banks apart
+static_assert(QUERIES == TILE, "a block's queries must be whole tiles of its warps");
 static_assert(D_KV % 16 == 0, "a head must be made of whole tensor core tiles");
 
 }  // namespace

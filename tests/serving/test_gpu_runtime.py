@@ -82,7 +82,7 @@ def test_encoder_packs_passages_of_all_questions_and_puts_each_back(name: str, g
         tuple(a[0].numpy().astype(np.int32) for a in random_passages(n, width, seed=n)) for n, width in ((3, 24), (1, 9), (4, 24), (2, 16))
     ]
     batch[2][1][1] = 0  # a passage without a token
-    assert sum(int(mask.sum()) for _, mask in batch) > encoder.most_tokens - manifest.prompt.passage_length, "wanted more than one call"
+    assert sum(int(mask.sum()) for _, mask in batch) > encoder.most_tokens, "wanted more than one call"
     reference = NumpyEncoder(directory, manifest)
     for (ids, mask), found in zip(batch, encoder.encode(batch), strict=True):
         wanted = reference.encode(ids, mask)
