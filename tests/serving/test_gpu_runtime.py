@@ -79,7 +79,8 @@ def test_encoder_packs_passages_of_all_questions_and_puts_each_back(name: str, g
     directory, manifest = graphs[name], Manifest.load(graphs[name])
     encoder = runtime("gpu_encoder").GpuEncoder(directory, manifest, loader(directory), LIMITS)
     batch = [
-        tuple(a[0].numpy().astype(np.int32) for a in random_passages(n, width, seed=n)) for n, width in ((3, 24), (1, 9), (4, 24), (2, 16))
+        tuple(a[0].numpy().astype(np.int32) for a in random_passages(n, width, seed=n))
+        for n, width in ((3, 24), (1, 9), (4, 24), (2, 16), (4, 24), (4, 24), (4, 24))
     ]
     batch[2][1][1] = 0  # a passage without a token
     assert sum(int(mask.sum()) for _, mask in batch) > encoder.most_tokens, "wanted more than one call"
