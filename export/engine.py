@@ -52,7 +52,7 @@ def graphs_of(manifest: Manifest) -> dict[str, GraphTensors]:
     for stack, products in ((encoder, encoder_products(encoder) if encoder else ()), (decoder, decoder_products(sizes))):
         for product in products:
             assert stack is not None
-            graphs[product.engine] = product_tensors(stack, product, manifest.precision, sizes.vocab_size)
+            graphs[product.engine] = product_tensors(stack, product, manifest.precision)
     return graphs
 
 

@@ -30,7 +30,6 @@ from .staging import replacing
 
 GpuGraph = EncoderGraph | PackedCrossKVGraph
 ONNX_TYPES = {
-    "float32": onnx.TensorProto.FLOAT,
     "float16": onnx.TensorProto.FLOAT16,
     "bfloat16": onnx.TensorProto.BFLOAT16,
 }
@@ -91,8 +90,9 @@ def export_gpu_reader(
         parts: list[EncoderProducts | DecoderProducts] = [decoder] if encoder is None else [encoder, decoder]
         for part in parts:
             for product, weight in part.products():
-                tensors = product_tensors(part.stack, product, precision, sizes.vocab_size)
-                np.save(beside / product.weight, _bits(weight, tensors.inputs[1].dtype), allow_pickle=False)
+                tensors = product_tensors(part.stack, product, precision)
+                _, of_weight = tensors.inputs
+                np.save(beside / product.weight, _bits(weight, precision).reshape(of_weight.shape({})), allow_pickle=False)
                 onnx.save(product_model(tensors, opset), beside / f"{product.engine}.onnx")
         (beside / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
         for file, array in (decoder.arrays | (encoder.arrays if encoder else {})).items():

@@ -51,7 +51,8 @@ class DecoderProducts:
 
     Attributes:
         stack: for the manifest.
-        arrays: as the encoder's; the biases float32[max_distance + 1, num_heads], by how far a key lies behind the query.
+        arrays: as the encoder's; the biases float32[max_distance + 1, num_heads], by how far a key lies behind the query; the head
+            float16[vocab_size, d_model].
     """
 
     def __init__(self, reader: Reader, scales: Scales):
@@ -59,7 +60,7 @@ class DecoderProducts:
         rescale(graph, scales)
         config = reader.config
         self._layers: list[DecoderStepLayer] = list(graph.layers)  # type: ignore[arg-type]
-        self._head, self._sizes = graph.head, engine_sizes(config)
+        self._sizes = engine_sizes(config)
         self.stack = stack_sizes(config.decoder, config.feed_forward_proj, graph.final_norm.epsilon)
         norms = []
         for layer in self._layers:
@@ -71,6 +72,7 @@ class DecoderProducts:
         self.arrays = {
             array_file("decoder", EMBEDDING): _half(graph.embedding),
             array_file("decoder", NORMS): weights,
+            array_file("decoder", HEAD): _half(graph.head.weight.T).copy(),
             **{
                 array_file("decoder", name): bias.by_distance().detach().float().numpy()
                 for name, bias in biases.items()
@@ -81,9 +83,6 @@ class DecoderProducts:
     def products(self) -> Iterator[tuple[Product, Tensor]]:
         """Each product with its weights, float32[in, out]."""
         for product in decoder_products(self._sizes):
-            if product.kind == HEAD:
-                yield product, self._head.weight
-                continue
             layer = self._layers[product.layer]
             found = {"qkv": layer.qkv, "o": layer.o, "wi": layer.feed_forward.wi, "wo": layer.feed_forward.wo}
             if layer.cross_attends:

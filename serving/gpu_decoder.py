@@ -14,11 +14,11 @@ import cupyx
 import numpy as np
 
 from .gpu_engine import LoadEngine, Scratch
-from .gpu_kernels import RowKernels, StepKernels, splits_of
+from .gpu_kernels import HeadKernels, RowKernels, StepKernels
 from .gpu_plan import GpuMemory, batch_buckets, bucket_of, decoder_memory
 from .gpu_products import load_arrays, load_products, weight_bytes
 from .manifest import EngineError, Manifest
-from .products import BIAS, CROSS_BIAS, EMBEDDING, HEAD, NORMS, array_file, decoder_products, packed_cross_kv_tensors
+from .products import BIAS, CROSS_BIAS, EMBEDDING, HEAD, NORMS, array_file, decoder_products, packed_cross_kv_tensors, product_parts
 
 TOKENS, POSITIONS, SLOTS, LENGTHS, PENALTY = range(5)  # rows of the state that every step uploads
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
@@ -51,16 +51,20 @@ class GpuDecoder:
             scratch = Scratch()
             self._cross_kv = load("cross_kv", packed_cross_kv_tensors(sizes), scratch)
             self._products = load_products(directory, manifest, stack, decoder_products(sizes), load, scratch)
-            weights = weight_bytes(self._products) + self._cross_kv.weight_bytes
+            names = [EMBEDDING, NORMS, BIAS, HEAD] + [CROSS_BIAS] * (array_file("decoder", CROSS_BIAS) in manifest.files)
+            arrays = load_arrays(directory, manifest, "decoder", names)
+            self._embedding, self._norms, self._self_bias, self._head = arrays[:4]
+            self._cross_bias = arrays[4] if len(arrays) > 4 else None
+            weights = weight_bytes(self._products) + self._cross_kv.weight_bytes + sum(array.nbytes for array in arrays)
             self.memory = decoder_memory(sizes, slots, capacities, weights, scratch.bytes)
             _require_room(self.memory, slots)
-            self._rows, self._kernels = RowKernels(stack), StepKernels(sizes, manifest.eos_token_id)
-            names = [EMBEDDING, NORMS, BIAS] + [CROSS_BIAS] * (array_file("decoder", CROSS_BIAS) in manifest.files)
-            arrays = load_arrays(directory, manifest, "decoder", names)
-            self._embedding, self._norms, self._self_bias = arrays[:3]
-            self._cross_bias = arrays[3] if len(arrays) > 3 else None
+            self._rows, self._kernels = RowKernels(stack), StepKernels(sizes)
+            self._choice = HeadKernels(sizes.d_model_decoder, sizes.vocab_size, manifest.eos_token_id)
             self._allocate()
-            self._steps = {bucket: self._prepare(bucket) for bucket in batch_buckets(slots)}
+            # a step in which no answer gets its first token has no evidence to give
+            self._buckets = batch_buckets(slots)
+            variants = [(bucket, first) for bucket in self._buckets for first in (False, True)]
+            self._steps = {variant: self._prepare(*variant) for variant in variants}
             self._stream.synchronize()
 
     def _allocate(self) -> None:
@@ -70,7 +74,7 @@ class GpuDecoder:
         self._self_cache = {i: cp.zeros((slots, self._generated, width), cp.float16) for i in range(sizes.num_decoder_layers)}
         self._cross_cache = {i: cp.zeros((slots, self._encoded, width), cp.float16) for i in sizes.cross_attention_layers}
         self._encoder_positions = cp.zeros((slots, self._encoded if self._cross_bias is not None else 1), cp.int32)
-        self._partial = cp.empty((slots, sizes.num_heads, splits_of(self._encoded), sizes.d_kv + 2), cp.float32)
+        self._partial = cp.empty((slots, sizes.num_heads, self._kernels.most_splits(self._encoded), sizes.d_kv + 2), cp.float32)
         self._softmax = cp.empty((slots, sizes.num_heads, 2), cp.float32)
         self._evidence = cp.zeros((slots, self._encoded), cp.float32)
         self._attended = cp.empty((slots, sizes.num_heads * sizes.d_kv), cp.float16)
@@ -83,9 +87,9 @@ class GpuDecoder:
         self._bound: list[object] = []
         self._reading: list[cp.ndarray] = []  # hidden states that the stream may not have read yet
 
-    def _prepare(self, bucket: int) -> Callable[[], None]:
+    def _prepare(self, bucket: int, first: bool) -> Callable[[], None]:
         """Run a step of a batch size once, and capture it into a graph where every engine can be captured."""
-        program = self._program(bucket)
+        program = self._program(bucket, first)
         self._bound.append(program)  # a graph knows addresses only: what lies there must live as long
         self._host_state[:] = 0
         self._host_state[POSITIONS] = -1
@@ -107,38 +111,43 @@ class GpuDecoder:
         graph.upload(self._stream)
         return lambda: graph.launch(self._stream)
 
-    def _program(self, bucket: int) -> list[Callable[[], None]]:
-        """A step of `bucket` rows, as what is to be enqueued one after the other."""
+    def _program(self, bucket: int, first: bool) -> list[Callable[[], None]]:
+        """A step of `bucket` rows, some at their first token or none, as what is to be enqueued one after the other."""
         rows, kernels, sizes = self._rows, self._kernels, self.sizes
         positions, slots, lengths = (self._state[i, :bucket] for i in (POSITIONS, SLOTS, LENGTHS))
         residual = cp.empty((bucket, sizes.d_model_decoder), cp.float32)
         normed = cp.empty((bucket, sizes.d_model_decoder), cp.float16)
         attended, partial, softmax = self._attended[:bucket], self._partial[:bucket], self._softmax[:bucket]
-        norms = iter(self._norms)
+        activated = cp.empty((bucket, self._stack.d_ff), cp.float16)
+        norms, products = iter(self._norms), list(self._products)
+        parts = [product_parts(self._stack, product) for product in products] + [1]  # the head takes its rows as they are
+        given = _in_parts(normed, parts[0])
         tokens = self._state[TOKENS, :bucket]
-        program: list[Callable[[], None]] = [functools.partial(rows.embed, tokens, self._embedding, next(norms), residual, normed)]
-        given = normed
-        for product, loaded in self._products.items():
-            made = cp.empty((bucket, loaded.weight.shape[1]), cp.float32 if product.kind == HEAD else cp.float16)
+        program: list[Callable[[], None]] = [functools.partial(rows.embed, tokens, self._embedding, next(norms), residual, given)]
+        for product, own, next_parts in zip(products, parts, parts[1:], strict=False):
+            loaded = self._products[product]
+            made = cp.empty((own, bucket, loaded.weight.shape[-1]), cp.float16)
+            made = made[0] if own == 1 else made
             program.append(functools.partial(loaded.enqueue, given, made, self._stream, context=bucket))
             if product.kind == "qkv":
-                given, cache = attended, self._self_cache[product.layer]
+                given, cache = _in_parts(attended, next_parts), self._self_cache[product.layer]
                 program.append(functools.partial(kernels.self_attention, made, cache, slots, positions, self._self_bias, given))
             elif product.kind == "cross_q":
-                given, cache = attended, self._cross_cache[product.layer]
+                given, cache = _in_parts(attended, next_parts), self._cross_cache[product.layer]
                 at = (made, cache, slots, lengths, positions, self._cross_bias, self._encoder_positions)
                 program.append(functools.partial(kernels.cross_attention, *at, partial, softmax, given))
-                number = sizes.cross_attention_layers.index(product.layer)
-                program.append(functools.partial(kernels.evidence, *at, softmax, number, self._evidence[:bucket]))
+                if first:
+                    number = sizes.cross_attention_layers.index(product.layer)
+                    program.append(functools.partial(kernels.evidence, *at, softmax, number, self._evidence[:bucket]))
             elif product.kind == "wi":
-                given = cp.empty((bucket, self._stack.d_ff), cp.float16)
+                given = _in_parts(activated, next_parts)
                 program.append(functools.partial(rows.activate, made, given))
-            elif product.kind == HEAD:
-                penalty, log_prob = self._state[PENALTY, :bucket].view(cp.float32), self._picked[1].view(cp.float32)
-                program.append(functools.partial(kernels.pick_token, made, penalty, self._picked[0], log_prob))
             else:
-                given = normed
-                program.append(functools.partial(rows.add_and_norm, made, next(norms), residual, normed))
+                given = _in_parts(normed, next_parts)
+                program.append(functools.partial(rows.add_and_norm, made, next(norms), residual, given))
+        penalty, log_prob = self._state[PENALTY, :bucket].view(cp.float32), self._picked[1].view(cp.float32)
+        found = self._choice.scratch(bucket)
+        program.append(functools.partial(self._choice.pick_token, given, self._head, penalty, found, self._picked[0], log_prob))
         return program
 
     def reserved_bytes(self) -> int:
@@ -204,11 +213,11 @@ class GpuDecoder:
         state[LENGTHS, :batch] = [self._lengths[place] for place in places]
         state[LENGTHS, batch:] = 0
         state[PENALTY, :batch] = np.asarray(eos_penalty, np.float32).view(np.int32)
+        fresh = np.flatnonzero(positions == 0)
         with self._device, self._stream:
-            self._steps[bucket_of(batch, tuple(self._steps))]()
+            self._steps[bucket_of(batch, self._buckets), len(fresh) > 0]()
             self._stream.synchronize()
         self._reading.clear()
-        fresh = np.flatnonzero(positions == 0)
         longest = int(state[LENGTHS, fresh].max()) if len(fresh) else 0
         evidence = np.zeros((batch, longest), np.float32)
         if longest:
@@ -216,6 +225,11 @@ class GpuDecoder:
                 evidence[fresh] = cp.asnumpy(self._evidence[cp.asarray(fresh), :longest])
         picked = self._host_picked
         return picked[0, :batch].copy(), picked[1, :batch].view(np.float32).copy(), evidence
+
+
+def _in_parts(rows: cp.ndarray, parts: int) -> cp.ndarray:
+    """Memory of [rows, columns] as a product in parts takes it: [parts, rows, columns / parts]."""
+    return rows if parts == 1 else rows.reshape(parts, len(rows), -1)
 
 
 def _require_room(memory: GpuMemory, slots: int) -> None:

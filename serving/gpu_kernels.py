@@ -5,24 +5,31 @@ The sources are in cuda/. All launches go to CuPy's current stream and may be ca
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import cupy as cp
 
 from .gpu_plan import TILE
-from .products import StackSizes
+from .products import MOST_PARTS, StackSizes
 from .tensors import EngineSizes
 
 SOURCES = Path(__file__).with_name("cuda")
-CHUNK = 256  # encoded tokens a block of cross-attention reads: enough blocks for all multiprocessors even for one question
 WARPS = 4  # of an attention block
+# Encoded tokens that a block reads: of `evidence`, and of cross-attention where every head has keys of its own.
+CHUNK = 256
+# Where heads share keys, blocks of cross-attention that a card runs at once: three on each of 132 multiprocessors. A chunk is as long as
+# it takes to have no more.
+SHARING_BLOCKS = 396
 THREADS = 256  # of the blocks of `activate`
+HEAD_WARPS, HEAD_ROWS, PICK_THREADS = 8, 48, 256  # of the blocks that choose the token
+TOKENS_A_WARP = 16  # whose logits a warp computes
 
 
-def splits_of(capacity: int) -> int:
-    """Chunks that a cache of `capacity` tokens falls into."""
-    return -(-capacity // CHUNK)
+def parts_of(array: cp.ndarray) -> int:
+    """In how many parts a product makes or wants an array: [parts, rows, columns], or [rows, columns]."""
+    return array.shape[0] if array.ndim == 3 else 1
 
 
 def keys_at_a_time(d_kv: int) -> int:
@@ -32,13 +39,15 @@ def keys_at_a_time(d_kv: int) -> int:
 
 def _compiled(source: str, defines: dict[str, Any]) -> cp.RawModule:
     text = "".join((SOURCES / name).read_text(encoding="utf-8") for name in ("vectors.cuh", "tensor_cores.cuh", source))
+    defines = {**defines, "MOST_PARTS": MOST_PARTS}
     return cp.RawModule(code=text, options=("--std=c++17", *(f"-D{name}={value}" for name, value in defines.items())))
 
 
 class RowKernels:
     """What is done to rows of one stack.
 
-    Shapes below: `residual` float32[rows, d_model], `normed` and `made` float16[rows, d_model], `weight` float32[d_model].
+    Shapes below: `residual` float32[rows, d_model], `normed` and `made` float16[rows, d_model], `weight` float32[d_model]. What a product
+    in parts makes is float16[parts, rows, columns], and what it wants float16[parts, rows, columns / parts].
     """
 
     def __init__(self, stack: StackSizes):
@@ -50,19 +59,21 @@ class RowKernels:
 
     def embed(self, tokens: cp.ndarray, embedding: cp.ndarray, weight: cp.ndarray, residual: cp.ndarray, normed: cp.ndarray) -> None:
         """int32[rows] by float16[vocab_size, d_model] to the residual stream and its norm."""
-        self._embed((len(tokens),), self._block, (tokens, embedding, weight, residual, normed))
+        self._embed((len(tokens),), self._block, (tokens, embedding, weight, cp.int32(parts_of(normed)), residual, normed))
 
     def add_and_norm(
         self, made: cp.ndarray, weight: cp.ndarray, residual: cp.ndarray, normed: cp.ndarray, destinations: cp.ndarray | None = None
     ) -> None:
         """Add `made` to the residual stream and norm it; with `destinations` int32[rows] into those rows of `normed`, at the very end."""
         address = cp.uint64(0) if destinations is None else destinations
-        self._add_and_norm((len(made),), self._block, (made, weight, address, residual, normed))
+        arguments = (made, cp.int32(parts_of(made)), weight, address, cp.int32(parts_of(normed)), residual, normed)
+        self._add_and_norm((len(residual),), self._block, arguments)
 
     def activate(self, inner: cp.ndarray, out: cp.ndarray) -> None:
         """float16[rows, 2 * d_ff] (relu: d_ff) to float16[rows, d_ff]."""
         rows = len(inner)
-        self._activate((-(-rows * self.d_ff // 8 // THREADS),), (THREADS,), (inner, cp.int32(rows), out))
+        arguments = (inner, cp.int32(rows), cp.int32(parts_of(out)), out)
+        self._activate((-(-rows * self.d_ff // 8 // THREADS),), (THREADS,), arguments)
 
 
 class EncoderAttention:
@@ -90,33 +101,45 @@ class EncoderAttention:
 
 
 class StepKernels:
-    """Attention over the caches of a decoder step, and the choice of the token, for one reader.
+    """Attention over the caches of a decoder step, for one reader.
 
     Shapes below: `cache` float16[slots, capacity, 2 * num_kv_heads * d_kv], a token's keys of all heads and then its values; `slots`,
-    `positions` and `lengths` int32[batch], a negative position marks an idle row; `bias` float32[reach + 1, num_heads] or None.
+    `positions` and `lengths` int32[batch], a negative position marks an idle row; `bias` float32[reach + 1, num_heads] or None. What is
+    made or wanted in parts is as in RowKernels.
     """
 
-    def __init__(self, sizes: EngineSizes, eos_token_id: int):
-        self.sizes, self.eos_token_id = sizes, eos_token_id
+    def __init__(self, sizes: EngineSizes):
+        self.sizes = sizes
+        self._shares = sizes.num_kv_heads < sizes.num_heads
+        warp_tokens = keys_at_a_time(sizes.d_kv) // 2  # in each of two stages
         defines = {
             "D_KV": sizes.d_kv,
             "HEADS": sizes.num_heads,
             "KV_HEADS": sizes.num_kv_heads,
-            "CHUNK": CHUNK,
-            "VOCAB": sizes.vocab_size,
             "WARPS": WARPS,
-            "WARP_TOKENS": keys_at_a_time(sizes.d_kv),
+            "WARP_TOKENS": warp_tokens,
+            "EVIDENCE_TOKENS": CHUNK,
         }
         module = _compiled("decoder_step.cu", defines)
         self._self_attention = module.get_function("self_attention")
         self._cross_attention = module.get_function("cross_attention")
+        self._round = WARPS * warp_tokens if self._shares else CHUNK
+        self._tiles = sizes.num_kv_heads * -(-sizes.num_heads // sizes.num_kv_heads // 16)  # blocks a chunk
         self._shared_bytes = 0
-        if sizes.num_kv_heads < sizes.num_heads:  # a warp's tokens, keys and values, each row eight halves apart from the next
-            self._shared_bytes = WARPS * 2 * keys_at_a_time(sizes.d_kv) * (sizes.d_kv + 8) * 2
+        if self._shares:  # two stages of a warp's tokens, keys and values, each row eight halves apart from the next
+            self._shared_bytes = 2 * WARPS * 2 * warp_tokens * (sizes.d_kv + 8) * 2
             self._cross_attention.max_dynamic_shared_size_bytes = self._shared_bytes
         self._cross_join = module.get_function("cross_join")
         self._evidence = module.get_function("evidence")
-        self._pick_token = module.get_function("pick_token")
+
+    def most_splits(self, capacity: int) -> int:
+        """Chunks that a cache of `capacity` tokens falls into at most."""
+        return -(-capacity // self._round)
+
+    def chunk_of(self, batch: int, capacity: int) -> int:
+        """Encoded tokens that a block of cross-attention reads."""
+        wanted = batch * self._tiles * capacity / SHARING_BLOCKS if self._shares else self._round
+        return max(math.ceil(wanted / self._round), 1) * self._round
 
     def self_attention(
         self, query_key_value: cp.ndarray, cache: cp.ndarray, slots: cp.ndarray, positions: cp.ndarray, bias: cp.ndarray, out: cp.ndarray
@@ -124,12 +147,12 @@ class StepKernels:
         """Append each row's new key and value to its slot and attend to all up to it.
 
         Args:
-            query_key_value: float16[batch, (num_heads + 2 * num_kv_heads) * d_kv].
-            out: float16[batch, num_heads * d_kv].
+            query_key_value: float16[batch, (num_heads + 2 * num_kv_heads) * d_kv], may be made in parts.
+            out: float16[batch, num_heads * d_kv], may be wanted in parts.
         """
-        grid = (self.sizes.num_heads, len(query_key_value))
-        arguments = (query_key_value, cache, slots, positions, bias, cp.int32(len(bias) - 1), cp.int32(cache.shape[1]), out)
-        self._self_attention(grid, (WARPS * 32,), arguments)
+        numbers = (cp.int32(len(bias) - 1), cp.int32(cache.shape[1]), cp.int32(parts_of(out)))
+        arguments = (query_key_value, cp.int32(parts_of(query_key_value)), cache, slots, positions, bias, *numbers, out)
+        self._self_attention((self.sizes.num_heads, len(positions)), (WARPS * 32,), arguments)
 
     def cross_attention(
         self,
@@ -149,20 +172,20 @@ class StepKernels:
         Args:
             query: float16[batch, num_heads * d_kv].
             encoder_positions: int32[slots, capacity], read only where there is a bias.
-            partial: float32[batch, num_heads, splits, d_kv + 2], scratch.
+            partial: float32[batch * num_heads * most_splits * (d_kv + 2)], scratch.
             softmax: float32[batch, num_heads, 2], for `evidence`.
-            out: float16[batch, num_heads * d_kv].
+            out: float16[batch, num_heads * d_kv], may be wanted in parts.
         """
-        batch, heads, kv_heads, d_kv = len(query), self.sizes.num_heads, self.sizes.num_kv_heads, self.sizes.d_kv
-        capacity, splits = cache.shape[1], partial.shape[2]
+        batch, capacity = len(query), cache.shape[1]
+        chunk = self.chunk_of(batch, capacity)
+        splits = -(-capacity // chunk)
         reach = 0 if bias is None else len(bias) - 1
-        grid = (splits, kv_heads * -(-heads // kv_heads // 16), batch)
-        numbers = (cp.int32(reach), cp.int32(capacity), cp.int32(splits))
+        numbers = (cp.int32(reach), cp.int32(capacity), cp.int32(chunk))
         address = cp.uint64(0) if bias is None else bias
         arguments = (query, cache, slots, lengths, positions, address, encoder_positions, *numbers, partial)
-        self._cross_attention(grid, (WARPS * 32,), arguments, shared_mem=self._shared_bytes)
-        join = (partial, lengths, cp.int32(splits), out, softmax)
-        self._cross_join((heads, batch), (max(32, d_kv),), join, shared_mem=splits * 4)
+        self._cross_attention((splits, self._tiles, batch), (WARPS * 32,), arguments, shared_mem=self._shared_bytes)
+        join = (partial, lengths, cp.int32(splits), cp.int32(chunk), cp.int32(parts_of(out)), out, softmax)
+        self._cross_join((self.sizes.num_heads, batch), (max(32, self.sizes.d_kv),), join, shared_mem=splits * 4)
 
     def evidence(
         self,
@@ -187,10 +210,39 @@ class StepKernels:
         share = cp.float32(1 / len(self.sizes.cross_attention_layers))
         numbers = (cp.int32(reach), cp.int32(cache.shape[1]))
         address = cp.uint64(0) if bias is None else bias
-        grid = (splits_of(cache.shape[1]), len(query))
+        grid = (-(-cache.shape[1] // CHUNK), len(query))
         arguments = (query, cache, slots, lengths, positions, address, encoder_positions, *numbers, softmax)
         self._evidence(grid, (WARPS * 32,), (*arguments, cp.int32(layer_index == 0), share, weights))
 
-    def pick_token(self, logits: cp.ndarray, eos_penalty: cp.ndarray, token: cp.ndarray, log_prob: cp.ndarray) -> None:
-        """Greedy choice: float32[batch, vocab_size] and float32[batch] -> int32[batch] and float32[batch]."""
-        self._pick_token((len(logits),), (1024,), (logits, eos_penalty, cp.int32(self.eos_token_id), token, log_prob))
+
+class HeadKernels:
+    """The choice of the token, for one reader."""
+
+    def __init__(self, d_model: int, vocab_size: int, eos_token_id: int):
+        self._eos_token_id = eos_token_id
+        self._blocks = -(-vocab_size // (HEAD_WARPS * TOKENS_A_WARP))
+        sizes = {"HEAD_WARPS": HEAD_WARPS, "HEAD_ROWS": HEAD_ROWS, "PICK_THREADS": PICK_THREADS}
+        module = _compiled("head.cu", {"D_MODEL": d_model, "VOCAB": vocab_size, **sizes})
+        self._score_tokens, self._pick_token = (module.get_function(n) for n in ("score_tokens", "pick_token"))
+
+    def scratch(self, batch: int) -> cp.ndarray:
+        """For so many rows: what the blocks find."""
+        return cp.empty((self._blocks, batch, 3), cp.int32)
+
+    def pick_token(
+        self, hidden: cp.ndarray, head: cp.ndarray, eos_penalty: cp.ndarray, found: cp.ndarray, token: cp.ndarray, log_prob: cp.ndarray
+    ) -> None:
+        """Greedy choice; of equal logits the lowest id.
+
+        Args:
+            hidden: float16[batch, d_model].
+            head: float16[vocab_size, d_model].
+            eos_penalty: float32[batch], added to the end token's logit.
+            found: `scratch` of this batch.
+            token: int32[batch], what is chosen.
+            log_prob: float32[batch], of that.
+        """
+        batch = len(hidden)
+        arguments = (hidden, head, eos_penalty, cp.int32(self._eos_token_id), cp.int32(batch), found)
+        self._score_tokens((self._blocks, -(-batch // HEAD_ROWS)), (HEAD_WARPS * 32,), arguments)
+        self._pick_token((batch,), (PICK_THREADS,), (found, cp.int32(self._blocks), token, log_prob))

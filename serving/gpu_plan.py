@@ -17,6 +17,7 @@ Range = tuple[int, int, int]
 Shapes = tuple[tuple[int, ...], ...]
 HALF_BYTES = 2
 TILE = 64  # queries of a block of the encoder's attention
+FEW_ROWS = 32  # rows of one tile of a product: up to so many running answers a product takes the same time
 
 
 def batch_buckets(slots: int) -> tuple[int, ...]:
@@ -85,7 +86,8 @@ def profile_ranges(name: str, limits: Limits, passage_length: int) -> list[dict[
     if name == "cross_kv":
         longest = limits.max_passages * passage_length
         return [{"encoder_sequence_length": (1, longest, longest)}]
-    return [{"batch": (1, limits.slots, limits.slots)}]  # of the decoder's products
+    # of the decoder's products: what serves many rows is slower than it must be for few
+    return [{"batch": (1, most, most)} for most in sorted({min(limits.slots, FEW_ROWS), limits.slots})]
 
 
 def profile_shapes(tensors: GraphTensors, ranges: Mapping[str, Range]) -> dict[str, Shapes]:

@@ -49,7 +49,7 @@ def load_products(
     loaded = {}
     for product in products:
         if product.engine not in engines:
-            tensors = product_tensors(stack, product, manifest.precision, manifest.sizes.vocab_size)
+            tensors = product_tensors(stack, product, manifest.precision)
             engines[product.engine] = load(product.engine, tensors, scratch)
         weight = cp.asarray(np.load(directory / product.weight, allow_pickle=False))
         loaded[product] = LoadedProduct(engines[product.engine], weight)

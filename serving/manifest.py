@@ -14,7 +14,7 @@ from typing import Any
 from .products import StackSizes
 from .tensors import EngineSizes
 
-FORMAT = 3  # raised when a reader of an older manifest would misunderstand this one
+FORMAT = 4  # raised when a reader of an older manifest would misunderstand this one
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 ENGINE_NAMES = ("encoder", "cross_kv", "decoder_step")

@@ -2,11 +2,12 @@
 
 A product sees rows and nothing else: tokens of passages that lie one after the other, without padding, or one row a running answer. So it
 costs what its rows cost, and what a step's time goes into, the keys and values, is read once, where it lies, by an attention kernel. The
-weights are an input as well: one engine serves the products of a kind in all layers.
+weights are an input as well: one engine serves the products of a kind in all layers. Narrow products of a step are made in parts, each of
+some of the columns that go in: a row or two dozen give a card too few blocks otherwise. The kernel behind sums the parts.
 
     encoder layer   norm -> qkv -> attention -> o -> add, norm -> wi -> activate -> wo -> add
     decoder layer   the same; in the cross-attending ones, before wi: cross_q -> attention -> cross_o -> add, norm
-    at the end      norm, and in the decoder head -> choice of the token
+    at the end      norm, and in the decoder the choice of the token, whose kernel multiplies by the head itself
 
 The one kernel between two products adds to the residual stream and norms it for the next.
 """
@@ -20,9 +21,12 @@ from .tensors import EngineSizes, GraphTensors, TensorSpec
 
 StackName = Literal["encoder", "decoder"]
 # Arrays that the kernels read; the files lie beside the engines.
-ARRAYS = EMBEDDING, NORMS, BIAS, CROSS_BIAS = ("embedding", "norms", "bias", "cross_bias")
+ARRAYS = EMBEDDING, NORMS, BIAS, CROSS_BIAS, HEAD = ("embedding", "norms", "bias", "cross_bias", "head")
 ENCODER_KINDS = ("qkv", "o", "wi", "wo")  # products of a layer, in order
-HEAD = "head"
+# Of a step's products: a block makes 32 columns, a card has a hundred and some multiprocessors, and shorter sums than these gain nothing
+# (perf/results/h200/notes.md).
+MOST_PARTS, MOST_BLOCKS, LEAST_SUMMED, BLOCK_COLUMNS = 4, 132, 192, 32
+KINDS_IN_PARTS = ("qkv", "o", "cross_o", "wo")  # whose parts the kernels behind them sum
 
 
 def array_file(stack: StackName, array: str) -> str:
@@ -51,7 +55,7 @@ class StackSizes:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """One product: its stack, its layer (0-based; the head counts as one more) and which it is of the layer's."""
+    """One product: its stack, its layer (0-based) and which it is of the layer's."""
 
     stack: StackName
     layer: int
@@ -79,10 +83,10 @@ def decoder_products(sizes: EngineSizes) -> tuple[Product, ...]:
     for layer in range(sizes.num_decoder_layers):
         across = ("cross_q", "cross_o") if layer in sizes.cross_attention_layers else ()
         found += [Product("decoder", layer, kind) for kind in ("qkv", "o", *across, "wi", "wo")]
-    return (*found, Product("decoder", sizes.num_decoder_layers, HEAD))
+    return tuple(found)
 
 
-def product_widths(stack: StackSizes, kind: str, vocab_size: int = 0) -> tuple[int, int]:
+def product_widths(stack: StackSizes, kind: str) -> tuple[int, int]:
     """Columns in and out."""
     queries, keys = stack.num_heads * stack.d_kv, stack.num_kv_heads * stack.d_kv
     return {
@@ -92,25 +96,33 @@ def product_widths(stack: StackSizes, kind: str, vocab_size: int = 0) -> tuple[i
         "cross_o": (queries, stack.d_model),
         "wi": (stack.d_model, stack.d_ff * (2 if stack.gated else 1)),
         "wo": (stack.d_ff, stack.d_model),
-        HEAD: (stack.d_model, vocab_size),
     }[kind]
 
 
-def product_tensors(stack: StackSizes, product: Product, precision: str, vocab_size: int = 0) -> GraphTensors:
-    """Inputs and output of a product's engine.
+def product_parts(stack: StackSizes, product: Product) -> int:
+    """In how many parts a product is made."""
+    if product.stack == "encoder" or product.kind not in KINDS_IN_PARTS:
+        return 1
+    given, made = product_widths(stack, product.kind)
+    blocks, parts = -(-made // BLOCK_COLUMNS), 1
+    while parts < MOST_PARTS and 2 * parts * blocks <= MOST_BLOCKS and given % (2 * parts * 64) == 0 and given >= 2 * parts * LEAST_SUMMED:
+        parts *= 2
+    return parts
+
+
+def product_tensors(stack: StackSizes, product: Product, precision: str) -> GraphTensors:
+    """Inputs and output of a product's engine: of one in parts, each part's columns of all rows, its rows of the weights, what it makes.
 
     Args:
         stack: the product's.
         product: any of its kind.
-        precision: of the weights, "float16" or "bfloat16"; what is multiplied crosses the border as float16 with either. The head is
-            float32 with both, its input excepted.
-        vocab_size: columns of the head.
+        precision: of the weights, "float16" or "bfloat16"; what is multiplied crosses the border as float16 with either.
     """
-    rows = "tokens" if product.stack == "encoder" else "batch"
-    given, made = product_widths(stack, product.kind, vocab_size)
-    exact = product.kind == HEAD
-    inputs = (TensorSpec("x", "float16", (rows, given)), TensorSpec("weight", "float32" if exact else precision, (given, made)))
-    return GraphTensors(inputs, (TensorSpec("y", "float32" if exact else "float16", (rows, made)),))
+    rows, parts = "tokens" if product.stack == "encoder" else "batch", product_parts(stack, product)
+    given, made = product_widths(stack, product.kind)
+    lead: tuple[int, ...] = (parts,) if parts > 1 else ()
+    inputs = (TensorSpec("x", "float16", (*lead, rows, given // parts)), TensorSpec("weight", precision, (*lead, given // parts, made)))
+    return GraphTensors(inputs, (TensorSpec("y", "float16", (*lead, rows, made)),))
 
 
 def packed_cross_kv_tensors(sizes: EngineSizes, dtype: str = "float16") -> GraphTensors:

@@ -1,7 +1,7 @@
-// What runs between the products of a decoder step and is not done to rows alone: attention over the caches, the choice of the token.
+// Attention of a decoder step over the caches.
 //
-// Compiled for one reader by gpu_kernels.py, which defines D_KV, HEADS, KV_HEADS, CHUNK, VOCAB, WARPS (a block)
-// and WARP_TOKENS (that a warp has at a time where heads share keys).
+// Compiled for one reader by gpu_kernels.py, which defines D_KV, HEADS, KV_HEADS, WARPS (a block), WARP_TOKENS (that a warp has at a time
+// where heads share keys) and EVIDENCE_TOKENS (a block).
 //
 // A cache is half[slots][capacity][2 * KV_HEADS * D_KV]: of each token the keys of all heads, then the values. One step reads every valid
 // token once, so these kernels are bound by memory; all they must do is ask for enough of it at a time. Sums and softmax are fp32.
@@ -13,7 +13,6 @@ constexpr int LANES = D_KV / VECTOR;         // neighbouring lanes that hold one
 constexpr int TOKENS = 32 / LANES;           // tokens that a warp reads at once
 constexpr int UNROLL = 4;                    // loads in flight a thread, of keys and of values each
 constexpr int STRIDE = 2 * KV_HEADS * D_KV;  // halves a token
-constexpr float LEAST = -1e30f;   // below every score
 
 static_assert(D_KV % VECTOR == 0 && 32 % LANES == 0, "a key must fill a power of two of lanes");
 static_assert(HEADS % KV_HEADS == 0, "query heads must share key heads evenly");
@@ -94,19 +93,20 @@ __device__ Joined join_block(Mix& mix, float (*shared)[D_KV + 2]) {
 
 }  // namespace
 
-// Self-attention of one new token a row: its key and value are written to the cache, then it attends to all up to itself.
+// Self-attention of one new token a row: its key and value are written to the cache, then it attends to all up to itself. The product
+// before made its rows in `parts_made`, the one behind wants them in `parts`.
 // Grid (HEADS, batch), block WARPS * 32. Rows with a negative position are idle.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
-    const __half* __restrict__ query_key_value,  // [batch][(HEADS + 2 * KV_HEADS) * D_KV]
+    const __half* __restrict__ query_key_value, int parts_made,  // [parts_made][batch][(HEADS + 2 * KV_HEADS) * D_KV]
     __half* __restrict__ cache, const int* __restrict__ slots, const int* __restrict__ positions,
     const float* __restrict__ bias,  // [reach + 1][HEADS], by how far a key lies behind
-    int reach, int capacity,
-    __half* __restrict__ attended)  // [batch][HEADS * D_KV]
+    int reach, int capacity, int parts,
+    __half* __restrict__ attended)  // [batch][HEADS * D_KV], in parts
 {
     __shared__ float shared[WARPS][D_KV + 2];
     const int head = blockIdx.x, row = blockIdx.y, kv_head = head / GROUP;
     const int position = positions[row];
-    __half* out = attended + (row * HEADS + head) * D_KV;
+    __half* out = attended + place_in_parts(row, gridDim.y, head * D_KV + threadIdx.x % D_KV, HEADS * D_KV, parts) - threadIdx.x % D_KV;
     if (position < 0) {
         if (threadIdx.x < D_KV) out[threadIdx.x] = __half(0.f);
         return;
@@ -115,13 +115,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
     const __half* new_key = made + (HEADS + kv_head) * D_KV;
     const __half* new_value = new_key + KV_HEADS * D_KV;
     __half* past = cache + static_cast<size_t>(slots[row]) * capacity * STRIDE + kv_head * D_KV;
-    if (head % GROUP == 0 && threadIdx.x < D_KV) {
-        __half* present = past + static_cast<size_t>(position) * STRIDE;
-        present[threadIdx.x] = new_key[threadIdx.x];
-        present[KV_HEADS * D_KV + threadIdx.x] = new_value[threadIdx.x];
-    }
+    const size_t apart = static_cast<size_t>(gridDim.y) * (HEADS + 2 * KV_HEADS) * D_KV;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES;
-    const Vector query = widen(load(made + head * D_KV + part * VECTOR));
+    if (head % GROUP == 0 && threadIdx.x < 2 * LANES) {
+        const __half* fresh = threadIdx.x < LANES ? new_key : new_value;
+        __half* present = past + static_cast<size_t>(position) * STRIDE + threadIdx.x / LANES * (KV_HEADS * D_KV);
+        store(present + part * VECTOR, narrow(sum_parts(fresh + part * VECTOR, parts_made, apart)));
+    }
+    const Vector query = sum_parts(made + head * D_KV + part * VECTOR, parts_made, apart);
     Mix mix;
     for (int base = warp * TOKENS; base <= position; base += WARPS * TOKENS) {
         const int token = base + lane / LANES;
@@ -131,8 +132,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
             key = widen(load(row_of_token));
             value = widen(load(row_of_token + KV_HEADS * D_KV));
         } else if (token == position) {  // other blocks may be writing it: take what it is written from
-            key = widen(load(new_key + part * VECTOR));
-            value = widen(load(new_value + part * VECTOR));
+            key = widen(narrow(sum_parts(new_key + part * VECTOR, parts_made, apart)));
+            value = widen(narrow(sum_parts(new_value + part * VECTOR, parts_made, apart)));
         }
         float score = sum_of_token(dot(query, key));
         score = token <= position ? score + bias[min(position - token, reach) * HEADS + head] : MASKED;
@@ -151,11 +152,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
     const int* __restrict__ positions,
     const float* __restrict__ bias,            // [reach + 1][HEADS], or null where the reader has none
     const int* __restrict__ encoder_positions,  // [slots][capacity], read with the bias only
-    int reach, int capacity, int splits,
+    int reach, int capacity, int chunk,
     float* __restrict__ partial)  // [batch][HEADS][splits][D_KV + 2]
 {
-    const int split = blockIdx.x, row = blockIdx.z;
-    const int length = lengths[row], start = split * CHUNK, end = min(start + CHUNK, length);
+    const int split = blockIdx.x, splits = gridDim.x, row = blockIdx.z;
+    const int length = lengths[row], start = split * chunk, end = min(start + chunk, length);
     if (start >= length) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const size_t slot = slots[row];
@@ -201,11 +202,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
     // Heads that share keys are the rows of a tile: a warp reads its tokens once and multiplies them with sixteen heads.
     constexpr int HEAD_TILES = (GROUP + 15) / 16, K_STEPS = D_KV / 16, N_TILES = WARP_TOKENS / 8, D_TILES = D_KV / 8;
     constexpr int PITCH = D_KV + VECTOR;  // neighbouring rows start four banks apart
-    extern __shared__ __align__(16) __half tokens[];  // [WARPS][keys, values][WARP_TOKENS][PITCH], and at the end what the warps found
-    __half* keys = tokens + warp * 2 * WARP_TOKENS * PITCH;
-    __half* values = keys + WARP_TOKENS * PITCH;
+    constexpr int STAGE = 2 * WARP_TOKENS * PITCH, ROUND = WARPS * WARP_TOKENS;
+    extern __shared__ __align__(16) __half tokens[];  // [WARPS][stages][keys, values][WARP_TOKENS][PITCH]; at the end what the warps found
+    __half* const stages = tokens + warp * 2 * STAGE;
     const int kv_head = blockIdx.y / HEAD_TILES, tile = blockIdx.y % HEAD_TILES * 16, group = lane / 4, pair = lane % 4;
     const __half* source = cache + slot * capacity * STRIDE + kv_head * D_KV;
+    // While a warp computes with one stage, its next tokens come into the other.
+    const auto fetch = [&](int from, int stage) {
+        __half* keys = stages + stage * STAGE;
+        if (from < end) {
+            for (int i = lane; i < WARP_TOKENS * D_TILES; i += 32) {
+                const int token = i / D_TILES, column = i % D_TILES * VECTOR;
+                const __half* row_of_token = source + static_cast<size_t>(min(from + token, end - 1)) * STRIDE + column;
+                copy_async(keys + token * PITCH + column, row_of_token);
+                copy_async(keys + (WARP_TOKENS + token) * PITCH + column, row_of_token + KV_HEADS * D_KV);
+            }
+        }
+        commit_copies();
+    };
+    fetch(start + warp * WARP_TOKENS, 0);
     int heads[2];  // past the group's end the last head is computed again
     unsigned query[K_STEPS][4];
     for (int half = 0; half < 2; ++half) heads[half] = kv_head * GROUP + min(tile + group + 8 * half, GROUP - 1);
@@ -218,17 +233,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
         }
     }
     float mixed[D_TILES][4] = {}, largest[2] = {LEAST, LEAST}, total[2] = {};
-    for (int from = start + warp * WARP_TOKENS; from < end; from += WARPS * WARP_TOKENS) {
+    for (int from = start + warp * WARP_TOKENS, stage = 0; from < end; from += ROUND, stage ^= 1) {
         __syncwarp();
-        for (int i = lane; i < WARP_TOKENS * D_TILES; i += 32) {
-            const int token = i / D_TILES, column = i % D_TILES * VECTOR;
-            const __half* row_of_token = source + static_cast<size_t>(min(from + token, end - 1)) * STRIDE + column;
-            copy_async(keys + token * PITCH + column, row_of_token);
-            copy_async(values + token * PITCH + column, row_of_token + KV_HEADS * D_KV);
-        }
-        commit_copies();
-        wait_for_copies<0>();
+        fetch(from + ROUND, stage ^ 1);
+        wait_for_copies<1>();
         __syncwarp();
+        const __half* keys = stages + stage * STAGE;
+        const __half* values = keys + WARP_TOKENS * PITCH;
         float score[N_TILES][4] = {}, most[2] = {largest[0], largest[1]};
 #pragma unroll
         for (int n = 0; n < N_TILES; n += 2) {
@@ -314,13 +325,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
 
 // Puts the chunks of cross_attention together. Grid (HEADS, batch), block max(32, D_KV), dynamic shared memory: a float a split.
 extern "C" __global__ void cross_join(
-    const float* __restrict__ partial, const int* __restrict__ lengths, int splits,
-    __half* __restrict__ attended,  // [batch][HEADS * D_KV]
+    const float* __restrict__ partial, const int* __restrict__ lengths, int splits, int chunk, int parts,
+    __half* __restrict__ attended,  // [batch][HEADS * D_KV], in parts
     float* __restrict__ softmax)   // [batch][HEADS][2]: largest score and sum of weights, for `evidence`
 {
     extern __shared__ float factors[];
     const int head = blockIdx.x, row = blockIdx.y, d = threadIdx.x;
-    const int used = (lengths[row] + CHUNK - 1) / CHUNK;
+    const int used = (lengths[row] + chunk - 1) / chunk;
     const float* chunks = partial + static_cast<size_t>(row * HEADS + head) * splits * (D_KV + 2);
     for (int split = d; split < used; split += blockDim.x) factors[split] = chunks[split * (D_KV + 2) + D_KV];
     __syncthreads();
@@ -333,7 +344,10 @@ extern "C" __global__ void cross_join(
         total += chunk[D_KV + 1] * factor;
         if (d < D_KV) value += chunk[d] * factor;
     }
-    if (d < D_KV) attended[(row * HEADS + head) * D_KV + d] = __float2half_rn(used == 0 ? 0.f : value / total);
+    if (d < D_KV) {
+        const size_t place = place_in_parts(row, gridDim.y, head * D_KV + d, HEADS * D_KV, parts);
+        attended[place] = __float2half_rn(used == 0 ? 0.f : value / total);
+    }
     if (d == 0) {
         softmax[(row * HEADS + head) * 2] = largest;
         softmax[(row * HEADS + head) * 2 + 1] = total;
@@ -349,7 +363,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) evidence(
     float* __restrict__ weights)  // [batch][capacity]
 {
     __shared__ __align__(16) __half query[HEADS * D_KV];
-    const int row = blockIdx.y, start = blockIdx.x * CHUNK, end = min(start + CHUNK, lengths[row]);
+    const int row = blockIdx.y, start = blockIdx.x * EVIDENCE_TOKENS, end = min(start + EVIDENCE_TOKENS, lengths[row]);
     if (positions[row] != 0 || start >= end) return;
     for (int i = threadIdx.x; i < HEADS * D_KV; i += blockDim.x) query[i] = queries[row * HEADS * D_KV + i];
     __syncthreads();
@@ -374,63 +388,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) evidence(
             float* out = weights + static_cast<size_t>(row) * capacity + token;
             *out = is_first_layer ? weight * share : *out + weight * share;
         }
-    }
-}
-
-// The likeliest token of each row and its log-probability; of equals the one with the lowest id. Grid (batch), block 1024.
-extern "C" __global__ void __launch_bounds__(1024) pick_token(
-    const float* __restrict__ logits,  // [batch][VOCAB]
-    const float* __restrict__ eos_penalty, int eos, int* __restrict__ token, float* __restrict__ log_prob)
-{
-    __shared__ float largest_of[32], total_of[32];
-    __shared__ int token_of[32];
-    const float* row = logits + static_cast<size_t>(blockIdx.x) * VOCAB;
-    const float penalty = eos_penalty[blockIdx.x];
-    float largest = LEAST, total = 0.f;
-    int best = 0;
-    constexpr int STEP = VOCAB % 4 == 0 ? 4 : 1;
-    for (int i = threadIdx.x * STEP; i < VOCAB; i += blockDim.x * STEP) {
-        float logits_of[STEP];
-        if (STEP == 4) *reinterpret_cast<float4*>(logits_of) = *reinterpret_cast<const float4*>(row + i);
-        else logits_of[0] = row[i];
-        const float before = largest;
-#pragma unroll
-        for (int j = 0; j < STEP; ++j) {
-            if (i + j == eos) logits_of[j] += penalty;
-            if (logits_of[j] > largest) {
-                largest = logits_of[j];
-                best = i + j;
-            }
-        }
-        total *= __expf(before - largest);
-#pragma unroll
-        for (int j = 0; j < STEP; ++j) total += __expf(logits_of[j] - largest);
-    }
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int round = 0; round < 2; ++round) {
-        for (int step = 16; step > 0; step /= 2) {
-            const float other_largest = __shfl_xor_sync(0xffffffff, largest, step);
-            const float other_total = __shfl_xor_sync(0xffffffff, total, step);
-            const int other = __shfl_xor_sync(0xffffffff, best, step);
-            const float joint = fmaxf(largest, other_largest);
-            total = total * __expf(largest - joint) + other_total * __expf(other_largest - joint);
-            if (other_largest > largest || (other_largest == largest && other < best)) best = other;
-            largest = joint;
-        }
-        if (round == 1) break;
-        if (lane == 0) {
-            largest_of[warp] = largest;
-            total_of[warp] = total;
-            token_of[warp] = best;
-        }
-        __syncthreads();
-        if (warp > 0) return;
-        largest = largest_of[lane];
-        total = total_of[lane];
-        best = token_of[lane];
-    }
-    if (lane == 0) {
-        token[blockIdx.x] = best;
-        log_prob[blockIdx.x] = -logf(total);
     }
 }

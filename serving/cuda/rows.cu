@@ -18,6 +18,12 @@ __device__ void store_residual(const Vector& x, float* to) {
 // x / sqrt(mean(x^2) + EPSILON) * weight; threads behind the row bring zeros and take nothing.
 __device__ void store_normed(const Vector& x, bool inside, const float* weight, __half* to) {
     __shared__ float sums[WARPS_A_ROW];
+    float4 low = {}, high = {};
+    if (inside) {  // now, so that they are there when the sum is
+        low = reinterpret_cast<const float4*>(weight)[0];
+        high = reinterpret_cast<const float4*>(weight)[1];
+    }
+    const float weights[VECTOR] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
     float squares = 0.f;
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) squares += x.at[i] * x.at[i];
@@ -32,15 +38,15 @@ __device__ void store_normed(const Vector& x, bool inside, const float* weight, 
     const float factor = rsqrtf(squares * (1.f / D_MODEL) + EPSILON);
     Vector made;
 #pragma unroll
-    for (int i = 0; i < VECTOR; ++i) made.at[i] = x.at[i] * factor * weight[i];
+    for (int i = 0; i < VECTOR; ++i) made.at[i] = x.at[i] * factor * weights[i];
     store(to, narrow(made));
 }
 
 }  // namespace
 
-// Token ids to the residual stream, and its first norm. Grid (rows), block WARPS_A_ROW * 32.
+// Token ids to the residual stream, and its first norm, for a product of `parts` parts. Grid (rows), block WARPS_A_ROW * 32.
 extern "C" __global__ void embed(
-    const int* __restrict__ tokens, const __half* __restrict__ embedding, const float* __restrict__ weight,
+    const int* __restrict__ tokens, const __half* __restrict__ embedding, const float* __restrict__ weight, int parts,
     float* __restrict__ residual, __half* __restrict__ normed)
 {
     const size_t row = blockIdx.x;
@@ -51,13 +57,14 @@ extern "C" __global__ void embed(
         x = widen(load(embedding + static_cast<size_t>(tokens[row]) * D_MODEL + column));
         store_residual(x, residual + row * D_MODEL + column);
     }
-    store_normed(x, inside, weight + column, normed + row * D_MODEL + column);
+    store_normed(x, inside, weight + column, normed + place_in_parts(row, gridDim.x, column, D_MODEL, parts));
 }
 
-// Adds what a product made to the residual stream, and norms it. With `destinations` the norm goes to that row of `normed`, and the
-// residual stream, which nobody reads after that, is left as it is. Grid (rows), block WARPS_A_ROW * 32.
+// Adds what a product made in `parts_made` to the residual stream, and norms it for a product of `parts`. With `destinations`, and then
+// in one part, the norm goes to that row of `normed`, and the residual stream, which nobody reads after that, is left as it is.
+// Grid (rows), block WARPS_A_ROW * 32.
 extern "C" __global__ void add_and_norm(
-    const __half* __restrict__ made, const float* __restrict__ weight, const int* __restrict__ destinations,
+    const __half* __restrict__ made, int parts_made, const float* __restrict__ weight, const int* __restrict__ destinations, int parts,
     float* __restrict__ residual, __half* __restrict__ normed)
 {
     const size_t row = blockIdx.x;
@@ -66,7 +73,7 @@ extern "C" __global__ void add_and_norm(
     Vector x = {};
     if (inside) {
         const size_t at = row * D_MODEL + column;
-        x = widen(load(made + at));
+        x = sum_parts(made + at, parts_made, static_cast<size_t>(gridDim.x) * D_MODEL);
         const float4* before = reinterpret_cast<const float4*>(residual + at);
         const float4 low = before[0], high = before[1];
         const float added[VECTOR] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
@@ -75,16 +82,18 @@ extern "C" __global__ void add_and_norm(
         if (destinations == nullptr) store_residual(x, residual + at);
     }
     const size_t target = destinations == nullptr ? row : destinations[row];
-    store_normed(x, inside, weight + column, normed + target * D_MODEL + column);
+    store_normed(x, inside, weight + column, normed + place_in_parts(target, gridDim.x, column, D_MODEL, parts));
 }
 
-// The inner activation of the feed-forward layer: gelu(first half) * second half, or relu. A thread a vector.
-extern "C" __global__ void activate(const __half* __restrict__ inner, int rows, __half* __restrict__ out)
+// The inner activation of the feed-forward layer, for a product of `parts` parts: gelu(first half) * second half, or relu. A thread a
+// vector.
+extern "C" __global__ void activate(const __half* __restrict__ inner, int rows, int parts, __half* __restrict__ out)
 {
     constexpr int A_ROW = D_FF / VECTOR;
     static_assert(D_FF % VECTOR == 0, "rows must be made of whole vectors");
     const size_t index = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const size_t row = index / A_ROW, column = index % A_ROW * VECTOR;
+    const size_t row = index / A_ROW;
+    const int column = index % A_ROW * VECTOR;
     if (row >= rows) return;
 #if GATED
     Vector x = widen(load(inner + row * 2 * D_FF + column));
@@ -100,5 +109,5 @@ extern "C" __global__ void activate(const __half* __restrict__ inner, int rows, 
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) x.at[i] = fmaxf(x.at[i], 0.f);
 #endif
-    store(out + row * D_FF + column, narrow(x));
+    store(out + place_in_parts(row, rows, column, D_FF, parts), narrow(x));
 }

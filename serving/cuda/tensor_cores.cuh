@@ -5,6 +5,7 @@
 namespace {
 
 constexpr float LOG2E = 1.44269504f;
+constexpr float LEAST = -1e30f;   // below every score
 constexpr float MASKED = -3e38f;  // a score that weighs 0 even where nothing else was seen
 
 __device__ unsigned shared_address(const void* pointer) { return static_cast<unsigned>(__cvta_generic_to_shared(pointer)); }

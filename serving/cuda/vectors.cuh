@@ -1,4 +1,4 @@
-// Eight halves at a time, as all kernels load, store and compute.
+// Eight halves at a time, as all kernels load, store and compute. gpu_kernels.py defines MOST_PARTS, that a product is made in.
 #include <cuda_fp16.h>
 
 namespace {
@@ -32,6 +32,30 @@ __device__ unsigned pack(float low, float high) {
 
 __device__ uint4 narrow(const Vector& v) {
     return make_uint4(pack(v.at[0], v.at[1]), pack(v.at[2], v.at[3]), pack(v.at[4], v.at[5]), pack(v.at[6], v.at[7]));
+}
+
+// What a product of several parts made: the sum of the parts, which lie `apart` halves from each other.
+__device__ Vector sum_parts(const __half* first, int parts, size_t apart) {
+    uint4 bits[MOST_PARTS];
+#pragma unroll
+    for (int part = 0; part < MOST_PARTS; ++part) {
+        if (part < parts) bits[part] = load(first + part * apart);
+    }
+    Vector sum = widen(bits[0]);
+#pragma unroll
+    for (int part = 1; part < MOST_PARTS; ++part) {
+        if (part >= parts) break;
+        const Vector more = widen(bits[part]);
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) sum.at[i] += more.at[i];
+    }
+    return sum;
+}
+
+// Where a vector of a row lies for a product of `parts` parts, each of which reads its share of the columns of all rows.
+__device__ size_t place_in_parts(size_t row, size_t rows, int column, int columns, int parts) {
+    const int share = columns / parts;
+    return (column / share * rows + row) * share + column % share;
 }
 
 }  // namespace

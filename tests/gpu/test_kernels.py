@@ -9,8 +9,9 @@ import pytest
 
 cp = pytest.importorskip("cupy")
 
-from serving.gpu_kernels import StepKernels, splits_of  # noqa: E402
+from serving.gpu_kernels import HeadKernels, StepKernels  # noqa: E402
 from serving.tensors import EngineSizes  # noqa: E402
+from tests.serving.numpy_rows import in_parts  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 CAPACITY, SLOTS, BATCH, REACH = 700, 6, 5, 20
@@ -66,10 +67,10 @@ def test_cross_attention_and_evidence(sizes: EngineSizes, with_bias: bool) -> No
     positions = np.array([0, 0, 7, -1, 0], np.int32)
     bias = normal(rng, REACH + 1, heads) if with_bias else None
     encoder_positions = rng.integers(0, 30, (SLOTS, CAPACITY)).astype(np.int32)
-    kernels = StepKernels(sizes, 1)
+    kernels = StepKernels(sizes)
     arrays = (query, cache, PLACES, LENGTHS, positions, bias, encoder_positions)
     at: Any = tuple(None if a is None else cp.asarray(a) for a in arrays)
-    partial = cp.full((BATCH, heads, splits_of(CAPACITY), d_kv + 2), cp.nan, cp.float32)
+    partial = cp.full((BATCH, heads, kernels.most_splits(CAPACITY), d_kv + 2), cp.nan, cp.float32)
     softmax, out = cp.empty((BATCH, heads, 2), cp.float32), cp.full((BATCH, heads * d_kv), cp.nan, cp.float16)
     weights = cp.full((BATCH, CAPACITY), cp.nan, cp.float32)
     kernels.cross_attention(*at, partial, softmax, out)  # type: ignore[call-arg]
@@ -89,43 +90,83 @@ def test_cross_attention_and_evidence(sizes: EngineSizes, with_bias: bool) -> No
             assert np.isnan(weights[row]).all()
 
 
-def test_self_attention(sizes: EngineSizes) -> None:
+def split(array: np.ndarray, parts: int, rng: np.random.Generator) -> np.ndarray:
+    """float16 parts whose sum is about `array`."""
+    shares = rng.dirichlet(np.ones(parts), array.shape).astype(np.float32)
+    return np.ascontiguousarray(np.moveaxis(shares * array[..., None], -1, 0)).astype(np.float16)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_self_attention(sizes: EngineSizes, parts: int) -> None:
     rng = np.random.default_rng(1)
     heads, kv_heads, d_kv, capacity = sizes.num_heads, sizes.num_kv_heads, sizes.d_kv, 64
+    if heads * d_kv // parts % 8:
+        pytest.skip("parts are whole vectors")
     cache = normal(rng, SLOTS, capacity, 2 * kv_heads * d_kv).astype(np.float16)
-    made = normal(rng, BATCH, (heads + 2 * kv_heads) * d_kv).astype(np.float16)
-    made[:, : heads * d_kv] *= np.float16(d_kv**-0.5)
+    made = normal(rng, BATCH, (heads + 2 * kv_heads) * d_kv)
+    made[:, : heads * d_kv] *= d_kv**-0.5
+    given = split(made, parts, rng)
+    made = given.astype(np.float32).sum(0)
     positions = np.array([0, 63, 17, -1, 40], np.int32)
     bias = normal(rng, REACH + 1, heads)
     on_gpu, out = cp.asarray(cache), cp.full((BATCH, heads * d_kv), cp.nan, cp.float16)
-    StepKernels(sizes, 1).self_attention(cp.asarray(made), on_gpu, cp.asarray(PLACES), cp.asarray(positions), cp.asarray(bias), out)
+    out = out if parts == 1 else out.reshape(parts, BATCH, -1)
+    at = (cp.asarray(given if parts > 1 else given[0]), on_gpu, cp.asarray(PLACES), cp.asarray(positions), cp.asarray(bias))
+    StepKernels(sizes).self_attention(*at, out)
     after, out = on_gpu.get(), out.get()
-    expected = cache.copy()
+    expected, wanted = cache.copy(), np.zeros((BATCH, heads * d_kv))
     for row, (position, place) in enumerate(zip(positions, PLACES, strict=True)):
         if position < 0:
-            assert not out[row].any()
             continue
         expected[place, position] = made[row, heads * d_kv :]
         behind = np.minimum(position - np.arange(position + 1), REACH)
         query = made[row, : heads * d_kv].reshape(heads, d_kv)
-        mixed, _ = reference(sizes, query, expected[place, : position + 1], bias[behind])
-        np.testing.assert_allclose(out[row], mixed, atol=2e-5, rtol=6e-4)  # what rounding to half leaves
+        wanted[row], _ = reference(sizes, query, expected[place, : position + 1], bias[behind])
+    np.testing.assert_allclose(out, in_parts(wanted, parts), atol=2e-5, rtol=6e-4)  # what rounding to half leaves
     np.testing.assert_array_equal(after, expected)
 
 
-def test_pick_token() -> None:
+@pytest.mark.parametrize("parts", [2, 4])
+def test_cross_attention_in_parts_is_that_in_one(parts: int) -> None:
+    rng = np.random.default_rng(4)
+    sizes = sizes_of(12, 1, 64)
+    kernels, batch, capacity = StepKernels(sizes), 48, 3000
+    cache = cp.asarray(normal(rng, batch, capacity, 2 * sizes.d_kv).astype(np.float16))
+    query = cp.asarray((normal(rng, batch, 12 * sizes.d_kv) * 0.1).astype(np.float16))
+    lengths = rng.integers(1, capacity + 1, batch).astype(np.int32)
+    numbers = [cp.asarray(a) for a in (rng.permutation(batch).astype(np.int32), lengths, np.zeros(batch, np.int32))]
+    slots, of_rows, positions = numbers
+    found = []
+    for rows in (batch, 1):  # many rows have long chunks, one alone has short ones
+        for count in (1, parts):
+            out = cp.full((rows, 12 * sizes.d_kv), cp.nan, cp.float16)
+            out = out if count == 1 else out.reshape(count, rows, -1)
+            partial = cp.full((rows, 12, kernels.most_splits(capacity), sizes.d_kv + 2), cp.nan, cp.float32)
+            at = (query[:rows], cache, slots[:rows], of_rows[:rows], positions[:rows], None, cp.zeros((batch, 1), cp.int32))
+            kernels.cross_attention(*at, partial, cp.empty((rows, 12, 2), cp.float32), out)
+            found.append(out.get())
+    np.testing.assert_array_equal(found[1], in_parts(found[0], parts))
+    np.testing.assert_array_equal(found[3], in_parts(found[2], parts))
+    assert kernels.chunk_of(batch, capacity) > kernels.chunk_of(1, capacity)
+    np.testing.assert_allclose(found[2][0], found[0][0], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("batch", "d_model", "vocab"), [(5, 768, 32128), (1, 64, 3072), (48, 24, 3070), (100, 1032, 257)])
+def test_pick_token(batch: int, d_model: int, vocab: int) -> None:
     rng = np.random.default_rng(2)
-    sizes = SIZES[0]
-    logits = normal(rng, BATCH, sizes.vocab_size) * 3
-    logits[0, 1] = 50.0  # the end token, which row 0 may not pick
-    logits[1, 1] = 50.0
-    logits[2, [5, 900]] = 40.0  # equals: the lower id
-    penalty = np.array([-1e9, 0, 0, 0, 0], np.float32)
-    token, log_prob = cp.empty(BATCH, cp.int32), cp.empty(BATCH, cp.float32)
-    StepKernels(sizes, 1).pick_token(cp.asarray(logits), cp.asarray(penalty), token, log_prob)
-    wide = logits.astype(np.float64)
+    hidden, head = (normal(rng, n, d_model).astype(np.float16) for n in (batch, vocab))
+    head[5] = head[200]  # equals: the lower id
+    hidden[0] = 3 * head[200]
+    hidden[-1] = 3 * head[1]  # the end token, which the last row may not pick
+    penalty = np.zeros(batch, np.float32)
+    penalty[-1] = -1e9
+    kernels, (token, log_prob) = HeadKernels(d_model, vocab, 1), (cp.full(batch, -7, cp.int32), cp.full(batch, cp.nan, cp.float32))
+    kernels.pick_token(cp.asarray(hidden), cp.asarray(head), cp.asarray(penalty), kernels.scratch(batch), token, log_prob)
+    wide = hidden.astype(np.float64) @ head.astype(np.float64).T
     wide[:, 1] += penalty
-    wanted = wide.argmax(1)
-    np.testing.assert_array_equal(token.get(), wanted)
-    log_sums = np.log(np.exp(wide - wide.max(1, keepdims=True)).sum(1))
-    np.testing.assert_allclose(log_prob.get(), -log_sums, atol=2e-5)
+    picked, largest = token.get(), wide.max(1)
+    assert batch == 1 or picked[0] == 5
+    assert picked[-1] != 1
+    np.testing.assert_allclose(wide[np.arange(batch), picked], largest, rtol=2e-6)  # sums in fp32: near-ties may fall either way
+    log_sums = np.log(np.exp(wide - largest[:, None]).sum(1))
+    np.testing.assert_allclose(log_prob.get(), -log_sums, atol=2e-3 if d_model > 100 else 1e-4)

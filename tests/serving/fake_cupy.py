@@ -14,7 +14,7 @@ import numpy as np
 
 from serving.products import StackSizes
 from serving.tensors import EngineSizes
-from tests.serving.numpy_rows import activate, attend_within_passages, norm
+from tests.serving.numpy_rows import activate, attend_within_passages, in_parts, norm, whole
 
 
 class Array(np.ndarray):
@@ -68,10 +68,14 @@ def modules() -> dict[str, types.ModuleType]:
         setattr(cupy, name, value)
     cupyx.zeros_pinned = lambda shape, dtype: np.zeros(shape, dtype)  # type: ignore[attr-defined]
     kernels = types.ModuleType("serving.gpu_kernels")
-    for made in (RowKernels, EncoderAttention, StepKernels):
+    for made in (RowKernels, EncoderAttention, StepKernels, HeadKernels):
         setattr(kernels, made.__name__, made)
-    kernels.splits_of = lambda capacity: 1  # type: ignore[attr-defined]
     return {"cupy": cupy, "cupyx": cupyx, "serving.gpu_kernels": kernels}
+
+
+def put(out: Array, rows: np.ndarray) -> None:
+    """Write rows as the product behind wants them."""
+    out[:] = in_parts(rows, out.shape[0] if out.ndim == 3 else 1)
 
 
 class RowKernels:
@@ -80,17 +84,18 @@ class RowKernels:
 
     def embed(self, tokens: Array, embedding: Array, weight: Array, residual: Array, normed: Array) -> None:
         residual[:] = embedding[tokens]
-        normed[:] = norm(residual, weight, self.stack.epsilon)
+        put(normed, norm(residual, weight, self.stack.epsilon))
 
     def add_and_norm(self, made: Array, weight: Array, residual: Array, normed: Array, destinations: Array | None = None) -> None:
-        total = residual + made
+        total = residual + whole(made)
         if destinations is None:
             residual[:] = total
-            destinations = array(np.arange(len(made)))
-        normed[destinations] = norm(total, weight, self.stack.epsilon)
+            put(normed, norm(total, weight, self.stack.epsilon))
+        else:
+            normed[destinations] = norm(total, weight, self.stack.epsilon)
 
     def activate(self, inner: Array, out: Array) -> None:
-        out[:] = activate(inner.astype(np.float32), self.stack)
+        put(out, activate(inner.astype(np.float32), self.stack))
 
 
 class EncoderAttention:
@@ -105,8 +110,11 @@ class EncoderAttention:
 
 
 class StepKernels:
-    def __init__(self, sizes: EngineSizes, eos_token_id: int):
-        self.sizes, self.eos = sizes, eos_token_id
+    def __init__(self, sizes: EngineSizes):
+        self.sizes = sizes
+
+    def most_splits(self, capacity: int) -> int:
+        return 1
 
     def _rows(self, positions: Array, slots: Array) -> Iterator[tuple[int, int, int]]:
         return ((row, int(position), int(slots[row])) for row, position in enumerate(positions) if position >= 0)
@@ -122,12 +130,13 @@ class StepKernels:
         return np.einsum("ht,htd->hd", weights, values.repeat(group, 0)).ravel(), weights.sum(0)
 
     def self_attention(self, made: Array, cache: Array, slots: Array, positions: Array, bias: Array, out: Array) -> None:
-        queries = self.sizes.num_heads * self.sizes.d_kv
-        out[:] = 0
+        queries, made = self.sizes.num_heads * self.sizes.d_kv, whole(made)
+        attended = np.zeros((len(made), queries), np.float32)
         for row, position, slot in self._rows(positions, slots):
             cache[slot, position] = made[row, queries:]
             behind = (position - np.arange(position + 1)).clip(0, len(bias) - 1)
-            out[row], _ = self._attend(made[row, :queries], cache[slot, : position + 1], bias[behind])
+            attended[row], _ = self._attend(made[row, :queries], cache[slot, : position + 1], bias[behind])
+        put(out, attended)
 
     def _across(self, row: int, position: int, slot: int, at: tuple) -> tuple[np.ndarray, np.ndarray]:
         query, cache, _, lengths, _, bias, places = at
@@ -137,9 +146,10 @@ class StepKernels:
 
     def cross_attention(self, *arguments: Any) -> None:
         at, out = arguments[:7], arguments[9]
-        out[:] = 0
+        attended = np.zeros(at[0].shape, np.float32)
         for row, position, slot in self._rows(at[4], at[2]):
-            out[row], _ = self._across(row, position, slot, at)
+            attended[row], _ = self._across(row, position, slot, at)
+        put(out, attended)
 
     def evidence(self, *arguments: Any) -> None:
         at, layer, weights = arguments[:7], arguments[8], arguments[9]
@@ -149,8 +159,17 @@ class StepKernels:
                 share = total / len(self.sizes.cross_attention_layers)
                 weights[row, : len(total)] = share if layer == 0 else weights[row, : len(total)] + share
 
-    def pick_token(self, logits: Array, eos_penalty: Array, token: Array, log_prob: Array) -> None:
-        wide = np.asarray(logits, np.float64).copy()
+
+class HeadKernels:
+    def __init__(self, d_model: int, vocab_size: int, eos_token_id: int):
+        self.shape, self.eos = (vocab_size, d_model), eos_token_id
+
+    def scratch(self, batch: int) -> None:
+        pass
+
+    def pick_token(self, hidden: Array, head: Array, eos_penalty: Array, found: None, token: Array, log_prob: Array) -> None:
+        assert head.shape == self.shape
+        wide = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
         wide[:, self.eos] += eos_penalty
         token[: len(wide)] = wide.argmax(1)
         log_prob[: len(wide)] = -np.log(np.exp(wide - wide.max(1, keepdims=True)).sum(1))

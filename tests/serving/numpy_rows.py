@@ -39,12 +39,26 @@ def attend_within_passages(query_key_value: np.ndarray, lengths: list[int], bias
     return out
 
 
+def in_parts(rows: np.ndarray, parts: int) -> np.ndarray:
+    """[rows, columns] as a product in parts takes it: [parts, rows, columns / parts]."""
+    return rows if parts == 1 else np.ascontiguousarray(rows.reshape(len(rows), parts, -1).transpose(1, 0, 2))
+
+
+def whole(made: np.ndarray) -> np.ndarray:
+    """What a product made, its parts summed."""
+    return made.astype(np.float32).sum(0) if made.ndim == 3 else made
+
+
 def load_products(directory: Path, products: Sequence[Product]) -> list[tuple[Product, Callable[[np.ndarray], np.ndarray]]]:
-    """Each product with what multiplies by its weights, as its exported graph does; takes any float, gives float32."""
+    """Each product with what multiplies by its weights, as its exported graph does; takes any float, gives float32.
+
+    Of a product in parts the parts are summed.
+    """
     sessions = {p.engine: ort.InferenceSession(str(directory / f"{p.engine}.onnx")) for p in products}
 
     def multiply(session: ort.InferenceSession, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
-        (made,) = session.run(None, {"x": x.astype(np.float16), "weight": weight})
-        return made.astype(np.float32)
+        parts = weight.shape[0] if weight.ndim == 3 else 1
+        (made,) = session.run(None, {"x": in_parts(x.astype(np.float16), parts), "weight": weight})
+        return whole(made.astype(np.float32))
 
     return [(p, functools.partial(multiply, sessions[p.engine], np.load(directory / p.weight, allow_pickle=False))) for p in products]

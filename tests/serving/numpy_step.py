@@ -21,9 +21,10 @@ class NumpyStep:
         self.sizes, self.stack, self.slots = manifest.sizes, manifest.decoder, slots
         self.products = load_products(directory, decoder_products(manifest.sizes))
         self.cross_kv = ort.InferenceSession(str(directory / "cross_kv.onnx"))
-        files = {name: directory / array_file("decoder", name) for name in (EMBEDDING, NORMS, BIAS, CROSS_BIAS)}
+        files = {name: directory / array_file("decoder", name) for name in (EMBEDDING, NORMS, BIAS, CROSS_BIAS, HEAD)}
         arrays = {name: np.load(file, allow_pickle=False) for name, file in files.items() if file.exists()}
         self.embedding, self.norms, self.self_bias, self.cross_bias = arrays[EMBEDDING], arrays[NORMS], arrays[BIAS], arrays.get(CROSS_BIAS)
+        self.head = arrays[HEAD].astype(np.float64)
         self.positions: dict[int, np.ndarray] = {}
         self.cache: dict[tuple[str, int, int], np.ndarray] = {}  # (kind, layer, slot) -> [tokens, 2 * kv_heads * d_kv]
 
@@ -87,11 +88,10 @@ class NumpyStep:
                     evidence[row, : len(total)] += total / len(self.sizes.cross_attention_layers)
             elif product.kind == "wi":
                 given = activate(made, self.stack)
-            elif product.kind != HEAD:
+            else:
                 residual = residual + made
                 given = norm(residual, next(norms), self.stack.epsilon)
-        logits = made
-        logits = logits.astype(np.float64)
+        logits = given.astype(np.float16) @ self.head.T
         logits[:, 1] += eos_penalty  # the readers of the tests and the demo end with token 1
         log_probs = logits.max(1) - logits.max(1, keepdims=True)[:, 0] - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1))
         return logits.argmax(1).astype(np.int32), log_probs.astype(np.float32), evidence

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
@@ -20,7 +23,7 @@ from serving.gpu_plan import (
 )
 from serving.limits import Limits
 from serving.manifest import EngineBuild, EngineError
-from serving.products import HEAD, StackSizes, decoder_products, encoder_products, packed_cross_kv_tensors, product_tensors
+from serving.products import StackSizes, decoder_products, encoder_products, packed_cross_kv_tensors, product_parts, product_tensors
 from serving.tensors import EngineSizes, encoder_tensors
 
 STACK = StackSizes(768, 12, 12, 12, 64, 2048, True, 1e-6)
@@ -39,9 +42,9 @@ def test_buckets_end_with_the_slots_and_waste_little(slots: int) -> None:
 
 def test_every_projection_of_a_reader_is_one_product() -> None:
     assert len(encoder_products(STACK)) == 12 * 4
-    for sizes, count in ((FID_BASE, 12 * 6 + 1), (FIDO_BASE, 12 * 4 + 2 * 2 + 1)):
+    for sizes, count in ((FID_BASE, 12 * 6), (FIDO_BASE, 12 * 4 + 2 * 2)):
         products = decoder_products(sizes)
-        assert len(products) == count == len({p.weight for p in products}) and products[-1].kind == HEAD
+        assert len(products) == count == len({p.weight for p in products}) and products[-1].kind == "wo"
         assert sorted({p.layer for p in products if p.kind == "cross_q"}) == list(sizes.cross_attention_layers)
     for given, made in zip(encoder_products(STACK), encoder_products(STACK)[1:], strict=False):
         # what one makes is what the next takes, once attention and the gate have been there
@@ -62,12 +65,31 @@ def test_profiles_cover_what_the_limits_allow_and_no_more() -> None:
         assert len(set(shapes["weight"])) == 1  # of one shape, whatever the rows
     (cross_kv,) = (profile_shapes(packed_cross_kv_tensors(FID_BASE), r) for r in profile_ranges("cross_kv", limits, 256))
     assert cross_kv["encoder_hidden_states"] == ((1, 768), (10240, 768), (10240, 768))
-    head = decoder_products(FID_BASE)[-1]
-    tensors = product_tensors(STACK, head, "bfloat16", FID_BASE.vocab_size)
-    assert tensors.outputs[0].shape({"batch": 3}) == (3, 32128) and tensors.outputs[0].dtype == "float32"
-    (step,) = (profile_shapes(tensors, r) for r in profile_ranges(head.engine, limits, 256))
+    wi = decoder_products(FID_BASE)[-2]
+    tensors = product_tensors(STACK, wi, "bfloat16")
+    (step,) = (profile_shapes(tensors, r) for r in profile_ranges(wi.engine, limits, 256))
     assert all(fits((rows, 768), step["x"]) for rows in (1, 24))
     assert not fits((25, 768), step["x"])
+    # many slots have a profile of their own, so that a few answers are not slower for them
+    few, many = (profile_shapes(tensors, r) for r in profile_ranges(wi.engine, dataclasses.replace(limits, slots=96), 256))
+    assert fits((32, 768), few["x"]) and not fits((33, 768), few["x"]) and fits((96, 768), many["x"])
+
+
+def test_narrow_products_of_a_step_are_made_in_parts_that_fill_a_card() -> None:
+    multi_query = dataclasses.replace(STACK, num_kv_heads=1)
+    xl = dataclasses.replace(STACK, d_model=2048, num_heads=32, num_kv_heads=1, d_kv=64, d_ff=5120)
+    for stack, wanted in (
+        (STACK, {"qkv": 1, "o": 4, "cross_q": 1, "cross_o": 4, "wi": 1, "wo": 4}),
+        (multi_query, {"qkv": 4, "o": 4, "cross_q": 1, "cross_o": 4, "wi": 1, "wo": 4}),
+        (xl, {"qkv": 1, "o": 2, "cross_q": 1, "cross_o": 2, "wi": 1, "wo": 2}),
+    ):
+        products = {p.kind: p for p in decoder_products(FID_BASE)}
+        assert {kind: product_parts(stack, product) for kind, product in products.items()} == wanted
+        for kind, parts in wanted.items():
+            x, weight = product_tensors(stack, products[kind], "float16").inputs
+            columns, rows_of_weight = x.shape({"batch": 5})[-1], weight.shape({})[-2]
+            assert columns == rows_of_weight and len(x.axes) == len(weight.axes) == (3 if parts > 1 else 2)
+    assert {product_parts(STACK, product) for product in encoder_products(STACK)} == {1}  # thousands of rows fill a card as they are
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -122,8 +144,5 @@ def test_engines_of_elsewhere_are_refused_by_name() -> None:
 
 
 def test_a_build_survives_its_json() -> None:
-    import dataclasses
-    import json
-
     build = EngineBuild("GPU", "9.0", "8.6.0", {"encoder.plan": [{"input_ids": ((1, 1), (4, 8), (4, 8))}]}, {"encoder.plan": 1.5})
     assert EngineBuild.from_dict(json.loads(json.dumps(dataclasses.asdict(build)))) == build

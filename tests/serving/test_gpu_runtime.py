@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import sys
@@ -17,12 +18,14 @@ from export.checkpoint import Checkpoint
 from export.gpu_graphs import export_gpu_reader
 from serving.limits import Limits
 from serving.manifest import EngineError, Manifest, ManifestError
+from serving.products import decoder_products, product_parts
 from tests.conftest import FID, FIDO, RELEASED_FID, random_passages, random_reader, wide
 from tests.serving import fake_cupy
 from tests.serving.numpy_encoder import NumpyEncoder
 from tests.serving.numpy_step import NumpyStep
 
 READERS = {"fid": FID, "fido": FIDO, "released_fid": RELEASED_FID}
+IN_PARTS = "fido_in_parts"  # fido, with products in parts, which those of its size have no need of
 LIMITS = Limits(slots=3, max_passages=4)
 
 
@@ -32,7 +35,20 @@ def graphs(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> dic
     for name, config in READERS.items():
         folders[name] = tmp_path_factory.mktemp("gpu") / name
         export_gpu_reader(Checkpoint(random_reader(wide(config)), tokenizer_json, name, "own"), folders[name])
+    with shorter_sums():
+        folders[IN_PARTS] = tmp_path_factory.mktemp("gpu") / IN_PARTS
+        decoder = dataclasses.replace(wide(FIDO).decoder, d_model=128, d_ff=256, num_heads=8)
+        config = dataclasses.replace(wide(FIDO), decoder=decoder)
+        export_gpu_reader(Checkpoint(random_reader(config), tokenizer_json, IN_PARTS, "own"), folders[IN_PARTS])
     return folders
+
+
+@contextlib.contextmanager
+def shorter_sums() -> Iterator[None]:
+    """Products in parts for small readers as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("serving.products.LEAST_SUMMED", 64)
+        yield
 
 
 @pytest.fixture
@@ -101,9 +117,14 @@ def test_foreign_ids_and_passages_that_are_too_long_reach_no_foreign_memory(grap
     assert found.shape[:2] == (2, 40) and np.isfinite(found).all() and found[:, :length].any() and not found[:, length:].any()
 
 
-@pytest.mark.parametrize("name", list(READERS))
-def test_decoder_steps_as_the_products_say(name: str, graphs: dict[str, Path], runtime: Any) -> None:
+@pytest.mark.parametrize("name", [*READERS, IN_PARTS])
+def test_decoder_steps_as_the_products_say(name: str, graphs: dict[str, Path], runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, manifest = graphs[name], Manifest.load(graphs[name])
+    if name == IN_PARTS:
+        monkeypatch.setattr("serving.products.LEAST_SUMMED", 64)
+        assert manifest.decoder is not None
+        parts = {p.kind: product_parts(manifest.decoder, p) for p in decoder_products(manifest.sizes)}
+        assert parts == {"qkv": 2, "o": 2, "cross_q": 1, "cross_o": 2, "wi": 1, "wo": 4}
     decoder = runtime("gpu_decoder").GpuDecoder(directory, manifest, loader(directory), LIMITS.slots, (64, 16))
     reference = NumpyStep(directory, manifest, LIMITS.slots)
     rng = np.random.default_rng(1)
