@@ -61,7 +61,7 @@ def _common(name: str, parameters: dict[str, str], *, on_gpu: bool, instances: i
     return {
         "name": name,
         "backend": "python",
-        "instance_group": [{"kind": "KIND_GPU", "count": instances, "gpus": [0]} if on_gpu else {"kind": "KIND_CPU", "count": 1}],
+        "instance_group": [{"kind": "KIND_GPU", "count": instances, "gpus": [0]} if on_gpu else {"kind": "KIND_CPU", "count": instances}],
         "parameters": {key: {"string_value": value} for key, value in sorted(parameters.items())},
     }
 
@@ -70,7 +70,12 @@ def encoder_config(reader: str, sizes: EngineSizes, limits: Limits, *, on_gpu: b
     """`<reader>_encoder`: a passage is one element of Triton's batch, so the dynamic batcher joins questions."""
     names = ("intra_op_threads", *(("max_passages", "encoder_batch") if on_gpu else ()))
     return {
-        **_common(model_names(reader)["encoder"], limits.to_parameters(names), on_gpu=on_gpu, instances=limits.encoder_instances),
+        **_common(
+            model_names(reader)["encoder"],
+            limits.to_parameters(names),
+            on_gpu=on_gpu,
+            instances=limits.encoder_instances if on_gpu else 1,  # on a CPU one engine call has all cores
+        ),
         **_io(encoder_tensors(sizes, "float16" if on_gpu else "float32"), batched=True),
         # the largest question must fit in one batch
         "max_batch_size": encoder_batch(limits) if on_gpu else limits.max_passages,
@@ -94,7 +99,12 @@ def native_encoder_config(reader: str, sizes: EngineSizes, limits: Limits) -> di
 def reader_config(reader: str, limits: Limits, *, stream: bool, on_gpu: bool = False) -> dict[str, Any]:
     """`<reader>` (one response) or `<reader>_stream` (decoupled); neither batches in Triton, since the decode loop does."""
     fields = {
-        **_common(model_names(reader)["stream" if stream else "reader"], {"reader": reader, **limits.to_parameters()}, on_gpu=on_gpu),
+        **_common(
+            model_names(reader)["stream" if stream else "reader"],
+            {"reader": reader, **limits.to_parameters()},
+            on_gpu=on_gpu,
+            instances=limits.reader_instances,
+        ),
         **_io(READER_TENSORS, batched=False),
         "max_batch_size": 0,
     }

@@ -58,6 +58,7 @@ def main() -> int:
     parser.add_argument("--slots", type=int, default=24)
     parser.add_argument("--encoder-batch", type=int, default=120)
     parser.add_argument("--encoder-instances", type=int, default=1)
+    parser.add_argument("--reader-instances", type=int, default=1)
     parser.add_argument("--encode-threads", type=int, default=16)
     parser.add_argument("--passages", type=int, default=40)
     parser.add_argument("--new-tokens", type=int, default=32)
@@ -73,6 +74,7 @@ def main() -> int:
         max_passages=arguments.passages,
         encoder_batch=arguments.encoder_batch,
         encoder_instances=arguments.encoder_instances,
+        reader_instances=arguments.reader_instances,
         encode_threads=arguments.encode_threads,
     )
     texts = [c.text for example in read_examples(arguments.data, limit=400) for c in example.contexts]

@@ -35,6 +35,7 @@ from .server_counts import counts_of, difference
 from .workload import RequestMaker, requests_from, write_input_data
 
 READERS = ("fid", "fido")
+BOUNDS = ("slots", "max_passages", "encoder_batch", "encoder_instances", "reader_instances", "encode_threads")
 UNSTABLE = 0.15
 LEAST_SKIPPED = 4
 MADE_REQUESTS = 64  # different ones; perf_analyzer goes round them
@@ -220,9 +221,7 @@ def write_inputs(plan: Sequence[Series], engines: Path, data: Path, seed: int, f
 def run_sweep(plan: Sequence[Series], arguments: argparse.Namespace) -> dict[str, Any]:
     """Serve both readers and measure every point of the plan; a point that fails is told and left out."""
     program = find_perf_analyzer()
-    limits = Limits(
-        **{name: getattr(arguments, name) for name in ("slots", "max_passages", "encoder_batch", "encoder_instances", "encode_threads")}
-    )
+    limits = Limits(**{name: getattr(arguments, name) for name in BOUNDS})
     points = points_of(plan, arguments.rounds)
     entries: list[dict[str, Any]] = []
     failures: list[str] = []
@@ -270,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("build/corpus/heldout.jsonl"))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    for name in ("slots", "max_passages", "encoder_batch", "encoder_instances", "encode_threads"):
+    for name in BOUNDS:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=int, default=getattr(Limits(), name), help="as the server's bound of this name"
         )

@@ -17,7 +17,7 @@ from .tensors import EngineSizes
 
 SOURCES = Path(__file__).with_name("cuda")
 WARPS = 4  # of an attention block
-# Encoded tokens that a block reads: of `evidence`, and of cross-attention where every head has keys of its own.
+# Encoded tokens that a block reads: of `evidence`, and of cross-attention where every head has keys of its own, elsewhere at least.
 CHUNK = 256
 # Where heads share keys, blocks of cross-attention that a card runs at once: three on each of 132 multiprocessors. A chunk is as long as
 # it takes to have no more.
@@ -123,7 +123,7 @@ class StepKernels:
         module = _compiled("decoder_step.cu", defines)
         self._self_attention = module.get_function("self_attention")
         self._cross_attention = module.get_function("cross_attention")
-        self._round = WARPS * warp_tokens if self._shares else CHUNK
+        self._round = WARPS * warp_tokens  # tokens that a block has at a time
         self._tiles = sizes.num_kv_heads * -(-sizes.num_heads // sizes.num_kv_heads // 16)  # blocks a chunk
         self._shared_bytes = 0
         if self._shares:  # two stages of a warp's tokens, keys and values, each row eight halves apart from the next
@@ -134,12 +134,12 @@ class StepKernels:
 
     def most_splits(self, capacity: int) -> int:
         """Chunks that a cache of `capacity` tokens falls into at most."""
-        return -(-capacity // self._round)
+        return -(-capacity // CHUNK)
 
     def chunk_of(self, batch: int, capacity: int) -> int:
         """Encoded tokens that a block of cross-attention reads."""
-        wanted = batch * self._tiles * capacity / SHARING_BLOCKS if self._shares else self._round
-        return max(math.ceil(wanted / self._round), 1) * self._round
+        wanted = batch * self._tiles * capacity / SHARING_BLOCKS if self._shares else 0
+        return max(math.ceil(wanted / self._round) * self._round, CHUNK)
 
     def self_attention(
         self, query_key_value: cp.ndarray, cache: cp.ndarray, slots: cp.ndarray, positions: cp.ndarray, bias: cp.ndarray, out: cp.ndarray

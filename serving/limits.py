@@ -25,11 +25,12 @@ class Limits:
         max_passage_characters: longest passage, and longest title. What exceeds the reader's passage_length in tokens is cut, not refused.
         max_new_tokens: most tokens a request may ask for.
         default_max_new_tokens: tokens generated at most where a request does not say.
-        slots: questions decoded together; more wait.
+        slots: questions decoded together by one reader process; more wait.
         kv_cache_bytes: memory for keys and values at most; fewer slots are used where they would exceed it. 0 = as the slots need.
-        max_in_hand: questions taken and not yet answered, running ones included; more are refused at once.
+        max_in_hand: questions that a reader process has taken and not yet answered, running ones included; more are refused at once.
         encoder_batch: passages in one encoder call on a GPU; at least max_passages are. On the CPU a call holds one question's.
         encoder_instances: encoder processes on a GPU: the second prepares its call while the first one's runs.
+        reader_instances: reader processes, each with slots of its own: what they do in Python then goes on side by side.
         encode_threads: questions tokenized and encoded at the same time.
         intra_op_threads: threads of one engine call on the CPU; 0 = one a core.
         log_text: 1 = write questions and answers into the request log; 0 = only sizes, times and outcomes.
@@ -45,6 +46,7 @@ class Limits:
     max_in_hand: int = 512
     encoder_batch: int = 0
     encoder_instances: int = 1
+    reader_instances: int = 1
     encode_threads: int = 8
     intra_op_threads: int = 0
     log_text: int = 0

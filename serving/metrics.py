@@ -109,8 +109,9 @@ class Metrics:
             "reader_kv_cache_bytes": self._kv_bytes(counts),
         }
         for name, value in gauges.items():
+            # by how much it changed: several processes of a model share the gauge
             if self._published[name] != value:
-                self._metrics[name].set(value)
+                self._metrics[name].increment(value - self._published[name])
                 self._published[name] = value
         totals = {
             "reader_generated_tokens_total": counts.tokens,

@@ -18,7 +18,7 @@ from .manifest import Manifest, ManifestError
 
 # Encoder rows are padded to a multiple of this, so that questions meet in one batch of the dynamic batcher more often.
 LENGTH_MULTIPLE = 16
-# Passages that one thread tokenizes at a time: some hundred microseconds a passage, so that a question of many is spread over the cores.
+# Passages that one thread tokenizes at least: some hundred microseconds a passage, so that a question of many is spread over the cores.
 PASSAGES_A_TASK = 4
 MOST_CUTTERS = 12  # each holds a vocabulary: 5 MB of 3,000 pieces, 36 MB of T5's 32,000
 
@@ -54,7 +54,8 @@ class Cutters:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._serialized, self._length = tokenizer.to_str(), length
         self._own = threading.local()
-        threads = threads or min(len(os.sched_getaffinity(0)), MOST_CUTTERS)
+        self._threads = threads = threads or min(len(os.sched_getaffinity(0)), MOST_CUTTERS)
+        self._cutting, self._lock = 0, threading.Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize", initializer=self._make)
         # all threads start now and make their tokenizers, so that no question waits for that
         everyone = threading.Barrier(threads)
@@ -67,8 +68,16 @@ class Cutters:
 
     def cut(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, no special ones added, the first `length` of them."""
-        tasks = [texts[i : i + PASSAGES_A_TASK] for i in range(0, len(texts), PASSAGES_A_TASK)]
-        return [ids for part in self._pool.map(self._cut, tasks) for ids in part]
+        with self._lock:
+            self._cutting += 1
+            threads = max(self._threads // self._cutting, 1)  # each task costs Python's lock some turns: under load a question is one
+        try:
+            size = max(PASSAGES_A_TASK, -(-len(texts) // threads))
+            tasks = [texts[i : i + size] for i in range(0, len(texts), size)]
+            return [ids for part in self._pool.map(self._cut, tasks) for ids in part]
+        finally:
+            with self._lock:
+                self._cutting -= 1
 
     def _cut(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._own.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]

@@ -113,6 +113,7 @@ class TritonServer:
         # names the Python backend's shared memory, so that ours can be told from others' and removed
         self.shm_prefix = f"{SHM_PREFIX}{os.getpid()}-{self.grpc_port}-"
         self.process: subprocess.Popen[bytes] | None = None
+        self._processes: set[str] = set()  # names of those that ran once all was ready
         self._log_start = 0
 
     @property
@@ -136,6 +137,7 @@ class TritonServer:
                 self._start()
                 try:
                     self._wait_until_ready()
+                    self._processes = set(self.model_processes())
                     break
                 except ServerError:
                     # loading several Python models at once, Triton 2.51 now and then aborts over a lock of its own ("boost::interprocess::
@@ -214,7 +216,7 @@ class TritonServer:
         return "\n".join(faults_in(lines) or lines[-TOLD_LINES:])
 
     def model_processes(self) -> dict[str, int]:
-        """Process id of each model's Python process, and of the server itself under "tritonserver"."""
+        """Process id of each model's Python process, a second one's under "MODEL 2", and of the server itself under "tritonserver"."""
         assert self.process is not None
         found = {"tritonserver": self.process.pid}
         for pid in _children(self.process.pid):
@@ -224,7 +226,8 @@ class TritonServer:
                 continue  # it ended while we looked
             for model in self.models:
                 if any(f"/{model}/" in argument for argument in arguments):
-                    found[model] = pid
+                    number = sum(name.split()[0] == model for name in found) + 1
+                    found[model if number == 1 else f"{model} {number}"] = pid
         return found
 
     def failure(self) -> str | None:
@@ -234,7 +237,7 @@ class TritonServer:
         """
         if self.process is None or self.process.poll() is not None:
             return "tritonserver has ended" + ("" if self.process is None else f" with code {self.process.returncode}")
-        dead = sorted(set(self.models) - set(self.model_processes()))
+        dead = sorted({*self.models, *self._processes} - set(self.model_processes()))
         return f"the process of {', '.join(dead)} has died" if dead else None
 
     def stop(self, drain_timeout_s: float | None = None) -> None:

@@ -117,28 +117,38 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
     __half* past = cache + static_cast<size_t>(slots[row]) * capacity * STRIDE + kv_head * D_KV;
     const size_t apart = static_cast<size_t>(gridDim.y) * (HEADS + 2 * KV_HEADS) * D_KV;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES;
-    if (head % GROUP == 0 && threadIdx.x < 2 * LANES) {
-        const __half* fresh = threadIdx.x < LANES ? new_key : new_value;
-        __half* present = past + static_cast<size_t>(position) * STRIDE + threadIdx.x / LANES * (KV_HEADS * D_KV);
-        store(present + part * VECTOR, narrow(sum_parts(fresh + part * VECTOR, parts_made, apart)));
-    }
     const Vector query = sum_parts(made + head * D_KV + part * VECTOR, parts_made, apart);
+    const uint4 present_key = narrow(sum_parts(new_key + part * VECTOR, parts_made, apart));
+    const uint4 present_value = narrow(sum_parts(new_value + part * VECTOR, parts_made, apart));
+    if (head % GROUP == 0 && threadIdx.x < LANES) {
+        __half* present = past + static_cast<size_t>(position) * STRIDE + part * VECTOR;
+        store(present, present_key);
+        store(present + KV_HEADS * D_KV, present_value);
+    }
     Mix mix;
-    for (int base = warp * TOKENS; base <= position; base += WARPS * TOKENS) {
-        const int token = base + lane / LANES;
-        Vector key = {}, value = {};
-        if (token < position) {
+    for (int base = warp * TOKENS; base <= position; base += WARPS * TOKENS * UNROLL) {
+        uint4 keys[UNROLL], values[UNROLL];
+        float scores[UNROLL], largest = mix.largest;
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+            const int token = base + u * WARPS * TOKENS + lane / LANES;
+            // the new token's may still be on its way to the cache
+            keys[u] = present_key;
+            values[u] = present_value;
+            scores[u] = token <= position ? bias[min(position - token, reach) * HEADS + head] : MASKED;
+            if (token >= position) continue;
             const __half* row_of_token = past + static_cast<size_t>(token) * STRIDE + part * VECTOR;
-            key = widen(load(row_of_token));
-            value = widen(load(row_of_token + KV_HEADS * D_KV));
-        } else if (token == position) {  // other blocks may be writing it: take what it is written from
-            key = widen(narrow(sum_parts(new_key + part * VECTOR, parts_made, apart)));
-            value = widen(narrow(sum_parts(new_value + part * VECTOR, parts_made, apart)));
+            keys[u] = load(row_of_token);
+            values[u] = load(row_of_token + KV_HEADS * D_KV);
         }
-        float score = sum_of_token(dot(query, key));
-        score = token <= position ? score + bias[min(position - token, reach) * HEADS + head] : MASKED;
-        mix.rescale(fmaxf(mix.largest, score));
-        mix.add(score, value);
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+            scores[u] += sum_of_token(dot(query, widen(keys[u])));
+            largest = fmaxf(largest, scores[u]);
+        }
+        mix.rescale(largest);
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) mix.add(scores[u], widen(values[u]));
     }
     const Joined joined = join_block(mix, shared);
     if (threadIdx.x < D_KV) out[threadIdx.x] = __float2half_rn(joined.value / joined.total);

@@ -37,35 +37,56 @@ extern "C" __global__ void __launch_bounds__(HEAD_WARPS * 32, 2) score_tokens(
     const float* __restrict__ eos_penalty, int eos, int batch,
     Choice* __restrict__ found)  // [HEAD_BLOCKS][batch]
 {
-    constexpr int TILES = HEAD_ROWS / 8, AHEAD = 4;  // AHEAD: loads of weights in flight, twice
+    constexpr int TILES = HEAD_ROWS / 8, AHEAD = 4, ROUND = AHEAD * 4 * VECTOR;  // a round's columns
     __shared__ Choice of_warp[HEAD_WARPS][HEAD_ROWS];
+    __shared__ __align__(16) __half staged[2][HEAD_ROWS][ROUND + 4 * VECTOR];  // this round's rows and the next one's, 16 banks apart
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
     const int first = blockIdx.y * HEAD_ROWS, rows = min(batch - first, HEAD_ROWS);
     const int token = (static_cast<int>(blockIdx.x) * HEAD_WARPS + warp) * 16 + group, tokens[2] = {token, token + 8};
     const __half* low = head + static_cast<size_t>(min(tokens[0], VOCAB - 1)) * D_MODEL;
     const __half* high = head + static_cast<size_t>(min(tokens[1], VOCAB - 1)) * D_MODEL;
-    float logits[TILES][4] = {};
-    for (int start = pair * VECTOR; start < D_MODEL + pair * VECTOR; start += AHEAD * 4 * VECTOR) {
-        uint4 a[AHEAD] = {}, b[AHEAD] = {};
-#pragma unroll
-        for (int u = 0; u < AHEAD; ++u) {
-            const int column = start + u * 4 * VECTOR;
-            if (column >= D_MODEL) continue;
-            a[u] = __ldcs(reinterpret_cast<const uint4*>(low + column));
-            b[u] = __ldcs(reinterpret_cast<const uint4*>(high + column));
+    // Past the last column weights are zeros, so what lies in the stage there must only be a number: the last vector once more.
+    const auto stage = [&](int start, int into) {
+        for (int i = threadIdx.x; i < rows * (ROUND / VECTOR); i += HEAD_WARPS * 32) {
+            const int row = i / (ROUND / VECTOR), column = i % (ROUND / VECTOR) * VECTOR;
+            copy_async(&staged[into][row][column], hidden + static_cast<size_t>(first + row) * D_MODEL + min(start + column, D_MODEL - VECTOR));
         }
+        commit_copies();
+    };
+    uint4 a[AHEAD], b[AHEAD];
+    const auto fetch = [&](int start, uint4(&of_low)[AHEAD], uint4(&of_high)[AHEAD]) {
 #pragma unroll
         for (int u = 0; u < AHEAD; ++u) {
-            const int column = start + u * 4 * VECTOR;
+            const int column = start + (u * 4 + pair) * VECTOR;
+            const bool inside = column < D_MODEL;
+            of_low[u] = inside ? __ldcs(reinterpret_cast<const uint4*>(low + column)) : uint4{};
+            of_high[u] = inside ? __ldcs(reinterpret_cast<const uint4*>(high + column)) : uint4{};
+        }
+    };
+    fetch(0, a, b);
+    stage(0, 0);
+    float logits[TILES][4] = {};
+    for (int start = 0, now = 0; start < D_MODEL; start += ROUND, now ^= 1) {
+        uint4 next_a[AHEAD], next_b[AHEAD];
+        fetch(start + ROUND, next_a, next_b);
+        wait_for_copies<0>();
+        __syncthreads();  // this round's rows are there, and nobody reads the last round's any more
+        if (start + ROUND < D_MODEL) stage(start + ROUND, now ^ 1);
+#pragma unroll
+        for (int u = 0; u < AHEAD; ++u) {
             const unsigned left[4] = {a[u].x, b[u].x, a[u].y, b[u].y}, right[4] = {a[u].z, b[u].z, a[u].w, b[u].w};
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
                 if (tile * 8 >= rows) break;
-                const __half* row = hidden + static_cast<size_t>(first + min(tile * 8 + group, rows - 1)) * D_MODEL;
-                const uint4 bits = column < D_MODEL ? load(row + column) : uint4{};
+                const uint4 bits = load(&staged[now][min(tile * 8 + group, rows - 1)][(u * 4 + pair) * VECTOR]);
                 multiply(logits[tile], left, bits.x, bits.y);
                 multiply(logits[tile], right, bits.z, bits.w);
             }
+        }
+#pragma unroll
+        for (int u = 0; u < AHEAD; ++u) {
+            a[u] = next_a[u];
+            b[u] = next_b[u];
         }
     }
 #pragma unroll

@@ -99,7 +99,7 @@ def split(array: np.ndarray, parts: int, rng: np.random.Generator) -> np.ndarray
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_self_attention(sizes: EngineSizes, parts: int) -> None:
     rng = np.random.default_rng(1)
-    heads, kv_heads, d_kv, capacity = sizes.num_heads, sizes.num_kv_heads, sizes.d_kv, 64
+    heads, kv_heads, d_kv, capacity = sizes.num_heads, sizes.num_kv_heads, sizes.d_kv, 300
     if heads * d_kv // parts % 8:
         pytest.skip("parts are whole vectors")
     cache = normal(rng, SLOTS, capacity, 2 * kv_heads * d_kv).astype(np.float16)
@@ -107,7 +107,7 @@ def test_self_attention(sizes: EngineSizes, parts: int) -> None:
     made[:, : heads * d_kv] *= d_kv**-0.5
     given = split(made, parts, rng)
     made = given.astype(np.float32).sum(0)
-    positions = np.array([0, 63, 17, -1, 40], np.int32)
+    positions = np.array([0, 299, 17, -1, 140], np.int32)
     bias = normal(rng, REACH + 1, heads)
     on_gpu, out = cp.asarray(cache), cp.full((BATCH, heads * d_kv), cp.nan, cp.float16)
     out = out if parts == 1 else out.reshape(parts, BATCH, -1)

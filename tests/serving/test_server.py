@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -287,6 +290,33 @@ def test_grpc_over_tls_answers_who_trusts_its_certificate_and_nobody_in_the_clea
             assert client.answer("w1", ["w2"]).tokens > 0
         with ReaderClient(url, "fido", timeout_s=5) as client, pytest.raises(ReaderError):
             client.answer("w1", ["w2"])
+
+
+def gauges(server) -> dict[str, float]:
+    with urllib.request.urlopen(server.metrics_url) as response:
+        found = re.findall(r'^(reader_[a-z_]+)\{model="fido"(?:,outcome="answered")?\} (\S+)$', response.read().decode(), re.MULTILINE)
+    return {name: float(value) for name, value in found}
+
+
+def test_two_reader_processes_share_the_questions_and_the_metrics(engines, cases, tmp_path):
+    repository_from_engines(engines["fido"][1], tmp_path / "repository", "fido", dataclasses.replace(LIMITS, reader_instances=2))
+    with TritonServer(models_of(["fido"], stream=False), tmp_path / "repository") as server:
+        processes = server.model_processes()
+        assert {"fido", "fido 2"} < set(processes)
+        with ReaderClient(server.grpc_url, "fido") as client, ThreadPoolExecutor(12) as pool:
+            for case, answer in zip(cases["fido"], pool.map(lambda c: c.ask(client), cases["fido"]), strict=True):
+                case.check(answer)
+        deadline = time.monotonic() + 5
+        while (found := gauges(server))["reader_questions_total"] < len(cases["fido"]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert found["reader_questions_total"] == len(cases["fido"])
+        assert found["reader_generated_tokens_total"] == sum(case.tokens for case in cases["fido"])
+        assert not any(found[name] for name in ("reader_active_slots", "reader_in_hand_questions", "reader_kv_cache_bytes"))
+        assert server.failure() is None
+        os.kill(processes["fido"], signal.SIGKILL)
+        while server.failure() is None and time.monotonic() < deadline + 5:
+            time.sleep(0.05)
+        assert server.failure() == "the process of fido 2 has died"  # one of two: which is which nobody can tell
 
 
 def test_every_metric_on_the_dashboard_is_one_that_is_served(server):
