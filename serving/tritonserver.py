@@ -89,7 +89,7 @@ def prepared_backends(installation: Installation, scratch: Path) -> Path | None:
     if installation.backends is None or installation.stub is None:
         return installation.backends
     python = scratch / "backends" / "python"
-    shutil.rmtree(python, ignore_errors=True)  # of a start that failed: a process of it may still run the stub, which cannot be written then
+    shutil.rmtree(python, ignore_errors=True)  # of a start that failed: what may still run cannot be overwritten
     shutil.copytree(installation.backends / "python", python)
     stub = python / "triton_python_backend_stub"
     shutil.copyfile(installation.stub, stub)
