@@ -21,7 +21,7 @@ from export.config import ReaderConfig, reader_preset
 from serving.engines import load_decoder, load_encoder
 from serving.gpu_decoder import GpuDecoder
 from serving.gpu_encoder import GpuEncoder
-from serving.gpu_plan import calls_of_tokens
+from serving.gpu_plan import bucket_of, calls_of_tokens
 from serving.limits import Limits
 from serving.manifest import TOKENIZER_FILE, Manifest
 from serving.prompt import PromptEncoder
@@ -87,7 +87,7 @@ def measure_steps(decoder: GpuDecoder, batch: int, steps: int) -> dict[str, list
         started = time.perf_counter()
         decoder.step(tokens, np.full(batch, step + 1, np.int32), penalty)
         wall.append((time.perf_counter() - started) * 1e3)
-    run = decoder._steps[min(bucket for bucket in decoder._steps if bucket >= batch)]
+    run = decoder._steps[bucket_of(batch, decoder._buckets), False]
     with decoder._stream:
         for _ in range(steps):
             graph.append(gpu_ms(decoder._stream, run))

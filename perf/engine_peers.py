@@ -1,0 +1,170 @@
+"""`python -m perf.engine_peers`: the same readers' exported graphs on ONNX Runtime, as peers beside those of perf/peers.py.
+
+Comes in: a folder with graphs of fid and fido, fp32 for the CPU or half precision for the CUDA provider, and a workload, whose ids are
+drawn at random. Goes out: questions per second and latency of a batch of questions at a time, as rows of peers.json; rows of the same name
+that are there already are replaced, all others kept.
+
+Times are from token ids on the host to token ids on the host: encoder call, keys and values, and a step a token with greedy choice. There
+is no Triton and no decode loop; tokenization and network are not in them, nor is a first turn over all requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clients.metrics import percentile
+from serving.decode_loop import EOS_FORBIDDEN
+from serving.engines import Decoder, Encoder, load_decoder, load_encoder
+from serving.limits import Limits
+from serving.manifest import Manifest
+
+from .gpu_statistics import publish, spread
+from .machine import describe
+from .workload import WORKLOADS, WorkloadSpec, uniform
+
+READERS = ("fid", "fido")
+EXCLUDES = "tokenization, network, Triton"
+NAMES = {"onnxruntime": "ONNX Runtime, CPU", "onnxruntime-gpu": "ONNX Runtime, CUDA", "tensorrt": "TensorRT"}
+FIRST_ORDINARY_TOKEN = 3  # T5's first three are padding, end and unknown
+
+Passages = tuple[np.ndarray, np.ndarray]  # input_ids and attention_mask, each int32[n_passages, passage_length]
+
+
+@dataclasses.dataclass(frozen=True)
+class EnginePeer:
+    """A reader's engines."""
+
+    reader: str
+    manifest: Manifest
+    encoder: Encoder
+    decoder: Decoder
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        return f"the same graphs, {NAMES[self.manifest.engine]}, {self.manifest.precision}"
+
+    def answer(self, questions: Sequence[Passages], new_tokens: int) -> list[list[int]]:
+        """Tokens of each question's answer, all of that length.
+
+        Args:
+            questions: at most as many as the decoder has slots.
+            new_tokens: of every answer; the end token counts as any other.
+        """
+        for slot, (states, (_, mask)) in enumerate(zip(self.encoder.encode(list(questions)), questions, strict=True)):
+            places = np.flatnonzero(mask).astype(np.int32)  # such readers as are measured here have no bias that these matter to
+            self.decoder.admit(slot, slot, self.decoder.pack(states, mask), places)
+        tokens = np.zeros(len(questions), np.int32)
+        found = []
+        for position in range(new_tokens):
+            penalty = np.full(len(questions), EOS_FORBIDDEN if position < new_tokens - 1 else 0.0, np.float32)
+            tokens, _, _ = self.decoder.step(tokens, np.full(len(questions), position, np.int32), penalty)
+            found.append(tokens)
+        return np.array(found).T.tolist()
+
+
+def random_questions(spec: WorkloadSpec, count: int, seed: int, vocab_size: int) -> list[Passages]:
+    """Token ids drawn at random, of the lengths that the workload states; the same ones for the same seed."""
+    numbers, rng = random.Random(seed), np.random.default_rng(seed)
+    questions = []
+    for _ in range(count):
+        lengths = np.array([spec.passage_tokens.draw(numbers) for _ in range(spec.passages.draw(numbers))])
+        mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int32)
+        questions.append(((rng.integers(FIRST_ORDINARY_TOKEN, vocab_size, mask.shape) * mask).astype(np.int32), mask))
+    return questions
+
+
+def measure(
+    peers: Sequence[EnginePeer], questions: Sequence[Passages], batches: Sequence[int], new_tokens: int, rounds: int
+) -> list[dict[str, Any]]:
+    """One row for each peer and batch; in every round all of them take turns, and a first one is not counted."""
+    walls: dict[tuple[int, int], list[float]] = {(peer, batch): [] for batch in batches for peer in range(len(peers))}
+    latencies: dict[tuple[int, int], list[float]] = {row: [] for row in walls}
+    for number in range(rounds + 1):
+        for (peer, batch), taken in walls.items():
+            seconds = []
+            for start in range(0, len(questions), batch):
+                started = time.perf_counter()
+                peers[peer].answer(questions[start : start + batch], new_tokens)
+                seconds.append(time.perf_counter() - started)
+            if number:
+                taken.append(sum(seconds))
+                latencies[peer, batch].append(percentile(seconds, 50) * 1e3)
+    return [
+        {
+            "name": peers[peer].name,
+            "reader": peers[peer].reader,
+            "batch": batch,
+            "questions_per_s": spread([len(questions) / wall for wall in taken]),
+            "p50_ms": spread(latencies[peer, batch]),
+        }
+        for (peer, batch), taken in walls.items()
+    ]
+
+
+def merged(out: Path | None, rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    """The file's content with these rows in it."""
+    before = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else {"peers": [], "settings": {}}
+    replaced = {(row["name"], row["reader"], row["batch"]) for row in rows}
+    kept = [row for row in before["peers"] if (row["name"], row["reader"], row.get("batch")) not in replaced]
+    return {"peers": kept + rows, "settings": before["settings"] | {f"engines, {settings['engine']}": settings}}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, and add to the file; gives the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m perf.engine_peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--engines", type=Path, default=Path("build/engines"), help="folder with the engines of fid and fido")
+    parser.add_argument("--workload", choices=list(WORKLOADS), default="paper")
+    for field in dataclasses.fields(WorkloadSpec):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=uniform, metavar="N[..N]", help="in place of the workload's own")
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="questions answered together")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="peers.json")
+    arguments = parser.parse_args(argv)
+    given = {f.name: value for f in dataclasses.fields(WorkloadSpec) if (value := getattr(arguments, f.name))}
+    spec = dataclasses.replace(WORKLOADS[arguments.workload], **given)
+    if spec.new_tokens.low != spec.new_tokens.high or any(arguments.requests % batch for batch in arguments.batches):
+        parser.error("wanted answers of one length, and --requests to be a multiple of every batch, so that all batches are full")
+    batch = max(arguments.batches)
+    limits = Limits(slots=batch, max_passages=spec.passages.high, encoder_batch=batch * spec.passages.high)
+    peers = []
+    for reader in READERS:
+        manifest = Manifest.load(arguments.engines / reader)
+        engines = load_encoder(arguments.engines / reader, manifest, limits), load_decoder(arguments.engines / reader, manifest, limits)
+        peers.append(EnginePeer(reader, manifest, *engines))
+    questions = random_questions(spec, arguments.requests, arguments.seed, peers[0].manifest.sizes.vocab_size)
+    lengths = [int(n) for _, mask in questions for n in mask.sum(1)]
+    common = {
+        "new_tokens": spec.new_tokens.high,
+        "passages": spec.passages.high if spec.passages.low == spec.passages.high else str(spec.passages),
+        "passage_tokens": max(lengths) if min(lengths) == max(lengths) else f"{min(lengths)}..{max(lengths)}",
+        "excludes": EXCLUDES,
+    }
+    rows = measure(peers, questions, arguments.batches, spec.new_tokens.high, arguments.rounds)
+    settings = {
+        "engine": peers[0].manifest.engine,
+        "requests": len(questions),
+        "seed": arguments.seed,
+        "rounds": arguments.rounds,
+        "machine": describe(),
+    }
+    publish(merged(arguments.out, [row | common for row in rows], settings), arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Where a decoder step on a GPU goes, kernel by kernel: `python -m perf.gpu_step ENGINES` leaves each kind of operation out in turn.
+
+A step is one CUDA graph of a hundred kernels of a few microseconds; a profiler between them would cost more than they do. So the step is
+captured again without one kind of operation, and what it takes less is what that kind costs in its place; beside it, what it takes alone.
+Random questions of full length; the step is at position --position of every answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cupy as cp
+
+from serving.engines import load_decoder
+from serving.gpu_decoder import LENGTHS, POSITIONS, SLOTS, GpuDecoder
+from serving.gpu_products import LoadedProduct
+from serving.limits import Limits
+from serving.manifest import Manifest
+
+from .gpu_engines import fill, gpu_ms
+from .gpu_statistics import publish
+
+ROUNDS = 30
+
+
+def kind_of(operation: Any) -> str:
+    """What an operation of a step's program is: a product by its shape, a kernel by its name."""
+    owner = getattr(operation.func, "__self__", None)
+    if isinstance(owner, LoadedProduct):
+        return "product " + " x ".join(map(str, owner.weight.shape))
+    return str(operation.func.__name__)
+
+
+def graph_us(decoder: GpuDecoder, operations: Sequence[Callable[[], None]]) -> float:
+    """Least microseconds of a graph of these operations."""
+    stream = decoder._stream
+    with stream:
+        stream.begin_capture()
+        for operation in operations:
+            operation()
+        graph = stream.end_capture()
+        graph.upload(stream)
+        graph.launch(stream)
+        stream.synchronize()
+        return min(gpu_ms(stream, lambda: graph.launch(stream)) for _ in range(ROUNDS)) * 1e3
+
+
+def profile(decoder: GpuDecoder, batch: int, tokens: int, position: int) -> dict[str, Any]:
+    """Microseconds of the whole step, and of each kind of operation: how often, what the step takes less without it, and it alone."""
+    program = decoder._program(batch, False)
+    state = decoder._host_state
+    state[:] = 0
+    state[POSITIONS], state[SLOTS, :batch], state[LENGTHS, :batch] = position, range(batch), tokens
+    decoder._state.set(state, stream=decoder._stream)
+    kinds = [kind_of(operation) for operation in program]
+    whole = graph_us(decoder, program)
+    found = {}
+    for kind in dict.fromkeys(kinds):
+        without = graph_us(decoder, [operation for operation, other in zip(program, kinds, strict=True) if other != kind])
+        alone = graph_us(decoder, [operation for operation, other in zip(program, kinds, strict=True) if other == kind])
+        found[kind] = {"times": kinds.count(kind), "less_without_us": round(whole - without, 1), "alone_us": round(alone, 1)}
+    return {"step_us": round(whole, 1), "operations": found}
+
+
+def main() -> int:
+    """Measure and print JSON."""
+    parser = argparse.ArgumentParser(prog="python -m perf.gpu_step", description=__doc__)
+    parser.add_argument("engines", type=Path)
+    parser.add_argument("--slots", type=int, default=24, help="as the engines were built for")
+    parser.add_argument("--max-passages", type=int, default=40)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 24])
+    parser.add_argument("--position", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    manifest = Manifest.load(arguments.engines)
+    decoder: GpuDecoder = load_decoder(  # type: ignore[assignment]
+        arguments.engines, manifest, Limits(slots=arguments.slots, max_passages=arguments.max_passages)
+    )
+    tokens = arguments.max_passages * manifest.prompt.passage_length
+    fill(decoder, max(arguments.batches), tokens)
+    name = cp.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    steps = {str(batch): profile(decoder, batch, tokens, arguments.position) for batch in arguments.batches}
+    publish({"gpu": name, "reader": manifest.reader, "position": arguments.position, "batches": steps}, arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

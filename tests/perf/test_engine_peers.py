@@ -1,0 +1,53 @@
+"""The peer answers as the reader does, batch of n as n of one, and its rows join those that are in the file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from perf import engine_peers
+from perf.engine_peers import EnginePeer, random_questions
+from perf.workload import Uniform, WorkloadSpec, exactly
+from serving.engines import load_decoder, load_encoder
+from serving.limits import Limits
+from serving.manifest import Manifest
+
+LIMITS = Limits(slots=3, max_passages=4)
+
+
+@pytest.mark.parametrize("reader", ["fid", "fido"])
+def test_tokens_are_the_torch_readers(engines, reader):
+    checkpoint, directory = engines[reader]
+    manifest = Manifest.load(directory)
+    peer = EnginePeer(reader, manifest, load_encoder(directory, manifest, LIMITS), load_decoder(directory, manifest, LIMITS))
+    questions = random_questions(WorkloadSpec(Uniform(1, 4), Uniform(3, 20), exactly(7)), 3, 5, manifest.sizes.vocab_size)
+    together = peer.answer(questions, 7)
+    for (ids, mask), tokens in zip(questions, together, strict=True):
+        assert peer.answer([(ids, mask)], 7) == [tokens]
+        wanted = checkpoint.reader.generate(torch.from_numpy(ids).long()[None], torch.from_numpy(mask).long()[None], 7, 7)
+        assert tokens == wanted.tokens[0]
+
+
+def test_the_command_adds_rows_and_replaces_its_own(engines, tmp_path, capsys):
+    for reader in ("fid", "fido"):
+        (tmp_path / reader).symlink_to(engines[reader][1])
+    out = tmp_path / "peers.json"
+    out.write_text(json.dumps({"peers": [{"name": "another", "reader": "fid", "batch": 1}], "settings": {"seed": 3}}))
+    arguments = ["--engines", str(tmp_path), "--passages", "2", "--passage-tokens", "5..9", "--new-tokens", "3", "--out", str(out)]
+    for rounds in ("1", "2"):
+        assert engine_peers.main([*arguments, "--requests", "2", "--batches", "1", "2", "--rounds", rounds]) == 0
+    result = json.loads(out.read_text())
+    rows = result["peers"]
+    assert [(row["name"], row["reader"], row["batch"]) for row in rows] == [
+        ("another", "fid", 1),
+        *(("the same graphs, ONNX Runtime, CPU, float32", reader, batch) for batch in (1, 2) for reader in ("fid", "fido")),
+    ]
+    for row in rows[1:]:
+        assert row["questions_per_s"]["min"] > 0 and row["p50_ms"]["median"] > 0 and row["excludes"]
+        assert (row["new_tokens"], row["passages"]) == (3, 2)
+    assert result["settings"]["seed"] == 3 and result["settings"]["engines, onnxruntime"]["rounds"] == 2
+    with pytest.raises(SystemExit):
+        engine_peers.main([*arguments, "--requests", "3", "--batches", "2"])
+    assert "multiple of every batch" in capsys.readouterr().err
