@@ -1,6 +1,6 @@
 """`python -m perf.engine_peers`: the same readers' exported graphs on ONNX Runtime, as peers beside those of perf/peers.py.
 
-Comes in: a folder with graphs of fid and fido, fp32 for the CPU or half precision for the CUDA provider, and a workload, whose ids are
+Comes in: the graphs of fid and fido, fp32 for the CPU or half precision for the CUDA provider, and a workload, whose ids are
 drawn at random. Goes out: questions per second and latency of a batch of questions at a time, as rows of peers.json; rows of the same name
 that are there already are replaced, all others kept.
 
@@ -125,7 +125,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m perf.engine_peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--engines", type=Path, default=Path("build/engines"), help="folder with the engines of fid and fido")
+    for reader in READERS:
+        parser.add_argument(f"--{reader}", type=Path, default=Path("build/engines", reader), help="folder of its graphs or engines")
     parser.add_argument("--workload", choices=list(WORKLOADS), default="paper")
     for field in dataclasses.fields(WorkloadSpec):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=uniform, metavar="N[..N]", help="in place of the workload's own")
@@ -143,8 +144,9 @@ def main(argv: list[str] | None = None) -> int:
     limits = Limits(slots=batch, max_passages=spec.passages.high, encoder_batch=batch * spec.passages.high)
     peers = []
     for reader in READERS:
-        manifest = Manifest.load(arguments.engines / reader)
-        engines = load_encoder(arguments.engines / reader, manifest, limits), load_decoder(arguments.engines / reader, manifest, limits)
+        directory = getattr(arguments, reader)
+        manifest = Manifest.load(directory)
+        engines = load_encoder(directory, manifest, limits), load_decoder(directory, manifest, limits)
         peers.append(EnginePeer(reader, manifest, *engines))
     questions = random_questions(spec, arguments.requests, arguments.seed, peers[0].manifest.sizes.vocab_size)
     lengths = [int(n) for _, mask in questions for n in mask.sum(1)]

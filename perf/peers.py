@@ -246,14 +246,17 @@ def turn(peer: FusionPeer, questions: Sequence[Question], batch: int) -> list[fl
     return seconds
 
 
-def measure(peers: dict[str, FusionPeer], questions: Sequence[Question], batches: Sequence[int], rounds: int) -> list[dict[str, Any]]:
-    """One row for each peer and batch; in every round all of them take turns.
+def measure(
+    peers: dict[str, FusionPeer], questions: Sequence[Question], batches: Sequence[int], rounds: int, compiled: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """One row for each peer and batch (compiled ones of batches `compiled`, if given); in every round all of them take turns.
 
     Returns:
         name, batch, questions_per_s and p50_ms (the batch's time, which each of its questions waits); of compiled ones compile_s: by how
         much the first turn, which is not counted, took longer than the later ones. A row whose peer failed has `error` instead.
     """
-    turns: dict[tuple[str, int], list[list[float]]] = {(name, batch): [] for batch in batches for name in peers}
+    rows = [(name, batch) for batch in batches for name in peers if compiled is None or batch in compiled or not peers[name].compiled]
+    turns: dict[tuple[str, int], list[list[float]]] = {row: [] for row in rows}
     errors: dict[tuple[str, int], str] = {}
     for _ in range(rounds + 1):
         for name, batch in [row for row in turns if row not in errors]:
@@ -316,6 +319,7 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=list(PRECISIONS), default="cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="measure torch.compile, too; default on cuda only")
+    parser.add_argument("--compiled-batches", type=int, nargs="+", help="batches to compile for, each of which takes half a minute or more")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     if arguments.workload == REAL and (arguments.data is None or arguments.fid is None):
@@ -371,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
         "excludes": EXCLUDES,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    measured = measure(peers, questions, arguments.batches, arguments.rounds)
+    measured = measure(peers, questions, arguments.batches, arguments.rounds, arguments.compiled_batches)
     settings = {
         "reader": arguments.fid or f"{arguments.preset}, random weights",
         "workload": arguments.workload,

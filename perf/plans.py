@@ -21,6 +21,7 @@ class Series:
         request_rate: questions sent a second whatever comes back, a point each.
         streaming: questions in flight of the streaming model, a point each.
         requests: measured in each point, warm-up and tail not counted; at a request rate half as many.
+        alone: the same with one question in flight, where nothing is spread by others.
     """
 
     workload: str
@@ -29,6 +30,7 @@ class Series:
     request_rate: tuple[float, ...] = ()
     streaming: tuple[int, ...] = ()
     requests: int = 120
+    alone: int = 120
 
     def points(self) -> list[tuple[Mode, float, bool]]:
         """Mode, load and whether it streams, of each point."""
@@ -60,11 +62,11 @@ def card_plan(passage_length: int) -> tuple[Series, ...]:
     """For base-size readers on a GPU: the paper's workload first, then longer answers, other numbers of passages, ragged passages."""
     full, ragged = exactly(passage_length), Uniform(passage_length // 3, passage_length)
     return (
-        Series("paper", _made(40, full, 32), (1, 16, 64), (80.0,), (16,), requests=96),
-        Series("answers_128", _made(40, full, 128), (64,), requests=96),
-        Series("answers_512", _made(40, full, 512), (64,), requests=64),
-        Series("passages_10", _made(10, full, 32), (64,), requests=128),
-        Series("padding", _made(40, ragged, 32), (64,), requests=96),
+        Series("paper", _made(40, full, 32), (1, 16, 64, 128), (80.0,), (16,), requests=256, alone=40),
+        Series("answers_128", _made(40, full, 128), (64,), requests=128),
+        Series("answers_512", _made(40, full, 512), (64,), requests=96),
+        Series("passages_10", _made(10, full, 32), (64,), requests=256),
+        Series("padding", _made(40, ragged, 32), (64,), requests=192),
     )
 
 

@@ -73,7 +73,10 @@ class Point:
     @property
     def requests(self) -> int:
         """How many are sent."""
-        return (self.series.requests if self.mode == "concurrency" else self.series.requests // 2) + sum(self.skipped)
+        measured = self.series.requests if self.mode == "concurrency" else self.series.requests // 2
+        if self.mode == "concurrency" and self.load == 1:
+            measured = min(measured, self.series.alone)
+        return measured + sum(self.skipped)
 
     def arguments(self, scratch: Path) -> list[str]:
         """For perf_analyzer; `scratch` takes a file of times where it needs one."""

@@ -31,11 +31,10 @@ def test_tokens_are_the_torch_readers(engines, reader):
 
 
 def test_the_command_adds_rows_and_replaces_its_own(engines, tmp_path, capsys):
-    for reader in ("fid", "fido"):
-        (tmp_path / reader).symlink_to(engines[reader][1])
     out = tmp_path / "peers.json"
     out.write_text(json.dumps({"peers": [{"name": "another", "reader": "fid", "batch": 1}], "settings": {"seed": 3}}))
-    arguments = ["--engines", str(tmp_path), "--passages", "2", "--passage-tokens", "5..9", "--new-tokens", "3", "--out", str(out)]
+    arguments = [word for reader in ("fid", "fido") for word in (f"--{reader}", str(engines[reader][1]))]
+    arguments += ["--passages", "2", "--passage-tokens", "5..9", "--new-tokens", "3", "--out", str(out)]
     for rounds in ("1", "2"):
         assert engine_peers.main([*arguments, "--requests", "2", "--batches", "1", "2", "--rounds", rounds]) == 0
     result = json.loads(out.read_text())

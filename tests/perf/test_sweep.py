@@ -82,6 +82,13 @@ def test_skipped_requests_are_those_in_flight():
     assert Point("fid", series, "request_rate", 50.0, False, 0).skipped == (4, 4)
 
 
+def test_one_question_at_a_time_takes_fewer_of_them():
+    series = Series("a", WORKLOADS["paper"], requests=256, alone=40)
+    sent = {load: Point("fid", series, "concurrency", load, False, 0).requests for load in (1, 16)}
+    assert sent == {1: 40 + 4 + 1, 16: 256 + 32}
+    assert Point("fid", series, "request_rate", 1.0, False, 0).requests == 128 + 8
+
+
 def test_gaps_have_the_mean_of_the_rate_and_a_poisson_process_s_spread():
     gaps = poisson_gaps_us(8.0, 500, 3)
     mean = sum(gaps) / len(gaps)
