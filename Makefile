@@ -38,10 +38,14 @@ help: ## list the targets
 
 setup: $(INSTALLED) ## make .venv and install what every other target needs
 
-$(INSTALLED): requirements.txt requirements-triton.txt requirements-export.txt requirements-dev.txt
+# Keeps the server's memory flat. Where there is no C compiler it is left out, and heaps stay as large as bursts have made them.
+HEAP_TRIM := $(VENV)/lib/libheap_trim.so
+
+$(INSTALLED): requirements.txt requirements-triton.txt requirements-export.txt requirements-dev.txt serving/heap_trim.c
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -r requirements-dev.txt
 	$(PY) -m pip install -q --no-deps -r requirements-triton.txt
+	@if command -v cc > /dev/null; then cc -O2 -shared -fPIC -pthread -o $(HEAP_TRIM) serving/heap_trim.c; else echo "no C compiler, so no $(HEAP_TRIM)"; fi
 	@touch $@
 
 export: $(SERVED) ## checkpoints -> ONNX engines -> model repository (FID=... FIDO=... for your own)
@@ -161,4 +165,4 @@ clean: ## remove everything that was built, and the environment
 	find model_repository -path '*/1/*' ! -name model.py -type f -delete
 
 FORCE:
-.PHONY: help setup export serve ask demo evaluate bench bench-load perf gpu-bench report stress gpu-test test lint clean FORCE
+.PHONY: help setup export serve ask demo evaluate bench bench-load perf gpu-bench gpu-bench-large report stress gpu-test test lint clean FORCE

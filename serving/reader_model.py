@@ -26,7 +26,7 @@ from .manifest import TOKENIZER_FILE, Manifest, ManifestError
 from .metrics import Metrics
 from .prompt import PromptEncoder
 from .reply import Caller, Reply, StreamReply, UnaryReply, send_error
-from .request import read_request
+from .request import PULSE_ID, read_request
 from .tensors import READER_TENSORS
 
 # How often some questions in hand are asked whether they were cancelled, and how many: each asking costs Triton a message, and every
@@ -98,7 +98,8 @@ class ReaderModel:
             try:
                 reply = self._take(request, sender)
             except Exception as error:
-                self._metrics.refused()
+                if request.request_id() != PULSE_ID:
+                    self._metrics.refused()
                 send_error(sender, error)
                 continue
             self._in_hand.add(reply)

@@ -12,6 +12,8 @@ import numpy as np
 
 from .limits import Limits
 
+PULSE_ID = "pulse"  # id of a request that only asks whether the reader still replies (pulse.py): refused, and not counted
+
 
 class RequestError(ValueError):
     """A request that is refused; the message is what the client reads."""

@@ -215,6 +215,11 @@ class TritonServer:
         lines = self.log.read_bytes()[self._log_start :].decode("utf-8", errors="replace").splitlines()
         return "\n".join(faults_in(lines) or lines[-TOLD_LINES:])
 
+    @property
+    def uses_tls(self) -> bool:
+        """Whether gRPC is encrypted."""
+        return any(argument.startswith("--grpc-use-ssl=") for argument in self._extra)
+
     def model_processes(self) -> dict[str, int]:
         """Process id of each model's Python process, a second one's under "MODEL 2", and of the server itself under "tritonserver"."""
         assert self.process is not None

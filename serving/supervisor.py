@@ -1,4 +1,4 @@
-"""Keeps a server up: when it or one of its models dies, it is ended and started again on the same ports.
+"""Keeps a server up: when it or one of its models dies or hangs, it is ended and started again on the same ports.
 
 Triton 2.51 leaves a Python model whose process has died as it is, says that it is ready, and fails every request to it; only another
 start helps. Requests under way are told by their connection's end.
@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from .pulse import Pulse
 from .server import TritonServer
 from .tritonserver import ServerError
 
@@ -40,12 +41,15 @@ def keep_serving(new_server: Callable[[], TritonServer], stop: threading.Event, 
             with new_server() as server:
                 announce(server)
                 served_before = True
-                while not stop.wait(CHECK_PERIOD_S):
-                    if failure := server.failure():
-                        break
-                else:
-                    print("stopping", flush=True)
-                    return
+                # over TLS the launcher would need a client's certificates: there, only a death is seen
+                asked = [] if server.uses_tls else [model for model in server.models if not model.endswith("_encoder")]
+                with Pulse(server.grpc_url, asked) as pulse:
+                    while not stop.wait(CHECK_PERIOD_S):
+                        if failure := server.failure() or pulse.failure():
+                            break
+                    else:
+                        print("stopping", flush=True)
+                        return
                 server.stop(DRAIN_AFTER_DEATH_S)
         except ServerError as error:
             if not served_before:

@@ -22,6 +22,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 # be given back to the system grows with what was freed before. One heap a core, and large blocks always given back: memory is lower and
 # stops growing sooner (tests/stress soaks it). Fewer heaps than cores would make threads wait for each other, tokenizing above all.
 LARGE_BLOCK_BYTES = 256 << 10
+HEAP_TRIM = Path(sys.prefix, "lib", "libheap_trim.so")  # of heap_trim.c, which `make setup` compiles where there is a compiler
 
 
 class ServerError(RuntimeError):
@@ -114,4 +115,6 @@ def environment(installation: Installation) -> dict[str, str]:
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
     libraries = [str(folder) for folder in installation.libraries]
     env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
+    if HEAP_TRIM.is_file():
+        env["LD_PRELOAD"] = " ".join([*filter(None, [env.get("LD_PRELOAD")]), str(HEAP_TRIM)])
     return env

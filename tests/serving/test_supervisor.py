@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
 from clients.reader_client import ReaderClient, ReaderError
 from export.repository import repository_from_engines
-from serving import supervisor
+from serving import pulse, supervisor
 from serving.limits import Limits
 from serving.server import SHM, SHM_PREFIX, START_ATTEMPTS, TOLD_LINES, TritonServer, _children, faults_in, free_ports, remove_leftovers
 from serving.tritonserver import ServerError
@@ -170,3 +172,45 @@ def test_what_a_failed_start_tells_is_the_cause_and_not_what_follows_it_for_page
     others = [f"E1124 13:38:40.1 8619 x.cc:1] another {i}" for i in range(50)]
     found = faults_in(["I1124 13:38:35.1 8619 server.cc:1] started", cause, *after, *others])
     assert found[:3] == [cause, after[0], others[0]] and len(found) == TOLD_LINES
+
+
+@pytest.mark.parametrize("model", ["fido", "fido_stream"])
+def test_a_model_that_hangs_is_started_again(engines, tmp_path, monkeypatch, capsys, model):
+    """Its process lives, Triton calls it ready, and nobody gets an answer."""
+    for name, value in {"PERIOD_S": 0.2, "PATIENCE_S": 1.0}.items():
+        monkeypatch.setattr(pulse, name, value)
+    repository_from_engines(engines["fido"][1], tmp_path / "repository", "fido", Limits())
+    ports = tuple(free_ports(3))
+    models, stop, servers = ("fido_encoder", "fido", "fido_stream"), threading.Event(), []
+    keeper = threading.Thread(
+        target=supervisor.keep_serving,
+        args=(lambda: TritonServer(models, tmp_path / "repository", ports, log=tmp_path / "log"), stop, servers.append),
+    )
+    keeper.start()
+    try:
+        deadline = time.monotonic() + 60
+        while not servers:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(2)  # it is asked a few times, and replies
+        assert len(servers) == 1 and pulse.replies(servers[0].grpc_url, model, 5)
+        with urllib.request.urlopen(servers[0].metrics_url) as response:
+            assert f'reader_questions_total{{model="{model}",outcome="refused"}} 0' in response.read().decode()
+        os.kill(servers[0].model_processes()[model], signal.SIGSTOP)
+        while len(servers) < 2:
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text(errors="replace")[-5000:]
+            time.sleep(0.05)
+        assert answers(f"127.0.0.1:{ports[1]}", 20)
+    finally:
+        stop.set()
+        keeper.join(60)
+    assert f"{model}: no reply within 1 s, 2 times in a row; starting again" in capsys.readouterr().err
+
+
+def test_who_cannot_be_reached_does_not_reply():
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        started = time.monotonic()
+        assert not pulse.replies(f"127.0.0.1:{silent.getsockname()[1]}", "fid", 0.5) and time.monotonic() - started < 5
+    assert not pulse.replies(f"127.0.0.1:{free_ports(1)[0]}", "fid_stream", 0.5)
