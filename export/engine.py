@@ -28,7 +28,7 @@ from serving.tensors import GraphTensors, encoder_tensors
 from .staging import replacing
 
 STRONGLY_TYPED_FROM = 10
-# Runs of a kernel that its time is the mean of: with one run, the default, noise now and then picks a kernel that takes half as long again.
+# Runs of a kernel that its time is the mean of. One, the default, chooses as well on a quiet GPU; eight cost a few seconds a reader.
 TIMINGS = 8
 
 
@@ -78,7 +78,7 @@ def build_engines(
         limits: what the engines must be able to serve: passages, slots, passages a call.
         timing_cache: file that keeps kernel timings from build to build; made if missing. Beside it, in `plans`, lie the engines
             built so far.
-        jobs: processes that build. Builds time kernels, and two on one GPU disturb each other; two or three still choose well.
+        jobs: processes that build. Builds time kernels, and two on one GPU disturb each other: once it cost a step a tenth.
         say: told about progress.
 
     Raises:
