@@ -145,7 +145,7 @@ def _compile_share(work: Work) -> dict[str, float]:
 def _fingerprint(graph: Path, task: Task, precision: str) -> str:
     """Of everything that an engine depends on: two readers with one encoder share its engines, and other slots leave it as it is."""
     files = [sha256_of_file(file) for file in (graph, graph.with_name(f"{graph.name}.data")) if file.exists()]
-    return hashlib.sha256(repr((files, task.profiles, precision, describe_gpu())).encode()).hexdigest()[:32]
+    return hashlib.sha256(repr((files, task.profiles, precision, TIMINGS, describe_gpu())).encode()).hexdigest()[:32]
 
 
 def describe_gpu() -> tuple[str, str, str]:

@@ -64,7 +64,7 @@ class EnginePeer:
         for slot, (states, (_, mask)) in enumerate(zip(self.encoder.encode(list(questions)), questions, strict=True)):
             places = np.flatnonzero(mask).astype(np.int32)  # such readers as are measured here have no bias that these matter to
             self.decoder.admit(slot, slot, self.decoder.pack(states, mask), places)
-        tokens = np.zeros(len(questions), np.int32)
+        tokens = np.full(len(questions), self.manifest.decoder_start_token_id, np.int32)
         found = []
         for position in range(new_tokens):
             penalty = np.full(len(questions), EOS_FORBIDDEN if position < new_tokens - 1 else 0.0, np.float32)

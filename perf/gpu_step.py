@@ -39,6 +39,9 @@ def graph_us(decoder: GpuDecoder, operations: Sequence[Callable[[], None]]) -> f
     """Least microseconds of a graph of these operations."""
     stream = decoder._stream
     with stream:
+        for operation in operations:  # TensorRT wants shapes to have run before they are captured
+            operation()
+        stream.synchronize()
         stream.begin_capture()
         for operation in operations:
             operation()

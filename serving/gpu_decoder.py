@@ -1,4 +1,6 @@
-"""The decoder on a GPU: engines of its products with kernels between them, one CUDA graph a batch bucket, caches in fixed slots.
+"""The decoder on a GPU: engines of its products with kernels between them, caches in fixed slots, CUDA graphs.
+
+Each batch bucket has two graphs: of a step in which some answer gets its first token, which leaves evidence, and of one without.
 
 It is a `DecoderEngine` (decode_loop.py). All of its work goes to one stream; a step costs the host one graph launch and one wait.
 """
@@ -56,28 +58,43 @@ class GpuDecoder:
             self._embedding, self._norms, self._self_bias, self._head = arrays[:4]
             self._cross_bias = arrays[4] if len(arrays) > 4 else None
             weights = weight_bytes(self._products) + self._cross_kv.weight_bytes + sum(array.nbytes for array in arrays)
-            self.memory = decoder_memory(sizes, slots, capacities, weights, scratch.bytes)
-            _require_room(self.memory, slots)
             self._rows, self._kernels = RowKernels(stack), StepKernels(sizes)
             self._choice = HeadKernels(sizes.d_model_decoder, sizes.vocab_size, manifest.eos_token_id)
-            self._allocate()
-            # a step in which no answer gets its first token has no evidence to give
+            working = self._allocate_working()
+            self.memory = decoder_memory(sizes, slots, capacities, weights, scratch.bytes + working)
+            _require_room(self.memory, slots, allocated=weights + working)
+            self._allocate_caches()
             self._buckets = batch_buckets(slots)
             variants = [(bucket, first) for bucket in self._buckets for first in (False, True)]
             self._steps = {variant: self._prepare(*variant) for variant in variants}
             self._stream.synchronize()
 
-    def _allocate(self) -> None:
+    def _allocate_working(self) -> int:
+        """What a step works in, and its bytes.
+
+        Graphs run one after the other, so all have the same; a buffer holds what no two kernels need at once.
+        """
+        sizes, slots = self.sizes, self.slots
+        widest = max(product_parts(self._stack, product) * loaded.weight.shape[-1] for product, loaded in self._products.items())
+        self._residual = cp.empty((slots, sizes.d_model_decoder), cp.float32)
+        self._normed = cp.empty((slots, sizes.d_model_decoder), cp.float16)
+        self._attended = cp.empty((slots, sizes.num_heads * sizes.d_kv), cp.float16)
+        self._activated = cp.empty((slots, self._stack.d_ff), cp.float16)
+        self._made = cp.empty(slots * widest, cp.float16)
+        self._partial = cp.empty((slots, sizes.num_heads, self._kernels.most_splits(self._encoded), sizes.d_kv + 2), cp.float32)
+        self._softmax = cp.empty((slots, sizes.num_heads, 2), cp.float32)
+        self._evidence = cp.zeros((slots, self._encoded), cp.float32)
+        self._found = self._choice.scratch(slots)
+        buffers = (self._residual, self._normed, self._attended, self._activated, self._made, self._partial, self._softmax, self._evidence)
+        return sum(buffer.nbytes for buffer in buffers)
+
+    def _allocate_caches(self) -> None:
         sizes, slots = self.sizes, self.slots
         width = 2 * sizes.num_kv_heads * sizes.d_kv
         # zeros: what is masked is never read, but what is not yet written must not be a NaN in a test's dump either
         self._self_cache = {i: cp.zeros((slots, self._generated, width), cp.float16) for i in range(sizes.num_decoder_layers)}
         self._cross_cache = {i: cp.zeros((slots, self._encoded, width), cp.float16) for i in sizes.cross_attention_layers}
         self._encoder_positions = cp.zeros((slots, self._encoded if self._cross_bias is not None else 1), cp.int32)
-        self._partial = cp.empty((slots, sizes.num_heads, self._kernels.most_splits(self._encoded), sizes.d_kv + 2), cp.float32)
-        self._softmax = cp.empty((slots, sizes.num_heads, 2), cp.float32)
-        self._evidence = cp.zeros((slots, self._encoded), cp.float32)
-        self._attended = cp.empty((slots, sizes.num_heads * sizes.d_kv), cp.float16)
         self._state = cp.zeros((5, slots), cp.int32)
         self._host_state = cupyx.zeros_pinned((5, slots), np.int32)
         self._picked = cp.zeros((2, slots), cp.int32)  # tokens, and the bits of their log-probabilities
@@ -115,10 +132,8 @@ class GpuDecoder:
         """A step of `bucket` rows, some at their first token or none, as what is to be enqueued one after the other."""
         rows, kernels, sizes = self._rows, self._kernels, self.sizes
         positions, slots, lengths = (self._state[i, :bucket] for i in (POSITIONS, SLOTS, LENGTHS))
-        residual = cp.empty((bucket, sizes.d_model_decoder), cp.float32)
-        normed = cp.empty((bucket, sizes.d_model_decoder), cp.float16)
+        residual, normed, activated = self._residual[:bucket], self._normed[:bucket], self._activated[:bucket]
         attended, partial, softmax = self._attended[:bucket], self._partial[:bucket], self._softmax[:bucket]
-        activated = cp.empty((bucket, self._stack.d_ff), cp.float16)
         norms, products = iter(self._norms), list(self._products)
         parts = [product_parts(self._stack, product) for product in products] + [1]  # the head takes its rows as they are
         given = _in_parts(normed, parts[0])
@@ -126,8 +141,8 @@ class GpuDecoder:
         program: list[Callable[[], None]] = [functools.partial(rows.embed, tokens, self._embedding, next(norms), residual, given)]
         for product, own, next_parts in zip(products, parts, parts[1:], strict=False):
             loaded = self._products[product]
-            made = cp.empty((own, bucket, loaded.weight.shape[-1]), cp.float16)
-            made = made[0] if own == 1 else made
+            width = loaded.weight.shape[-1]
+            made = self._made[: own * bucket * width].reshape((own, bucket, width) if own > 1 else (bucket, width))
             program.append(functools.partial(loaded.enqueue, given, made, self._stream, context=bucket))
             if product.kind == "qkv":
                 given, cache = _in_parts(attended, next_parts), self._self_cache[product.layer]
@@ -146,8 +161,8 @@ class GpuDecoder:
                 given = _in_parts(normed, next_parts)
                 program.append(functools.partial(rows.add_and_norm, made, next(norms), residual, given))
         penalty, log_prob = self._state[PENALTY, :bucket].view(cp.float32), self._picked[1].view(cp.float32)
-        found = self._choice.scratch(bucket)
-        program.append(functools.partial(self._choice.pick_token, given, self._head, penalty, found, self._picked[0], log_prob))
+        chosen = (self._found, self._picked[0], log_prob)
+        program.append(functools.partial(self._choice.pick_token, given, self._head, penalty, *chosen))
         return program
 
     def reserved_bytes(self) -> int:
@@ -232,9 +247,9 @@ def _in_parts(rows: cp.ndarray, parts: int) -> cp.ndarray:
     return rows if parts == 1 else rows.reshape(parts, len(rows), -1)
 
 
-def _require_room(memory: GpuMemory, slots: int) -> None:
+def _require_room(memory: GpuMemory, slots: int, allocated: int) -> None:
     free, total = cp.cuda.runtime.memGetInfo()
-    needed = memory.total - memory.weights  # the engines are loaded by now
+    needed = memory.total - allocated
     if needed > free:
         raise EngineError(
             f"GPU memory: wanted {needed:,} bytes more for {slots} slots, got {free:,} free of {total:,}; "

@@ -19,8 +19,8 @@ SOURCES = Path(__file__).with_name("cuda")
 WARPS = 4  # of an attention block
 # Encoded tokens that a block reads: of `evidence`, and of cross-attention where every head has keys of its own, elsewhere at least.
 CHUNK = 256
-# Where heads share keys, blocks of cross-attention that a card runs at once: three on each of 132 multiprocessors. A chunk is as long as
-# it takes to have no more.
+# Where heads share keys, blocks of cross-attention that a card runs at once: three on each of 132 multiprocessors. Chunks are so long that
+# there are no more, unless there are more rows.
 SHARING_BLOCKS = 396
 THREADS = 256  # of the blocks of `activate`
 HEAD_WARPS, HEAD_ROWS, PICK_THREADS = 8, 48, 256  # of the blocks that choose the token
@@ -138,8 +138,8 @@ class StepKernels:
 
     def chunk_of(self, batch: int, capacity: int) -> int:
         """Encoded tokens that a block of cross-attention reads."""
-        wanted = batch * self._tiles * capacity / SHARING_BLOCKS if self._shares else 0
-        return max(math.ceil(wanted / self._round) * self._round, CHUNK)
+        splits = max(SHARING_BLOCKS // (batch * self._tiles), 1) if self._shares else capacity
+        return max(math.ceil(capacity / splits / self._round) * self._round, CHUNK)
 
     def self_attention(
         self, query_key_value: cp.ndarray, cache: cp.ndarray, slots: cp.ndarray, positions: cp.ndarray, bias: cp.ndarray, out: cp.ndarray
@@ -226,7 +226,7 @@ class HeadKernels:
         self._score_tokens, self._pick_token = (module.get_function(n) for n in ("score_tokens", "pick_token"))
 
     def scratch(self, batch: int) -> cp.ndarray:
-        """For so many rows: what the blocks find."""
+        """For so many rows or fewer: what the blocks find."""
         return cp.empty((self._blocks, batch, 3), cp.int32)
 
     def pick_token(
@@ -238,7 +238,7 @@ class HeadKernels:
             hidden: float16[batch, d_model].
             head: float16[vocab_size, d_model].
             eos_penalty: float32[batch], added to the end token's logit.
-            found: `scratch` of this batch.
+            found: `scratch` of this batch or a larger one.
             token: int32[batch], what is chosen.
             log_prob: float32[batch], of that.
         """

@@ -26,7 +26,8 @@ class Limits:
         max_new_tokens: most tokens a request may ask for.
         default_max_new_tokens: tokens generated at most where a request does not say.
         slots: questions decoded together by one reader process; more wait.
-        kv_cache_bytes: memory for keys and values at most; fewer slots are used where they would exceed it. 0 = as the slots need.
+        kv_cache_bytes: memory for keys and values of one reader process at most; fewer slots are used where they would exceed it. 0 = as
+            the slots need.
         max_in_hand: questions that a reader process has taken and not yet answered, running ones included; more are refused at once.
         encoder_batch: passages in one encoder call on a GPU; at least max_passages are. On the CPU a call holds one question's.
         encoder_instances: encoder processes on a GPU: the second prepares its call while the first one's runs.

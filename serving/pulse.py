@@ -1,7 +1,8 @@
 """Whether a running server still replies: a question that each reader model refuses at once, asked again and again.
 
-A model may hang though its process lives, and Triton calls it ready all the same. In 2.51 cancelled gRPC streams can, once in thousands
-under load, leave the streaming models without a reply for good (races that later releases mended); only another start helps then.
+A model may take no more requests though its process lives, and Triton calls it ready all the same. In 2.51 cancelled gRPC streams can,
+once in thousands under load, leave the streaming models without a reply for good (races that later releases mended); only another start
+helps then. What hangs behind the door, in a decode loop say, is not seen, nor one of several processes of a model.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ class Pulse:
     """Asks on a thread of its own until it is closed.
 
     Args:
-        url: host:port of gRPC without TLS.
+        url: host:port of gRPC. Where TLS, another port or a restriction keeps the launcher out, nothing is ever found missing: only a
+            model that has replied before can be.
         models: reader models, streaming ones end with "_stream".
     """
 
     def __init__(self, url: str, models: Sequence[str]):
         self._url, self._missed = url, dict.fromkeys(models, 0)
+        self._replied: set[str] = set()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()
@@ -39,8 +42,9 @@ class Pulse:
         return f"{', '.join(silent)}: no reply within {PATIENCE_S:.0f} s, {MISSES} times in a row" if silent else None
 
     def close(self) -> None:
-        """Ask no more; does not wait for a reply."""
+        """Ask no more; waits a moment for the reply that is awaited, not for long."""
         self._closing.set()
+        self._thread.join(1.0)
 
     def __enter__(self) -> Pulse:
         return self
@@ -50,8 +54,14 @@ class Pulse:
 
     def _run(self) -> None:
         while not self._closing.wait(PERIOD_S):
-            for model, missed in list(self._missed.items()):
-                self._missed[model] = 0 if replies(self._url, model, PATIENCE_S) else missed + 1
+            for model in list(self._missed):
+                if self._closing.is_set():
+                    return
+                if replies(self._url, model, PATIENCE_S):
+                    self._replied.add(model)
+                    self._missed[model] = 0
+                elif model in self._replied:
+                    self._missed[model] += 1
 
 
 def replies(url: str, model: str, patience_s: float) -> bool:
@@ -59,13 +69,18 @@ def replies(url: str, model: str, patience_s: float) -> bool:
     request = service_pb2.ModelInferRequest(model_name=model, id=PULSE_ID, raw_input_contents=[EMPTY_TEXT, EMPTY_TEXT])
     for name in ("question", "passages"):
         request.inputs.add(name=name, datatype="BYTES", shape=[1])
-    with grpc.insecure_channel(url, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+    # no proxy: the server is on this machine, whatever the environment says of others
+    with grpc.insecure_channel(url, options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         try:
             if model.endswith("_stream"):
-                next(iter(stub.ModelStreamInfer(iter([request]), timeout=patience_s)), None)
+                # to its end: a stream that is left before is a cancelled one
+                for _ in stub.ModelStreamInfer(iter([request]), timeout=patience_s):
+                    pass
             else:
                 stub.ModelInfer(request, timeout=patience_s)
         except grpc.RpcError as error:
             return error.code() not in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE)
+        except Exception:  # whatever it is, asking must go on
+            return False
     return True

@@ -12,7 +12,7 @@ import numpy as np
 
 from .limits import Limits
 
-PULSE_ID = "pulse"  # id of a request that only asks whether the reader still replies (pulse.py): refused, and not counted
+PULSE_ID = "pulse"  # id of a request that only asks whether the reader still replies (pulse.py): refused; only Triton counts it
 
 
 class RequestError(ValueError):

@@ -28,6 +28,7 @@ SHM = Path("/dev/shm")
 SHM_PREFIX = "fido-"
 SCRATCH_PREFIX = "fido-triton-"
 PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None)  # now: between fork and exec it could not be loaded safely
 START_ATTEMPTS = 3
 TOLD_LINES = 20  # of the log, where a start fails
 CUDA_POOL_BYTES = 1 << 30  # a question of 40 x 256 tokens has 16 MB of hidden states at base size, and many are under way at once
@@ -215,11 +216,6 @@ class TritonServer:
         lines = self.log.read_bytes()[self._log_start :].decode("utf-8", errors="replace").splitlines()
         return "\n".join(faults_in(lines) or lines[-TOLD_LINES:])
 
-    @property
-    def uses_tls(self) -> bool:
-        """Whether gRPC is encrypted."""
-        return any(argument.startswith("--grpc-use-ssl=") for argument in self._extra)
-
     def model_processes(self) -> dict[str, int]:
         """Process id of each model's Python process, a second one's under "MODEL 2", and of the server itself under "tritonserver"."""
         assert self.process is not None
@@ -299,7 +295,7 @@ def _children(pid: int) -> list[int]:
 
 def _end_with_parent() -> None:
     """In the child: be told to stop if this process is killed without a chance to say so."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def model_statistics(server: TritonServer, model: str) -> dict[str, float]:

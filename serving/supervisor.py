@@ -1,4 +1,4 @@
-"""Keeps a server up: when it or one of its models dies or hangs, it is ended and started again on the same ports.
+"""Keeps a server up: when it or one of its models dies or takes no more requests, it is ended and started again on the same ports.
 
 Triton 2.51 leaves a Python model whose process has died as it is, says that it is ready, and fails every request to it; only another
 start helps. Requests under way are told by their connection's end.
@@ -41,8 +41,7 @@ def keep_serving(new_server: Callable[[], TritonServer], stop: threading.Event, 
             with new_server() as server:
                 announce(server)
                 served_before = True
-                # over TLS the launcher would need a client's certificates: there, only a death is seen
-                asked = [] if server.uses_tls else [model for model in server.models if not model.endswith("_encoder")]
+                asked = [model for model in server.models if not model.endswith("_encoder")]
                 with Pulse(server.grpc_url, asked) as pulse:
                     while not stop.wait(CHECK_PERIOD_S):
                         if failure := server.failure() or pulse.failure():

@@ -3,8 +3,8 @@
 // Compiled for one reader by gpu_kernels.py, which defines D_KV, HEADS, KV_HEADS, WARPS (a block), WARP_TOKENS (that a warp has at a time
 // where heads share keys) and EVIDENCE_TOKENS (a block).
 //
-// A cache is half[slots][capacity][2 * KV_HEADS * D_KV]: of each token the keys of all heads, then the values. One step reads every valid
-// token once, so these kernels are bound by memory; all they must do is ask for enough of it at a time. Sums and softmax are fp32.
+// A cache is half[slots][capacity][2 * KV_HEADS * D_KV]: of each token the keys of all heads, then the values. A step reads each valid token
+// once, so memory bounds these kernels: they must ask for enough of it at a time. Sums and softmax are fp32.
 
 namespace {
 
@@ -13,7 +13,6 @@ constexpr int LANES = D_KV / VECTOR;         // neighbouring lanes that hold one
 constexpr int TOKENS = 32 / LANES;           // tokens that a warp reads at once
 constexpr int UNROLL = 4;                    // loads in flight a thread, of keys and of values each
 constexpr int STRIDE = 2 * KV_HEADS * D_KV;  // halves a token
-
 static_assert(D_KV % VECTOR == 0 && 32 % LANES == 0, "a key must fill a power of two of lanes");
 static_assert(HEADS % KV_HEADS == 0, "query heads must share key heads evenly");
 
@@ -64,9 +63,7 @@ __device__ float dot(const Vector& a, const Vector& b) {
 }
 
 // The mixes of a block's warps, joined through shared memory. Thread d < D_KV gets the value of dimension d.
-struct Joined {
-    float largest, total, value;
-};
+struct Joined { float largest, total, value; };
 
 __device__ Joined join_block(Mix& mix, float (*shared)[D_KV + 2]) {
     mix.join_warp();

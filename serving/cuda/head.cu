@@ -128,6 +128,6 @@ extern "C" __global__ void __launch_bounds__(PICK_THREADS) pick_token(
     __syncthreads();
     if (threadIdx.x > 0) return;
     for (int w = 1; w < PICK_THREADS / 32; ++w) choice.join(of_warp[w]);
-    token[row] = choice.token;
+    token[row] = min(choice.token, VOCAB - 1);  // where all logits are NaN nothing was chosen, and the next step looks the token up
     log_prob[row] = -logf(choice.total);
 }

@@ -114,11 +114,15 @@ def test_a_variant_that_fails_does_not_take_the_others_with_it(questions):
     model = hugging_face_fid(random_reader(PLAIN))
     rows = measure({"bad": Failing(model), "good": FusionPeer(model)}, [Question(q, 2) for q in questions], [2], 1)
     assert rows[0] == {"name": "bad", "batch": 2, "error": "RuntimeError: no compiler here"}
+    assert rows[1]["questions_per_s"]["min"] > 0
+
+
+def test_only_the_batches_that_are_asked_for_are_compiled(questions):
+    model = hugging_face_fid(random_reader(PLAIN))
     compiled = FusionPeer(model)
     compiled.compiled = True
     rows = measure({"eager": FusionPeer(model), "compiled": compiled}, [Question(q, 2) for q in questions], [1, 2], 1, compiled=[2])
     assert [(row["name"], row["batch"]) for row in rows] == [("eager", 1), ("eager", 2), ("compiled", 2)]
-    assert rows[1]["questions_per_s"]["min"] > 0
 
 
 def checkpoint(config: ReaderConfig, directory, tokenizer_json: str) -> str:

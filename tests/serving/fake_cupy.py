@@ -130,12 +130,12 @@ class StepKernels:
         return np.einsum("ht,htd->hd", weights, values.repeat(group, 0)).ravel(), weights.sum(0)
 
     def self_attention(self, made: Array, cache: Array, slots: Array, positions: Array, bias: Array, out: Array) -> None:
-        queries, made = self.sizes.num_heads * self.sizes.d_kv, whole(made)
-        attended = np.zeros((len(made), queries), np.float32)
+        queries, rows = self.sizes.num_heads * self.sizes.d_kv, whole(made)
+        attended = np.zeros((len(rows), queries), np.float32)
         for row, position, slot in self._rows(positions, slots):
-            cache[slot, position] = made[row, queries:]
+            cache[slot, position] = rows[row, queries:]
             behind = (position - np.arange(position + 1)).clip(0, len(bias) - 1)
-            attended[row], _ = self._attend(made[row, :queries], cache[slot, : position + 1], bias[behind])
+            attended[row], _ = self._attend(rows[row, :queries], cache[slot, : position + 1], bias[behind])
         put(out, attended)
 
     def _across(self, row: int, position: int, slot: int, at: tuple) -> tuple[np.ndarray, np.ndarray]:

@@ -94,7 +94,7 @@ class DyingServer:
     """A server of which a model is dead as soon as it is ready; the fourth does not even start."""
 
     started = 0
-    models, uses_tls, grpc_url = ("fido_encoder",), False, ""
+    models, grpc_url = ("fido_encoder",), ""
 
     def __enter__(self):
         DyingServer.started += 1
