@@ -33,6 +33,7 @@ WARM_UP_SHARE = 1 / 2
 # Allocators and Triton's shared memory pool keep their high-water mark, that of the largest crowd so far; crowds of equal size go on
 # setting new marks by chance. So the warm-up's are larger than those that are measured.
 WARM_UP_SCALE = 1.5
+TRIMMED_S = 6.0  # after a burst, its heap has been given back (serving/heap_trim.c)
 CASES = 6  # of each reader
 LONG_TOKENS = 96  # of the long ones
 CORPUS = PROJECT / "build/corpus/heldout.jsonl"
@@ -87,7 +88,8 @@ def run_pass(arena: Arena, names: list[str], tallies: dict[str, Tally]) -> None:
 
 
 def _memory(arena: Arena) -> dict[str, int]:
-    """Bytes of every process and of /dev/shm now, printed as well: how they got where they are is half of the answer."""
+    """Bytes of every process and of /dev/shm at rest, printed as well: how they got where they are is half of the answer."""
+    time.sleep(TRIMMED_S)
     found = {**arena.server.memory(), "/dev/shm": arena.server.shm_bytes()}
     print(time.strftime("%H:%M:%S"), "memory in MB:", ", ".join(f"{name} {size / 1e6:.1f}" for name, size in found.items()), flush=True)
     return found
