@@ -111,7 +111,8 @@ perf: export $(CORPUS) ## FiD against FiDO by perf_analyzer, stages, peers, abla
 
 # Base-size readers with random weights: what the FiDO paper measures, and what a GPU is for.
 BASE := build/base
-BASE_LIMITS := --slots 48 --encoder-batch 120
+BASE_SLOTS := --slots 48
+BASE_LIMITS := $(BASE_SLOTS) --encoder-batch 120
 # Two processes each, so that what they do in Python goes on side by side; CUDA's multi-process service lets their kernels do so as well.
 BASE_SERVED := $(BASE_LIMITS) --encoder-instances 2 --reader-instances 2 --encode-threads 16
 $(BASE)/%/manifest.json: $(INSTALLED) $(EXPORT_CODE)
@@ -122,23 +123,23 @@ gpu-bench: $(BASE)/fid/manifest.json $(BASE)/fido/manifest.json ## on a GPU: the
 	$(PY) -m perf.rates --device gpu --run $(RUN)
 	$(PY) -m perf.sweep --plan card --engines $(BASE) $(BASE_SERVED) --run $(RUN)
 	$(PY) -m perf.stages --plan card --engines $(BASE) --batches 1 8 24 --encoder-batch 120 --run $(RUN)
-	$(PY) -m perf.gpu_step $(BASE)/fido --slots 48 --out $(RUN)/gpu_step_fido.json
-	$(PY) -m perf.gpu_step $(BASE)/fid --slots 48 --out $(RUN)/gpu_step_fid.json
+	$(PY) -m perf.gpu_step $(BASE)/fido $(BASE_SLOTS) --out $(RUN)/gpu_step_fido.json
+	$(PY) -m perf.gpu_step $(BASE)/fid $(BASE_SLOTS) --out $(RUN)/gpu_step_fid.json
 	$(PY) -m perf.peers --preset base --device cuda --requests 8 --compiled-batches 8 --out $(RUN)/peers.json
 	-$(PY) -m perf.engine_peers --fid $(BASE)/fid.graphs --fido $(BASE)/fido.graphs --out $(RUN)/peers.json # wants onnxruntime-gpu
 	$(PY) -m perf.ablation --batches 1 24 --prebuilt base:1:12=$(BASE)/fid base:6:1=$(BASE)/fido --memory-gb 120 --run $(RUN)
 	$(PY) -m perf.report $(RUN)
 
 # Decoders much larger than encoders, at 100 passages, beside the FiD reader that such a decoder would be weighed against.
-LARGE_LIMITS := --slots 8 --max-passages 100 --encoder-batch 120
+LARGE_LIMITS := --slots 8 --encoder-batch 120
+LARGE_FLAGS := $(LARGE_LIMITS) --passages 100 --concurrency 16 --questions 64 --alone 8 --rounds 2
 build/large/%/manifest.json: $(INSTALLED) $(EXPORT_CODE)
 	$(PY) -m export preset $* build/large/$*.graphs --gpu $(if $(findstring -,$*),--fido) --tokenizer $(FID)/tokenizer.json
-	$(PY) -m export engine build/large/$*.graphs $(@D) $(LARGE_LIMITS)
+	$(PY) -m export engine build/large/$*.graphs $(@D) $(LARGE_LIMITS) --max-passages 100
 
 gpu-bench-large: $(foreach size,large base-xl large-xxl,build/large/$(size)/manifest.json) ## on a GPU: FiD-large, and FiDO base-XL and large-XXL
-	$(PY) -m perf.gpu_chain --fid build/large/large --fido build/large/base-xl $(LARGE_FLAGS) --out $(RUN)/gpu_chain_base_xl.json
+	$(PY) -m perf.gpu_chain --fid build/large/large --fido build/large/base-xl $(LARGE_FLAGS) --out $(RUN)/gpu_chain_large_and_base_xl.json
 	$(PY) -m perf.gpu_chain --fido build/large/large-xxl $(LARGE_FLAGS) --out $(RUN)/gpu_chain_large_xxl.json
-LARGE_FLAGS := --passages 100 --slots 8 --encoder-batch 120 --concurrency 16 --questions 64 --alone 8 --rounds 2
 
 report: $(INSTALLED) ## HTML page, Markdown summary and summary.json of every run in perf/results
 	$(PY) -m perf.report

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import random
 import sys
 import time
 from collections.abc import Sequence
@@ -30,12 +29,11 @@ from serving.manifest import Manifest
 
 from .gpu_statistics import publish, spread
 from .machine import describe
-from .workload import WORKLOADS, WorkloadSpec, uniform
+from .workload import WORKLOADS, WorkloadSpec, random_token_ids, uniform
 
 READERS = ("fid", "fido")
 EXCLUDES = "tokenization, network, Triton"
 NAMES = {"onnxruntime": "ONNX Runtime, CPU", "onnxruntime-gpu": "ONNX Runtime, CUDA", "tensorrt": "TensorRT"}
-FIRST_ORDINARY_TOKEN = 3  # T5's first three are padding, end and unknown
 
 Passages = tuple[np.ndarray, np.ndarray]  # input_ids and attention_mask, each int32[n_passages, passage_length]
 
@@ -71,17 +69,6 @@ class EnginePeer:
             tokens, _, _ = self.decoder.step(tokens, np.full(len(questions), position, np.int32), penalty)
             found.append(tokens)
         return np.array(found).T.tolist()
-
-
-def random_questions(spec: WorkloadSpec, count: int, seed: int, vocab_size: int) -> list[Passages]:
-    """Token ids drawn at random, of the lengths that the workload states; the same ones for the same seed."""
-    numbers, rng = random.Random(seed), np.random.default_rng(seed)
-    questions = []
-    for _ in range(count):
-        lengths = np.array([spec.passage_tokens.draw(numbers) for _ in range(spec.passages.draw(numbers))])
-        mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int32)
-        questions.append(((rng.integers(FIRST_ORDINARY_TOKEN, vocab_size, mask.shape) * mask).astype(np.int32), mask))
-    return questions
 
 
 def measure(
@@ -148,7 +135,8 @@ def main(argv: list[str] | None = None) -> int:
         manifest = Manifest.load(directory)
         engines = load_encoder(directory, manifest, limits), load_decoder(directory, manifest, limits)
         peers.append(EnginePeer(reader, manifest, *engines))
-    questions = random_questions(spec, arguments.requests, arguments.seed, peers[0].manifest.sizes.vocab_size)
+    drawn = random_token_ids(spec, arguments.requests, arguments.seed, peers[0].manifest.sizes.vocab_size)
+    questions = [(ids, mask) for ids, mask, _ in drawn]
     lengths = [int(n) for _, mask in questions for n in mask.sum(1)]
     common = {
         "new_tokens": spec.new_tokens.high,

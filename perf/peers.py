@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import random
 import statistics
 import sys
 import time
@@ -42,11 +41,10 @@ from serving.prompt import PromptEncoder, PromptError
 
 from .gpu_statistics import publish, spread
 from .machine import describe
-from .workload import REAL, WORKLOADS, Request, RequestMaker, WorkloadError, WorkloadSpec, requests_from, uniform
+from .workload import REAL, WORKLOADS, Request, RequestMaker, WorkloadError, WorkloadSpec, random_token_ids, requests_from, uniform
 
 EXCLUDES = "tokenization, network"
 PRECISIONS = {"cpu": (torch.float32,), "cuda": (torch.float16, torch.bfloat16)}
-FIRST_ORDINARY_TOKEN = 3  # T5's first three are padding, end and unknown
 T5_WIDTHS = ("d_model", "d_kv", "d_ff", "num_heads")  # in T5Config once, for both stacks
 T5_TOKENS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
 T5_REST = ("vocab_size", "feed_forward_proj", "relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon")
@@ -220,14 +218,8 @@ def tokenized(checkpoint: Checkpoint, requests_of: Callable[[Tokenizer, Manifest
 
 def random_questions(spec: WorkloadSpec, count: int, seed: int, vocab_size: int) -> list[Question]:
     """Token ids drawn at random, of the lengths that the workload states; the same ones for the same seed."""
-    numbers, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    questions = []
-    for _ in range(count):
-        lengths = torch.tensor([spec.passage_tokens.draw(numbers) for _ in range(spec.passages.draw(numbers))])
-        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-        ids = torch.randint(FIRST_ORDINARY_TOKEN, vocab_size, mask.shape, generator=generator) * mask
-        questions.append(Question((ids, mask), spec.new_tokens.draw(numbers)))
-    return questions
+    drawn = random_token_ids(spec, count, seed, vocab_size)
+    return [Question((torch.from_numpy(ids).long(), torch.from_numpy(mask).long()), new_tokens) for ids, mask, new_tokens in drawn]
 
 
 def turn(peer: FusionPeer, questions: Sequence[Question], batch: int) -> list[float]:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from clients.examples import Example, ExampleError, read_examples
@@ -25,6 +26,7 @@ from serving.manifest import TOKENIZER_FILE, Manifest, ManifestError
 from serving.prompt import PromptEncoder
 
 QUESTION_WORDS = 8
+FIRST_ORDINARY_TOKEN = 3  # T5's first three are padding, end and unknown
 WORDS = 4096  # different words at most; more would make texts no more different
 REAL = "real"
 
@@ -188,6 +190,22 @@ def requests_from(examples: Iterable[Example]) -> Iterator[Request]:
     for example in examples:
         titles = tuple(context.title or "" for context in example.contexts)
         yield Request(example.question, tuple(context.text for context in example.contexts), titles if any(titles) else None)
+
+
+def random_token_ids(spec: WorkloadSpec, count: int, seed: int, vocab_size: int) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """Questions as token ids drawn at random, of the lengths that the workload states; the same ones for the same seed.
+
+    Returns:
+        input_ids and attention_mask (1 = attend), each int32[n_passages, passage_length], and the answer's length, a question.
+    """
+    numbers, rng = random.Random(seed), np.random.default_rng(seed)
+    questions = []
+    for _ in range(count):
+        lengths = np.array([spec.passage_tokens.draw(numbers) for _ in range(spec.passages.draw(numbers))])
+        mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int32)
+        ids = (rng.integers(FIRST_ORDINARY_TOKEN, vocab_size, mask.shape) * mask).astype(np.int32)
+        questions.append((ids, mask, spec.new_tokens.draw(numbers)))
+    return questions
 
 
 def write_input_data(requests: Iterable[Request], path: Path) -> int:

@@ -12,16 +12,16 @@ from typing import Any
 import cupy as cp
 
 from .gpu_plan import TILE
-from .products import MOST_PARTS, StackSizes
+from .products import MOST_BLOCKS, MOST_PARTS, StackSizes
 from .tensors import EngineSizes
 
 SOURCES = Path(__file__).with_name("cuda")
 WARPS = 4  # of an attention block
 # Encoded tokens that a block reads: of `evidence`, and of cross-attention where every head has keys of its own, elsewhere at least.
 CHUNK = 256
-# Where heads share keys, blocks of cross-attention that a card runs at once: three on each of 132 multiprocessors. Chunks are so long that
+# Where heads share keys, blocks of cross-attention that a card runs at once: three on a multiprocessor. Chunks are so long that
 # there are no more, unless there are more rows.
-SHARING_BLOCKS = 396
+SHARING_BLOCKS = 3 * MOST_BLOCKS
 THREADS = 256  # of the blocks of `activate`
 HEAD_WARPS, HEAD_ROWS, PICK_THREADS = 8, 48, 256  # of the blocks that choose the token
 TOKENS_A_WARP = 16  # whose logits a warp computes

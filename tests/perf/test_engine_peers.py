@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from perf import engine_peers
-from perf.engine_peers import EnginePeer, random_questions
-from perf.workload import Uniform, WorkloadSpec, exactly
+from perf.engine_peers import EnginePeer
+from perf.workload import Uniform, WorkloadSpec, exactly, random_token_ids
 from serving.engines import load_decoder, load_encoder
 from serving.limits import Limits
 from serving.manifest import Manifest
@@ -22,7 +22,10 @@ def test_tokens_are_the_torch_readers(engines, reader):
     checkpoint, directory = engines[reader]
     manifest = Manifest.load(directory)
     peer = EnginePeer(reader, manifest, load_encoder(directory, manifest, LIMITS), load_decoder(directory, manifest, LIMITS))
-    questions = random_questions(WorkloadSpec(Uniform(1, 4), Uniform(3, 20), exactly(7)), 3, 5, manifest.sizes.vocab_size)
+    questions = [
+        (ids, mask)
+        for ids, mask, _ in random_token_ids(WorkloadSpec(Uniform(1, 4), Uniform(3, 20), exactly(7)), 3, 5, manifest.sizes.vocab_size)
+    ]
     together = peer.answer(questions, 7)
     for (ids, mask), tokens in zip(questions, together, strict=True):
         assert peer.answer([(ids, mask)], 7) == [tokens]
