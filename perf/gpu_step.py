@@ -17,6 +17,7 @@ import cupy as cp
 
 from serving.engines import load_decoder
 from serving.gpu_decoder import LENGTHS, POSITIONS, SLOTS, GpuDecoder
+from serving.gpu_graph import Graph
 from serving.gpu_products import LoadedProduct
 from serving.limits import Limits
 from serving.manifest import Manifest
@@ -38,15 +39,15 @@ def kind_of(operation: Any) -> str:
 def graph_us(decoder: GpuDecoder, operations: Sequence[Callable[[], None]]) -> float:
     """Least microseconds of a graph of these operations."""
     stream = decoder._stream
-    with stream:
-        for operation in operations:  # TensorRT wants shapes to have run before they are captured
-            operation()
-        stream.synchronize()
-        stream.begin_capture()
+
+    def run() -> None:
         for operation in operations:
             operation()
-        graph = stream.end_capture()
-        graph.upload(stream)
+
+    with stream:
+        run()  # TensorRT wants shapes to have run before they are captured
+        stream.synchronize()
+        graph = Graph(stream, run)
         graph.launch(stream)
         stream.synchronize()
         return min(gpu_ms(stream, lambda: graph.launch(stream)) for _ in range(ROUNDS)) * 1e3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +31,11 @@ class Decoder(DecoderEngine, Protocol):
     """A decoder engine that also packs hidden states where it wants them."""
 
     def pack(self, states: Any, mask: np.ndarray) -> Any:
-        """The valid hidden states of a question, one after the other, wherever the decoder wants them."""
+        """The valid hidden states of some passages, one after the other, wherever the decoder wants them."""
+        ...
+
+    def join(self, pieces: Sequence[Any]) -> Any:
+        """What `pack` made of a question's passages, some at a time, as one."""
         ...
 
 

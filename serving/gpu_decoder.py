@@ -8,7 +8,7 @@ It is a `DecoderEngine` (decode_loop.py). All of its work goes to one stream; a 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cupy as cp
@@ -16,6 +16,7 @@ import cupyx
 import numpy as np
 
 from .gpu_engine import LoadEngine, Scratch
+from .gpu_graph import Graph
 from .gpu_kernels import HeadKernels, RowKernels, StepKernels
 from .gpu_plan import GpuMemory, batch_buckets, bucket_of, decoder_memory
 from .gpu_products import load_arrays, load_products, weight_bytes
@@ -122,10 +123,7 @@ class GpuDecoder:
         self._stream.synchronize()
         if not all(product.engine.capturable for product in self._products.values()):
             return run
-        self._stream.begin_capture()
-        run()
-        graph = self._stream.end_capture()
-        graph.upload(self._stream)
+        graph = Graph(self._stream, run)
         return lambda: graph.launch(self._stream)
 
     def _program(self, bucket: int, first: bool) -> list[Callable[[], None]]:
@@ -184,6 +182,19 @@ class GpuDecoder:
             packed = on_gpu.reshape(-1, on_gpu.shape[-1])[cp.asarray(np.flatnonzero(mask).astype(np.int32))]
             self._packing.synchronize()
         return packed
+
+    def join(self, pieces: Sequence[cp.ndarray]) -> cp.ndarray:
+        """What `pack` made of a question's passages, some at a time, as one; may be called from any thread, and the copy is finished."""
+        if len(pieces) == 1:
+            return pieces[0]
+        with self._device, self._packing:
+            whole = cp.empty((sum(map(len, pieces)), pieces[0].shape[1]), cp.float16)
+            start = 0
+            for piece in pieces:
+                whole[start : start + len(piece)] = piece
+                start += len(piece)
+            self._packing.synchronize()
+        return whole
 
     def admit(self, slot: int, running: int, hidden: cp.ndarray, encoder_positions: np.ndarray) -> None:
         """Compute a question's cross-attention keys and values straight into a slot; does not wait for it.

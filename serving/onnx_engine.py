@@ -5,6 +5,7 @@ The decoder is what the decode loop drives (`DecoderEngine` in decode_loop.py): 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,11 @@ class OnnxDecoder:
             float32[encoder_sequence_length, d_model], a copy.
         """
         return states[mask.astype(bool)]
+
+    @staticmethod
+    def join(pieces: Sequence[np.ndarray]) -> np.ndarray:
+        """What `pack` made of a question's passages, some at a time, as one."""
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def admit(self, slot: int, running: int, hidden: np.ndarray, encoder_positions: np.ndarray) -> None:
         """Compute a question's cross-attention keys and values into a slot.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,7 +19,9 @@ from .manifest import Manifest, ManifestError
 # Encoder rows are padded to a multiple of this, so that questions meet in one batch of the dynamic batcher more often.
 LENGTH_MULTIPLE = 16
 # Passages that one thread tokenizes at least: some hundred microseconds a passage, so that a question of many is spread over the cores.
-PASSAGES_A_TASK = 4
+PASSAGES_A_TASK = 2
+# A question that has the reader to itself is encoded in pieces of so many passages: one is on the GPU while the next become tokens.
+PASSAGES_A_PIECE = 20
 MOST_CUTTERS = 12  # each holds a vocabulary: 5 MB of 3,000 pieces, 36 MB of T5's 32,000
 
 
@@ -29,10 +31,10 @@ class PromptError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class EncoderInput:
-    """A tokenized question.
+    """A tokenized question, or a piece of one.
 
     Attributes:
-        input_ids: int32[n_passages, passage_length], padded to the longest passage of this question.
+        input_ids: int32[n_passages, passage_length], padded to the longest passage.
         attention_mask: int32[n_passages, passage_length], 1 = attend; a row's valid tokens come first.
         encoder_positions: int32[valid tokens], each valid token's place in the sequence that facebookresearch/FiD would have made, where
             every passage takes the full passage_length.
@@ -119,6 +121,14 @@ class PromptEncoder:
         Raises:
             PromptError: if the question alone fills a prompt.
         """
+        (whole,) = self.encode_in_pieces(question, passages, titles, len(passages))
+        return whole
+
+    def encode_in_pieces(self, question: str, passages: Sequence[str], titles: Sequence[str] | None, size: int) -> Iterator[EncoderInput]:
+        """As `encode`, in pieces of `size` passages: the first can be encoded while the next become tokens.
+
+        The pieces' positions are those in the whole question.
+        """
         prompt, end = self._prompt, [self._eos] * self._prompt.append_eos
         room = prompt.passage_length - len(end)
         head = prompt.template[: prompt.template.index("{title}")].format(question=question)
@@ -127,15 +137,21 @@ class PromptEncoder:
             raise PromptError(f"question: {head_tokens} tokens with its prompt, but a passage holds {room}; ask it in fewer words")
         titles = titles if titles is not None else [""] * len(passages)
         texts = [prompt.template.format(question=question, title=t, context=p) for p, t in zip(passages, titles, strict=True)]
-        rows = [ids[:room] + end for ids in self._cutters.cut(texts)]
+        for first in range(0, len(texts), size):
+            rows = [ids[:room] + end for ids in self._cutters.cut(texts[first : first + size])]
+            yield self._padded(rows, first)
+
+    def _padded(self, rows: list[list[int]], first: int) -> EncoderInput:
+        """Rows of tokens as arrays; the first is the question's passage `first`."""
+        length = self._prompt.passage_length
         lengths = np.array([len(row) for row in rows])
-        width = min(-(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, prompt.passage_length)
+        width = min(-(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, length)
         input_ids = np.full((len(rows), width), self._pad, np.int32)
         for ids, row in zip(input_ids, rows, strict=True):
             ids[: len(row)] = row
         mask = np.arange(width)[None, :] < lengths[:, None]
         passage, offset = np.nonzero(mask)
-        return EncoderInput(input_ids, mask.astype(np.int32), (passage * prompt.passage_length + offset).astype(np.int32))
+        return EncoderInput(input_ids, mask.astype(np.int32), ((first + passage) * length + offset).astype(np.int32))
 
     def text(self, tokens: Sequence[int]) -> str:
         """The answer that generated tokens spell, without special tokens."""

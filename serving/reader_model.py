@@ -11,10 +11,11 @@ import gc
 import json
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer
 
@@ -24,7 +25,7 @@ from .last_resort import TELLING_S, end_within, leave
 from .limits import Limits
 from .manifest import TOKENIZER_FILE, Manifest, ManifestError
 from .metrics import Metrics
-from .prompt import PromptEncoder
+from .prompt import PASSAGES_A_PIECE, EncoderInput, PromptEncoder
 from .reply import Caller, Reply, StreamReply, UnaryReply, send_error
 from .request import PULSE_ID, read_request
 from .tensors import READER_TENSORS
@@ -32,6 +33,7 @@ from .tensors import READER_TENSORS
 # How often some questions in hand are asked whether they were cancelled, and how many: each asking costs Triton a message, and every
 # thread here a turn of Python's lock.
 CANCEL_POLL_S, CANCEL_ASKED = 0.01, 16
+CALLS_AT_ONCE = 4  # pieces of questions in hand at the encoder model
 # Python's own 5 ms are ten steps of a small reader on a GPU: so long the loop, back from the engine, would wait for one that tokenizes.
 SWITCH_INTERVAL_S = 0.0002
 
@@ -62,7 +64,7 @@ class ReaderModel:
         self._prompt = PromptEncoder(Tokenizer.from_file(str(directory / TOKENIZER_FILE)), manifest)
         self._sizes, self._bytes_per_element, self._on_gpu = manifest.sizes, bytes_per_element(manifest), manifest.on_gpu
         engine = load_decoder(directory, manifest, limits, device)
-        self._pack = engine.pack
+        self._pack, self._join = engine.pack, engine.join
         # hidden states that are made on the GPU and read there stay there
         gpu = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_GPU, device) if manifest.on_gpu else None
         self._where_to_put_states = {"preferred_memory": gpu} if gpu else {}
@@ -72,6 +74,7 @@ class ReaderModel:
             engine, start_token=manifest.decoder_start_token_id, eos_token=manifest.eos_token_id, max_waiting=limits.max_in_hand
         )
         self._encoding = ThreadPoolExecutor(limits.encode_threads, thread_name_prefix="encode")
+        self._calling = ThreadPoolExecutor(CALLS_AT_ONCE, thread_name_prefix="call")
         # one thread, so that the pieces of a stream leave in order; not the loop's own, which should be stepping
         self._responding = ThreadPoolExecutor(1, thread_name_prefix="respond")
         self._stopping = threading.Event()
@@ -126,12 +129,13 @@ class ReaderModel:
         end_within(TELLING_S)
         self._stopping.set()
         self._encoding.shutdown()
+        self._calling.shutdown()
         self._loop.stop()
         self._responding.shutdown()
         self._metrics.close()
         leave(on_gpu=self._on_gpu)
         # engines and their memory go while the process is whole: left to its end, a GPU's library may be gone before what needs it
-        del self._pack, self._loop
+        del self._pack, self._join, self._loop
         gc.collect()
 
     def _encode(self, reply: Reply) -> None:
@@ -142,26 +146,21 @@ class ReaderModel:
             if reason := reply.caller.given_up():
                 raise GivenUpError(reason)
             asked = reply.asked
-            tokens = self._prompt.encode(asked.question, asked.passages, asked.titles)
-            reply.tokenized(tokens)
-            response = pb_utils.InferenceRequest(
-                model_name=self._encoder_model,
-                requested_output_names=["encoder_hidden_states"],
-                inputs=[
-                    pb_utils.Tensor("input_ids", tokens.input_ids),
-                    pb_utils.Tensor("attention_mask", tokens.attention_mask),
-                ],
-                **self._where_to_put_states,
-            ).exec()
-            if response.has_error():
-                raise RuntimeError(f"{self._encoder_model}: {response.error().message()}")
-            states = _array(pb_utils.get_output_tensor_by_name(response, "encoder_hidden_states"))
-            hidden = self._pack(states, tokens.attention_mask)  # a copy: the tensor's memory goes with the response
+            size = PASSAGES_A_PIECE if len(self._in_hand) == 1 else len(asked.passages)
+            pieces: list[EncoderInput] = []
+            calls: list[Future[Any]] = []
+            for piece in self._prompt.encode_in_pieces(asked.question, asked.passages, asked.titles, size):
+                pieces.append(piece)
+                if len(pieces) * size < len(asked.passages):
+                    calls.append(self._calling.submit(self._call_encoder, piece))
+            reply.tokenized(np.concatenate([piece.attention_mask.sum(1) for piece in pieces]))
+            last = self._call_encoder(pieces[-1])
+            hidden = self._join([*(call.result() for call in calls), last])
             reply.encoded()
             self._loop.submit(
                 Question(
                     hidden,
-                    tokens.encoder_positions,
+                    np.concatenate([piece.encoder_positions for piece in pieces]),
                     asked.max_new_tokens,
                     asked.min_new_tokens,
                     on_token=lambda token, log_prob: reply.token(token, log_prob, self._responding.submit),
@@ -172,6 +171,22 @@ class ReaderModel:
             )
         except Exception as error:
             self._end_later(reply, error)
+
+    def _call_encoder(self, tokens: EncoderInput) -> Any:
+        """The valid hidden states of some passages, packed."""
+        response = pb_utils.InferenceRequest(
+            model_name=self._encoder_model,
+            requested_output_names=["encoder_hidden_states"],
+            inputs=[
+                pb_utils.Tensor("input_ids", tokens.input_ids),
+                pb_utils.Tensor("attention_mask", tokens.attention_mask),
+            ],
+            **self._where_to_put_states,
+        ).exec()
+        if response.has_error():
+            raise RuntimeError(f"{self._encoder_model}: {response.error().message()}")
+        states = _array(pb_utils.get_output_tensor_by_name(response, "encoder_hidden_states"))
+        return self._pack(states, tokens.attention_mask)  # a copy: the tensor's memory goes with the response
 
     def _end_later(self, reply: Reply, error: Exception | None) -> None:
         self._responding.submit(reply.end, error)

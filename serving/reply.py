@@ -16,7 +16,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from .decode_loop import GivenUpError, LoopError
-from .prompt import EncoderInput, PromptEncoder, PromptError, TextPieces
+from .prompt import PromptEncoder, PromptError, TextPieces
 from .request import ReaderRequest, RequestError
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -58,7 +58,8 @@ class Caller:
 class Times:
     """When each part of the way was over, in seconds of the monotonic clock; 0 = not reached.
 
-    Tokenized includes the wait for an encoding thread; encoded the call to the encoder model and the packing.
+    Tokenized includes the wait for an encoding thread; encoded the call to the encoder model and the packing. Of a question in pieces
+    the first are being encoded when the last is tokenized.
     """
 
     tokenized: float = 0.0
@@ -81,11 +82,11 @@ class Reply:
         self._passage_lengths = np.zeros(0, np.int64)
         self._passage_scores = np.zeros(0, np.float32)
 
-    def tokenized(self, tokens: EncoderInput) -> None:
-        """The question's prompts have become tokens."""
+    def tokenized(self, passage_lengths: np.ndarray) -> None:
+        """The question's prompts have become tokens, int[n_passages] valid ones each."""
         self.times.tokenized = time.monotonic()
-        self._passage_lengths = tokens.attention_mask.sum(1)
-        self.encoder_tokens = int(self._passage_lengths.sum())
+        self._passage_lengths = passage_lengths
+        self.encoder_tokens = int(passage_lengths.sum())
 
     def encoded(self) -> None:
         """Its hidden states are there, packed."""

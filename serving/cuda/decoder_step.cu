@@ -104,6 +104,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
     const int head = blockIdx.x, row = blockIdx.y, kv_head = head / GROUP;
     const int position = positions[row];
     __half* out = attended + place_in_parts(row, gridDim.y, head * D_KV + threadIdx.x % D_KV, HEADS * D_KV, parts) - threadIdx.x % D_KV;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES;
+    __half* past = cache + static_cast<size_t>(slots[row]) * capacity * STRIDE + kv_head * D_KV;
+    // Tokens before this step's, of which the kernel before knows nothing.
+    uint4 keys[UNROLL], values[UNROLL];
+    const auto fetch = [&](int base) {
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+            const int token = base + u * WARPS * TOKENS + lane / LANES;
+            if (token >= position) continue;
+            const __half* row_of_token = past + static_cast<size_t>(token) * STRIDE + part * VECTOR;
+            keys[u] = load(row_of_token);
+            values[u] = load(row_of_token + KV_HEADS * D_KV);
+        }
+    };
+    fetch(warp * TOKENS);
+    await(query_key_value, out);
     if (position < 0) {
         if (threadIdx.x < D_KV) out[threadIdx.x] = __half(0.f);
         return;
@@ -111,9 +127,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
     const __half* made = query_key_value + row * (HEADS + 2 * KV_HEADS) * D_KV;
     const __half* new_key = made + (HEADS + kv_head) * D_KV;
     const __half* new_value = new_key + KV_HEADS * D_KV;
-    __half* past = cache + static_cast<size_t>(slots[row]) * capacity * STRIDE + kv_head * D_KV;
     const size_t apart = static_cast<size_t>(gridDim.y) * (HEADS + 2 * KV_HEADS) * D_KV;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES;
     const Vector query = sum_parts(made + head * D_KV + part * VECTOR, parts_made, apart);
     const uint4 present_key = narrow(sum_parts(new_key + part * VECTOR, parts_made, apart));
     const uint4 present_value = narrow(sum_parts(new_value + part * VECTOR, parts_made, apart));
@@ -124,19 +138,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
     }
     Mix mix;
     for (int base = warp * TOKENS; base <= position; base += WARPS * TOKENS * UNROLL) {
-        uint4 keys[UNROLL], values[UNROLL];
         float scores[UNROLL], largest = mix.largest;
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
             const int token = base + u * WARPS * TOKENS + lane / LANES;
+            scores[u] = token <= position ? bias[min(position - token, reach) * HEADS + head] : MASKED;
+            if (token < position) continue;
             // the new token's may still be on its way to the cache
             keys[u] = present_key;
             values[u] = present_value;
-            scores[u] = token <= position ? bias[min(position - token, reach) * HEADS + head] : MASKED;
-            if (token >= position) continue;
-            const __half* row_of_token = past + static_cast<size_t>(token) * STRIDE + part * VECTOR;
-            keys[u] = load(row_of_token);
-            values[u] = load(row_of_token + KV_HEADS * D_KV);
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
@@ -146,6 +156,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
         mix.rescale(largest);
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) mix.add(scores[u], widen(values[u]));
+        fetch(base + WARPS * TOKENS * UNROLL);
     }
     const Joined joined = join_block(mix, shared);
     if (threadIdx.x < D_KV) out[threadIdx.x] = __float2half_rn(joined.value / joined.total);
@@ -164,7 +175,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
 {
     const int split = blockIdx.x, splits = gridDim.x, row = blockIdx.z;
     const int length = lengths[row], start = split * chunk, end = min(start + chunk, length);
-    if (start >= length) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const size_t slot = slots[row];
     const int* places = encoder_positions + slot * capacity;
@@ -172,6 +182,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
 #if KV_HEADS == HEADS
     // Every head has keys of its own: they are read once, by lanes that hold a few tokens between them.
     __shared__ float shared[WARPS][D_KV + 2];
+    await(queries, partial);
+    if (start >= length) return;
     const int head = blockIdx.y, part = lane % LANES;
     const __half* keys = cache + slot * capacity * STRIDE + head * D_KV + part * VECTOR;
     const Vector query = widen(load(queries + (row * HEADS + head) * D_KV + part * VECTOR));
@@ -228,6 +240,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
         commit_copies();
     };
     fetch(start + warp * WARP_TOKENS, 0);
+    await(queries, partial);
+    if (start >= length) return;
     int heads[2];  // past the group's end the last head is computed again
     unsigned query[K_STEPS][4];
     for (int half = 0; half < 2; ++half) heads[half] = kv_head * GROUP + min(tile + group + 8 * half, GROUP - 1);
@@ -339,6 +353,7 @@ extern "C" __global__ void cross_join(
     extern __shared__ float factors[];
     const int head = blockIdx.x, row = blockIdx.y, d = threadIdx.x;
     const int used = (lengths[row] + chunk - 1) / chunk;
+    await(partial, attended, softmax);
     const float* chunks = partial + static_cast<size_t>(row * HEADS + head) * splits * (D_KV + 2);
     for (int split = d; split < used; split += blockDim.x) factors[split] = chunks[split * (D_KV + 2) + D_KV];
     __syncthreads();
@@ -371,6 +386,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) evidence(
 {
     __shared__ __align__(16) __half query[HEADS * D_KV];
     const int row = blockIdx.y, start = blockIdx.x * EVIDENCE_TOKENS, end = min(start + EVIDENCE_TOKENS, lengths[row]);
+    await(queries, softmax, weights);
     if (positions[row] != 0 || start >= end) return;
     for (int i = threadIdx.x; i < HEADS * D_KV; i += blockDim.x) query[i] = queries[row * HEADS * D_KV + i];
     __syncthreads();

@@ -70,12 +70,17 @@ extern "C" __global__ void add_and_norm(
     const size_t row = blockIdx.x;
     const int column = threadIdx.x * VECTOR;
     const bool inside = threadIdx.x < VECTORS;
+    const size_t at = row * D_MODEL + column;
+    float4 low = {}, high = {};
+    if (inside) {
+        const float4* before = reinterpret_cast<const float4*>(residual + at);
+        low = before[0];
+        high = before[1];
+    }
+    await(made, normed);
     Vector x = {};
     if (inside) {
-        const size_t at = row * D_MODEL + column;
         x = sum_parts(made + at, parts_made, static_cast<size_t>(gridDim.x) * D_MODEL);
-        const float4* before = reinterpret_cast<const float4*>(residual + at);
-        const float4 low = before[0], high = before[1];
         const float added[VECTOR] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) x.at[i] += added[i];
@@ -94,6 +99,7 @@ extern "C" __global__ void activate(const __half* __restrict__ inner, int rows, 
     const size_t index = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     const size_t row = index / A_ROW;
     const int column = index % A_ROW * VECTOR;
+    await(inner, out);
     if (row >= rows) return;
 #if GATED
     Vector x = widen(load(inner + row * 2 * D_FF + column));

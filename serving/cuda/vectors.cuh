@@ -34,6 +34,17 @@ __device__ uint4 narrow(const Vector& v) {
     return make_uint4(pack(v.at[0], v.at[1]), pack(v.at[2], v.at[3]), pack(v.at[4], v.at[5]), pack(v.at[6], v.at[7]));
 }
 
+// Waits until what the kernel before has written is visible. In a graph a kernel may be launched before that (gpu_graph.py): every thread of
+// it calls this before it writes anything or ends, and reads what the kernel before writes through these pointers, behind this call. That
+// they are passed keeps the compiler from reading earlier, as it may for __restrict__ ones.
+template <typename... Pointers> __device__ void await(Pointers&... pointers) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+    const auto hide = [](auto& pointer) { asm volatile("" : "+l"(pointer)); };
+    (hide(pointers), ...);
+}
+
 // What a product of several parts made: the sum of the parts, which lie `apart` halves from each other.
 __device__ Vector sum_parts(const __half* first, int parts, size_t apart) {
     uint4 bits[MOST_PARTS];

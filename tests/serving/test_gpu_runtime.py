@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from export.gpu_graphs import export_gpu_reader
 from serving.limits import Limits
 from serving.manifest import EngineError, Manifest, ManifestError
 from serving.products import decoder_products, product_parts
+from serving.tritonserver import PROJECT
 from tests.conftest import FID, FIDO, RELEASED_FID, random_passages, random_reader, wide
 from tests.serving import fake_cupy
 from tests.serving.numpy_encoder import NumpyEncoder
@@ -131,7 +133,8 @@ def test_decoder_steps_as_the_products_say(name: str, graphs: dict[str, Path], r
     for slot, length in enumerate((30, 7, 21)):
         hidden = rng.standard_normal((length, manifest.sizes.d_model_encoder)).astype(np.float16)
         places = np.sort(rng.choice(90, length, replace=False)).astype(np.int32)
-        decoder.admit(slot, slot, decoder.pack(hidden[None], np.ones((1, length), np.int32)), places)
+        packed = decoder.pack(hidden[None], np.ones((1, length), np.int32))
+        decoder.admit(slot, slot, decoder.join([packed[: length // 3], packed[length // 3 :]] if slot else [packed]), places)
         reference.admit(slot, slot, hidden, places)
     tokens, penalty = np.zeros(3, np.int32), np.array([-1e9, 0, 0], np.float32)
     for position in range(5):
@@ -144,6 +147,21 @@ def test_decoder_steps_as_the_products_say(name: str, graphs: dict[str, Path], r
         np.testing.assert_allclose(found[1], wanted[1], atol=2e-2)
         np.testing.assert_allclose(found[2], wanted[2] if position == 0 else 0, atol=1e-2)
         tokens = wanted[0]
+
+
+def test_kernels_that_come_up_early_wait_before_they_write_or_end(runtime: Any) -> None:
+    awaiting = runtime("gpu_graph").AWAITING
+    sources = "".join((PROJECT / "serving/cuda" / name).read_text("utf-8") for name in ("rows.cu", "decoder_step.cu", "head.cu"))
+    # __global__ void, bounds if any, and the name; then everything up to the brace that ends the kernel, at the line's start
+    kernels = dict(re.findall(r"__global__ void(?: __launch_bounds__\(.*?\))? (\w+)\((.*?)^\}", sources, re.DOTALL | re.MULTILINE))
+    assert set(kernels) - awaiting == {"embed"}
+    for name in awaiting:
+        for branch in (
+            re.split(r"^#(?:if|else|endif).*$", kernels[name], flags=re.MULTILINE)[1:3] if name == "cross_attention" else [kernels[name]]
+        ):
+            before, after = branch.split("await(", 1)
+            assert not re.search(r"\breturn;|\bstore\(|\bout\[", before), name
+            assert "await(" not in after, name
 
 
 def test_what_cannot_run_is_refused_by_name(graphs: dict[str, Path], runtime: Any, tmp_path: Path, tokenizer_json: str) -> None:

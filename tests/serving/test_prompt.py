@@ -66,6 +66,15 @@ def test_many_passages_are_tokenized_on_several_threads_and_stay_in_order():
         assert together.attention_mask[row].sum() == length
 
 
+def test_pieces_are_the_whole_in_turn():
+    passages = [" ".join(f"w{(i * j) % 90}" for j in range(i % 13 + 1)) for i in range(11)]
+    whole, pieces = encoder().encode("w1 w2", passages), list(encoder().encode_in_pieces("w1 w2", passages, None, 4))
+    assert [len(piece.input_ids) for piece in pieces] == [4, 4, 3]
+    assert np.array_equal(np.concatenate([piece.encoder_positions for piece in pieces]), whole.encoder_positions)
+    tokens = [piece.input_ids[piece.attention_mask.astype(bool)] for piece in pieces]
+    assert np.array_equal(np.concatenate(tokens), whole.input_ids[whole.attention_mask.astype(bool)])
+
+
 def test_questions_tokenized_at_the_same_time_do_not_mix():
     shared, questions = encoder(), [f"w{i} w{i + 1}" for i in range(40)]
     wanted = [shared.encode(question, [f"w{i}"] * 20).input_ids for i, question in enumerate(questions)]

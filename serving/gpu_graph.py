@@ -1,0 +1,135 @@
+"""What is enqueued on a stream, captured into a CUDA graph in which our kernels come up while the kernel before them still runs.
+
+Between two kernels the card does nothing for about a microsecond: the second is launched when the first has ended and all that it wrote
+can be seen. From compute capability 9.0 on a kernel may be launched as soon as all blocks of the one before run, load what does not depend
+on it, and wait for its end by itself (`await` in cuda/vectors.cuh). That is a property of the edge between the two. A capture sets it only
+for pairs that were launched so, and an engine's kernels are not; hence the edges are changed between the capture and the graph's making.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import cupy as cp
+
+# Kernels of cuda/ that await the one before. Every one that does not begin a step does.
+AWAITING = frozenset(
+    ("add_and_norm", "activate", "self_attention", "cross_attention", "cross_join", "evidence", "score_tokens", "pick_token")
+)
+AWAIT_CAPABILITY = 90  # 10 * compute capability from which on kernels can wait for the one before
+EDGES_DRIVER = 12_030  # the driver's CUDA version from which on edges have properties
+ANY_THREAD_MAY_CALL = 2  # cudaStreamCaptureModeRelaxed: other threads load and pack meanwhile
+# Of CUDA's driver interface: CUgraphNodeType, CUgraphDependencyType, and the port of a kernel's node that opens when all its blocks run.
+KERNEL, PROGRAMMATIC, ALL_BLOCKS_RUN = 0, 1, 2
+
+
+class GraphError(RuntimeError):
+    """The driver refused to read or change a graph."""
+
+
+class _Edge(ctypes.Structure):
+    """CUgraphEdgeData."""
+
+    _fields_ = [("from_port", ctypes.c_ubyte), ("to_port", ctypes.c_ubyte), ("type", ctypes.c_ubyte), ("reserved", ctypes.c_ubyte * 5)]
+
+
+class _KernelNode(ctypes.Structure):
+    """CUDA_KERNEL_NODE_PARAMS."""
+
+    _fields_ = [
+        ("function", ctypes.c_void_p),
+        ("grid_block_and_shared_bytes", ctypes.c_uint * 7),
+        *((name, ctypes.c_void_p) for name in ("arguments", "extra", "kernel", "context")),
+    ]
+
+
+class Graph:
+    """Everything that `run` enqueues on a stream, as one launch.
+
+    Args:
+        stream: what `run` enqueues on; nothing else is enqueued there meanwhile.
+        run: has run before, so that nothing is loaded or set up any more.
+
+    Attributes:
+        overlapped: kernels that come up while the one before them still runs.
+
+    Raises:
+        GraphError: if the driver refuses.
+    """
+
+    def __init__(self, stream: cp.cuda.Stream, run: Callable[[], None]):
+        runtime = cp.cuda.runtime
+        runtime.streamBeginCapture(stream.ptr, ANY_THREAD_MAY_CALL)
+        try:
+            run()
+        finally:
+            graph = runtime.streamEndCapture(stream.ptr)
+        self.overlapped = _overlap(graph) if can_overlap() else 0
+        self._launchable = runtime.graphInstantiate(graph)
+        runtime.graphDestroy(graph)
+        runtime.graphUpload(self._launchable, stream.ptr)
+
+    def launch(self, stream: cp.cuda.Stream) -> None:
+        """Enqueue it; does not wait."""
+        cp.cuda.runtime.graphLaunch(self._launchable, stream.ptr)
+
+    def __del__(self) -> None:
+        if launchable := getattr(self, "_launchable", 0):
+            cp.cuda.runtime.graphExecDestroy(launchable)
+
+
+def can_overlap() -> bool:
+    """Whether this thread's GPU and its driver let a kernel come up before the one before it has ended."""
+    return int(cp.cuda.Device().compute_capability) >= AWAIT_CAPABILITY and cp.cuda.runtime.driverGetVersion() >= EDGES_DRIVER
+
+
+def _overlap(graph: int) -> int:
+    """Let every kernel that awaits the one before start when all blocks of that one run; gives how many do."""
+    changed = 0
+    for source, target, edge in _edges(graph):
+        if _kernel_name(source) is None or _kernel_name(target) not in AWAITING:
+            continue
+        ends = ((ctypes.c_void_p * 1)(source), (ctypes.c_void_p * 1)(target))
+        _driver("cuGraphRemoveDependencies_v2", ctypes.c_void_p(graph), *ends, (_Edge * 1)(edge), ctypes.c_size_t(1))
+        early = (_Edge * 1)(_Edge(from_port=ALL_BLOCKS_RUN, type=PROGRAMMATIC))
+        _driver("cuGraphAddDependencies_v2", ctypes.c_void_p(graph), *ends, early, ctypes.c_size_t(1))
+        changed += 1
+    return changed
+
+
+def _edges(graph: int) -> list[tuple[int, int, _Edge]]:
+    """Nodes between which there is an edge, and the edge."""
+    count = ctypes.c_size_t()
+    _driver("cuGraphGetEdges_v2", ctypes.c_void_p(graph), None, None, None, ctypes.byref(count))
+    sources, targets = (ctypes.c_void_p * count.value)(), (ctypes.c_void_p * count.value)()
+    edges = (_Edge * count.value)()
+    _driver("cuGraphGetEdges_v2", ctypes.c_void_p(graph), sources, targets, edges, ctypes.byref(count))
+    return list(zip(sources, targets, edges, strict=True))
+
+
+def _kernel_name(node: int) -> str | None:
+    """The name of the kernel that a node launches; None if it does something else."""
+    kind, found, name = ctypes.c_int(), _KernelNode(), ctypes.c_char_p()
+    _driver("cuGraphNodeGetType", ctypes.c_void_p(node), ctypes.byref(kind))
+    if kind.value != KERNEL:
+        return None
+    _driver("cuGraphKernelNodeGetParams_v2", ctypes.c_void_p(node), ctypes.byref(found))
+    if found.function:
+        _driver("cuFuncGetName", ctypes.byref(name), ctypes.c_void_p(found.function))
+    else:
+        _driver("cuKernelGetName", ctypes.byref(name), ctypes.c_void_p(found.kernel))
+    return (name.value or b"").decode()
+
+
+@functools.cache
+def _library() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _driver(function: str, *arguments: Any) -> None:
+    """Call the driver, of whose interface CuPy has no part that knows edges."""
+    if code := getattr(_library(), function)(*arguments):
+        raise GraphError(f"{function}: CUDA driver error {code}")

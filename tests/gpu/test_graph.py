@@ -1,0 +1,152 @@
+"""Kernels in a graph that come up while the one before them still runs: each must wait for what that one writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+cp = pytest.importorskip("cupy")
+
+from serving.gpu_graph import AWAITING, Graph, can_overlap  # noqa: E402
+from serving.gpu_kernels import HeadKernels, RowKernels, StepKernels  # noqa: E402
+from serving.products import StackSizes  # noqa: E402
+from serving.tensors import EngineSizes  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+ROWS, HEADS, D_KV, CAPACITY, VOCAB = 5, 12, 64, 700, 3072
+WIDTH = HEADS * D_KV
+STACK = StackSizes(WIDTH, 1, HEADS, HEADS, D_KV, 2048, True, 1e-6)
+
+LATE = cp.RawKernel(
+    """extern "C" __global__ void late(const int* from, int* to, int count) {
+        for (long long start = clock64(); clock64() - start < 200000;) {}
+        for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) to[i] = from[i];
+    }""",
+    "late",
+)
+HASTY = cp.RawKernel(
+    """extern "C" __global__ void activate(const int* from, int* to, int count) {
+        for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
+    }""",
+    "activate",
+)
+
+
+def halves(seed: int, *shape: int) -> Any:
+    return cp.asarray((np.random.default_rng(seed).standard_normal(shape) * 0.3).astype(np.float16))
+
+
+class Case:
+    """A kernel with what the one before it writes, and what it makes of that."""
+
+    def __init__(self, given: Any, made: tuple[Any, ...], run: Callable[[Any], None], kernels: int = 1):
+        self.given, self.made, self.run, self.kernels = given, made, run, kernels
+
+
+def row_case(name: str) -> Case:
+    rows = RowKernels(STACK)
+    if name == "activate":
+        out = cp.empty((ROWS, STACK.d_ff), cp.float16)
+        return Case(halves(1, ROWS, 2 * STACK.d_ff), (out,), lambda given: rows.activate(given, out))
+    weight, residual, normed = cp.ones(WIDTH, cp.float32), cp.zeros((ROWS, WIDTH), cp.float32), cp.empty((ROWS, WIDTH), cp.float16)
+    return Case(halves(1, ROWS, WIDTH), (residual, normed), lambda given: rows.add_and_norm(given, weight, residual, normed))
+
+
+def step_case(name: str, kv_heads: int) -> Case:
+    kernels = StepKernels(EngineSizes(16, WIDTH, 2, (0, 1), HEADS, kv_heads, D_KV, VOCAB))
+    cache, slots = halves(2, ROWS, CAPACITY, 2 * kv_heads * D_KV), cp.arange(ROWS, dtype=cp.int32)
+    positions = cp.asarray(np.array([0, 1, 70, -1, 300] if name == "self_attention" else [0] * ROWS, np.int32))
+    out = cp.empty((ROWS, WIDTH), cp.float16)
+    if name == "self_attention":
+        bias = cp.zeros((20, HEADS), cp.float32)
+        given = halves(1, ROWS, (HEADS + 2 * kv_heads) * D_KV)
+        return Case(given, (out, cache), lambda given: kernels.self_attention(given, cache, slots, positions, bias, out))
+    lengths = cp.asarray(np.array([700, 1, 256, 0, 513], np.int32))
+    partial = cp.empty((ROWS, HEADS, kernels.most_splits(CAPACITY), D_KV + 2), cp.float32)
+    softmax, weights = cp.empty((ROWS, HEADS, 2), cp.float32), cp.zeros((ROWS, CAPACITY), cp.float32)
+    places = cp.zeros((ROWS, 1), cp.int32)
+
+    def run(given: Any) -> None:
+        at = (given, cache, slots, lengths, positions, None, places)
+        kernels.cross_attention(*at, partial, softmax, out)
+        kernels.evidence(*at, softmax, 0, weights)
+
+    return Case(halves(1, ROWS, WIDTH), (out, softmax, weights), run, kernels=3)
+
+
+def head_case() -> Case:
+    kernels, head, penalty = HeadKernels(WIDTH, VOCAB, 1), halves(3, VOCAB, WIDTH), cp.zeros(ROWS, cp.float32)
+    found, token, log_prob = kernels.scratch(ROWS), cp.empty(ROWS, cp.int32), cp.empty(ROWS, cp.float32)
+    run = lambda given: kernels.pick_token(given, head, penalty, found, token, log_prob)  # noqa: E731
+    return Case(halves(1, ROWS, WIDTH), (token, log_prob), run, kernels=2)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "activate": lambda: row_case("activate"),
+    "add_and_norm": lambda: row_case("add_and_norm"),
+    "self_attention, 1 key head": lambda: step_case("self_attention", 1),
+    "self_attention, 12 key heads": lambda: step_case("self_attention", 12),
+    "cross_attention, cross_join and evidence, 1 key head": lambda: step_case("cross_attention", 1),
+    "cross_attention, cross_join and evidence, 12 key heads": lambda: step_case("cross_attention", 12),
+    "score_tokens and pick_token": head_case,
+}
+
+
+def late_then(run: Callable[[Any], None], given: Any, stale: Any) -> Callable[[], None]:
+    """Write `given` over `stale` after a while, and run on that."""
+
+    def program() -> None:
+        LATE((8,), (128,), (given, stale, np.int32(given.nbytes // 4)))
+        run(stale)
+
+    return program
+
+
+@pytest.fixture
+def stream() -> Any:
+    if not can_overlap():
+        pytest.skip("kernels cannot wait for the one before on this GPU or driver")
+    return cp.cuda.Stream(non_blocking=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_the_kernel_before_writes_is_waited_for(name: str, stream: Any) -> None:
+    with stream:
+        case = CASES[name]()
+        case.run(case.given)
+        wanted = [made.copy() for made in case.made]
+        stale = cp.full(case.given.shape, 7, cp.float16)
+        graph = Graph(stream, late_then(case.run, case.given, stale))
+        for _ in range(3):
+            stale.fill(7)
+            for made in case.made[: -1 if "self" in name else None]:  # the cache is read as well
+                made.fill(0)
+            graph.launch(stream)
+            for made, want in zip(case.made, wanted, strict=True):
+                np.testing.assert_array_equal(made.get(), want.get())
+    assert graph.overlapped == case.kernels
+
+
+def test_a_kernel_that_does_not_wait_reads_too_early(stream: Any) -> None:
+    """So the tests above would see one that forgot to."""
+    with stream:
+        given, stale, out = (cp.full(64, value, cp.int32) for value in (1, 7, 0))
+        count = np.int32(len(given))
+        HASTY((1,), (64,), (given, out, count))
+        graph = Graph(stream, late_then(lambda x: HASTY((1,), (64,), (x, out, count)), given, stale))
+        graph.launch(stream)
+        assert (out.get() == 7).all()
+        assert "activate" in AWAITING
+
+
+def test_other_kernels_wait_as_ever(stream: Any) -> None:
+    with stream:
+        given, stale, out = (cp.full(64, value, cp.int32) for value in (1, 7, 0))
+        cp.copyto(out, given)
+        graph = Graph(stream, late_then(lambda x: cp.copyto(out, x), given, stale))
+        graph.launch(stream)
+        assert (out.get() == 1).all()
+    assert graph.overlapped == 0
