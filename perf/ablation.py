@@ -26,7 +26,7 @@ from serving.limits import Limits
 from serving.manifest import Manifest
 
 from .cost import Card, Workload, cross_kv_bytes, cross_kv_cost, encoder_cost, largest_batch, step_cost, step_weights
-from .gpu_statistics import spread
+from .gpu_statistics import give_memory_back, spread
 from .rates import card_of
 from .stages import step_times_ms
 
@@ -219,6 +219,7 @@ def main(argv: list[str] | None = None) -> int:
                 decoder = load_decoder(folder, manifest, limits)
                 step_ms, cross_kv_ms = measure_row(decoder, config, work, batches, arguments.steps)
                 del decoder
+                give_memory_back()
             a_question = cross_kv_ms + step_ms[str(batches[-1])]["median"] / batches[-1] * work.new_tokens
             entry |= {
                 "measured": True,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,3 +22,10 @@ def publish(result: dict[str, Any], out: Path | None) -> None:
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text + "\n", encoding="utf-8")
+
+
+def give_memory_back() -> None:
+    """What CuPy, if it was used, keeps of a GPU's memory for later: the next reader asks the card how much is free."""
+    gc.collect()
+    if cupy := sys.modules.get("cupy"):
+        cupy.get_default_memory_pool().free_all_blocks()
