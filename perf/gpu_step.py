@@ -36,7 +36,7 @@ def kind_of(operation: Any) -> str:
     return str(operation.func.__name__)
 
 
-def graph_us(decoder: GpuDecoder, operations: Sequence[Callable[[], None]]) -> float:
+def graph_us(decoder: GpuDecoder, operations: Sequence[Callable[[], None]], *, overlap: bool = True) -> float:
     """Least microseconds of a graph of these operations."""
     stream = decoder._stream
 
@@ -47,27 +47,30 @@ def graph_us(decoder: GpuDecoder, operations: Sequence[Callable[[], None]]) -> f
     with stream:
         run()  # TensorRT wants shapes to have run before they are captured
         stream.synchronize()
-        graph = Graph(stream, run)
+        graph = Graph(stream, run, overlap=overlap)
         graph.launch(stream)
         stream.synchronize()
         return min(gpu_ms(stream, lambda: graph.launch(stream)) for _ in range(ROUNDS)) * 1e3
 
 
 def profile(decoder: GpuDecoder, batch: int, tokens: int, position: int) -> dict[str, Any]:
-    """Microseconds of the whole step, and of each kind of operation: how often, what the step takes less without it, and it alone."""
+    """Microseconds of the whole step, of it with every kernel after the one before, and of each kind of operation.
+
+    Of a kind: how often it comes, what the step takes less without it, and what it takes alone.
+    """
     program = decoder._program(batch, False)
     state = decoder._host_state
     state[:] = 0
     state[POSITIONS], state[SLOTS, :batch], state[LENGTHS, :batch] = position, range(batch), tokens
     decoder._state.set(state, stream=decoder._stream)
     kinds = [kind_of(operation) for operation in program]
-    whole = graph_us(decoder, program)
+    in_turn, whole = graph_us(decoder, program, overlap=False), graph_us(decoder, program)
     found = {}
     for kind in dict.fromkeys(kinds):
         without = graph_us(decoder, [operation for operation, other in zip(program, kinds, strict=True) if other != kind])
         alone = graph_us(decoder, [operation for operation, other in zip(program, kinds, strict=True) if other == kind])
         found[kind] = {"times": kinds.count(kind), "less_without_us": round(whole - without, 1), "alone_us": round(alone, 1)}
-    return {"step_us": round(whole, 1), "operations": found}
+    return {"step_us": round(whole, 1), "step_in_turn_us": round(in_turn, 1), "operations": found}
 
 
 def main() -> int:

@@ -52,6 +52,7 @@ class Graph:
     Args:
         stream: what `run` enqueues on; nothing else is enqueued there meanwhile.
         run: has run before, so that nothing is loaded or set up any more.
+        overlap: False = every kernel waits for the end of the one before, to compare.
 
     Attributes:
         overlapped: kernels that come up while the one before them still runs.
@@ -60,14 +61,14 @@ class Graph:
         GraphError: if the driver refuses.
     """
 
-    def __init__(self, stream: cp.cuda.Stream, run: Callable[[], None]):
+    def __init__(self, stream: cp.cuda.Stream, run: Callable[[], None], *, overlap: bool = True):
         runtime = cp.cuda.runtime
         runtime.streamBeginCapture(stream.ptr, ANY_THREAD_MAY_CALL)
         try:
             run()
         finally:
             graph = runtime.streamEndCapture(stream.ptr)
-        self.overlapped = _overlap(graph) if can_overlap() else 0
+        self.overlapped = _overlap(graph) if overlap and can_overlap() else 0
         self._launchable = runtime.graphInstantiate(graph)
         runtime.graphDestroy(graph)
         runtime.graphUpload(self._launchable, stream.ptr)
@@ -104,6 +105,8 @@ def _edges(graph: int) -> list[tuple[int, int, _Edge]]:
     """Nodes between which there is an edge, and the edge."""
     count = ctypes.c_size_t()
     _driver("cuGraphGetEdges_v2", ctypes.c_void_p(graph), None, None, None, ctypes.byref(count))
+    if not count.value:  # a graph of one node
+        return []
     sources, targets = (ctypes.c_void_p * count.value)(), (ctypes.c_void_p * count.value)()
     edges = (_Edge * count.value)()
     _driver("cuGraphGetEdges_v2", ctypes.c_void_p(graph), sources, targets, edges, ctypes.byref(count))
