@@ -141,6 +141,16 @@ gpu-bench-large: $(foreach size,large base-xl large-xxl,build/large/$(size)/mani
 	$(PY) -m perf.gpu_chain --fid build/large/large --fido build/large/base-xl $(LARGE_FLAGS) --out $(RUN)/gpu_chain_large_and_base_xl.json
 	$(PY) -m perf.gpu_chain --fido build/large/large-xxl $(LARGE_FLAGS) --out $(RUN)/gpu_chain_large_xxl.json
 
+# the ablation's rows: decoder, period of cross-attention, key/value heads
+ROWS := base-1-12 base-6-12 base-1-1 base-6-1 base-2-1 base-3-1 base-12-1 base-6-4 xl-1-32 xl-6-32 xl-1-1 xl-6-1
+of_row = $(word $(1),$(subst -, ,$*))
+build/ablation/%/manifest.json: $(INSTALLED) $(EXPORT_CODE)
+	$(PY) -m export preset $(if $(filter xl-%,$*),base-xl,base) build/ablation/$*.graphs --gpu --period $(call of_row,2) --num-kv-heads $(call of_row,3) --tokenizer $(FID)/tokenizer.json
+	$(PY) -m export engine build/ablation/$*.graphs $(@D) --slots 24 --encoder-batch 120
+
+gpu-ablation: $(ROWS:%=build/ablation/%/manifest.json) ## on a GPU, after gpu-bench: every row of the ablation (tens of GB of disk, 60 GB of GPU memory)
+	$(PY) -m perf.ablation --batches 1 24 --prebuilt $(foreach row,$(ROWS),$(subst -,:,$(row))=build/ablation/$(row)) --memory-gb 120 --run $(RUN)
+
 report: $(INSTALLED) ## HTML page, Markdown summary and summary.json of every run in perf/results
 	$(PY) -m perf.report
 
@@ -166,4 +176,4 @@ clean: ## remove everything that was built, and the environment
 	find model_repository -path '*/1/*' ! -name model.py -type f -delete
 
 FORCE:
-.PHONY: help setup export serve ask demo evaluate bench bench-load perf gpu-bench gpu-bench-large report stress gpu-test test lint clean FORCE
+.PHONY: help setup export serve ask demo evaluate bench bench-load perf gpu-bench gpu-bench-large gpu-ablation report stress gpu-test test lint clean FORCE

@@ -7,6 +7,7 @@ Cancelling the task that waits for an answer cancels the request on the server. 
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from types import TracebackType
@@ -98,8 +99,15 @@ class AsyncAnswerStream(AsyncIterator[StreamPiece]):
             self._answer = self._assembler.finish()
             return None
         if error is not None:
+            await self._read_out()
             raise self._endpoint.error(error, model=self._model, timeout_s=self._deadline_s)
         return self._assembler.feed(result, time.perf_counter() - self._start_s)
+
+    async def _read_out(self) -> None:
+        """As AnswerStream._read_out."""
+        with contextlib.suppress(grpc.RpcError):
+            async for _ in self._responses:
+                pass
 
 
 class AsyncReaderClient:

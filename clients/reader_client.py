@@ -7,6 +7,7 @@ Everything that a program needs is importable from here, the asyncio client incl
 ReaderUnavailable is the caller's to say.
 """
 
+import contextlib
 import dataclasses
 import queue
 import time
@@ -134,8 +135,15 @@ class AnswerStream(Iterator[StreamPiece]):
             self._answer = self._assembler.finish()
             return None
         if response.error_message:
+            self._read_out()
             raise self._endpoint.error(InferenceServerException(response.error_message), model=self._model, timeout_s=self._deadline_s)
         return self._assembler.feed(InferResult(response.infer_response), time.perf_counter() - self._start_s)
+
+    def _read_out(self) -> None:
+        """Waits for the server's end of a stream: of one cancelled at its error Triton (2.51) keeps the whole request for good."""
+        with contextlib.suppress(grpc.RpcError):
+            for _ in self._call:
+                pass
 
 
 class ReaderClient:

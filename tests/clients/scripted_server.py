@@ -5,6 +5,7 @@ Tests set `on_infer` and `on_stream`; a script gets the request decoded and give
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -47,6 +48,8 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.on_stream: Script = lambda received, context: iter([{"answer": "Pa"}, {"answer": "ris"}, WHOLE | {"answer": ""}])
         self.received: list[Received] = []
         self.cancelled = threading.Semaphore(0)
+        self.streams_read_out = threading.Semaphore(0)
+        self.end_of_refused_stream_s = 0.0
         self._lock = threading.Lock()
         self._in_flight = 0
         self.most_in_flight = 0
@@ -99,6 +102,8 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):
                 if refusal.code is not None:
                     context.abort(refusal.code, refusal.message)
                 yield service_pb2.ModelStreamInferResponse(error_message=refusal.message)
+                time.sleep(self.end_of_refused_stream_s)
+        self.streams_read_out.release()  # not reached where the client cancels
 
     def _receive(self, request: Any, context: grpc.ServicerContext) -> Received:
         tensors, datatypes = {}, {}

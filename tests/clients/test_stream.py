@@ -113,6 +113,19 @@ def test_error_after_some_pieces_is_raised_after_them(server: ScriptedServer) ->
             _ = stream.answer
 
 
+def test_a_refused_stream_is_read_to_its_end(server: ScriptedServer, reader: Any) -> None:
+    """One that is cancelled at its error stays in Triton's (2.51) memory for good."""
+
+    def script(received: Any, context: Any) -> Iterator[Any]:
+        yield {"answer": "Pa"}
+        raise Refusal("slot lost", None)
+
+    server.on_stream, server.end_of_refused_stream_s = script, 0.2
+    with pytest.raises(ReaderError, match="slot lost"):
+        reader.stream(server.url, "q", ["p"])
+    assert server.streams_read_out.acquire(timeout=5)
+
+
 def test_error_behind_the_totals_takes_nothing_away(server: ScriptedServer, reader: Any) -> None:
     def script(received: Any, context: Any) -> Iterator[Any]:
         yield WHOLE

@@ -112,11 +112,13 @@ def judged(call: Any, case: Case, model: str, *, hasty: bool = False) -> Outcome
 
 
 def judged_stream(responses: Iterable[Any], case: Case, model: str, *, hasty: bool = False) -> Outcome:
-    """Read a stream to its end and judge it."""
+    """Read a stream to its end, also behind an error, and judge it."""
     assembler = StreamAssembler(model)
     try:
         for response in responses:
             if response.error_message:
+                for _ in responses:
+                    pass
                 return Verdict.TOLD, response.error_message[:200]
             assembler.feed(InferResult(response.infer_response), 0)
     except grpc.RpcError as error:

@@ -140,6 +140,24 @@ def deadlines_too_short(arena: Arena, tally: Tally) -> None:
         in_threads(tally, [functools.partial(attempt, *one) for one in tries], threads=16)
 
 
+def dropped_at_their_error(arena: Arena, tally: Tally) -> None:
+    """Streams that are cancelled as soon as they bring an error. Triton 2.51 keeps each such request for good, some 15 KB."""
+
+    def attempt(model: str, seconds: float) -> None:
+        case = long_case(arena, model)
+        responses = arena.asker.start_stream(case, model, timeout_us=max(1, int(seconds * 1e6)))
+        for response in responses:
+            if response.error_message:
+                responses.cancel()
+                tally.judge(Verdict.TOLD, response.error_message[:200])
+                return
+        tally.judge(Verdict.RIGHT)
+
+    tries = [(arena.rng.choice([MODELS[1], MODELS[3]]), arena.rng.random() * 0.05) for _ in range(arena.many(200))]
+    with good_company(arena, tally):
+        in_threads(tally, [functools.partial(attempt, *one) for one in tries], threads=16)
+
+
 def slow_readers(arena: Arena, tally: Tally) -> None:
     """Clients that take their answers a few bytes at a time: theirs must be whole, and others' must not wait for them."""
 
