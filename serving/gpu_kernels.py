@@ -37,8 +37,8 @@ def keys_at_a_time(d_kv: int) -> int:
     return 64 if d_kv <= 64 else 32
 
 
-def _compiled(source: str, defines: dict[str, Any]) -> cp.RawModule:
-    text = "".join((SOURCES / name).read_text(encoding="utf-8") for name in ("vectors.cuh", "tensor_cores.cuh", source))
+def _compiled(defines: dict[str, Any], *sources: str) -> cp.RawModule:
+    text = "".join((SOURCES / name).read_text(encoding="utf-8") for name in ("vectors.cuh", "tensor_cores.cuh", *sources))
     defines = {**defines, "MOST_PARTS": MOST_PARTS}
     return cp.RawModule(code=text, options=("--std=c++17", *(f"-D{name}={value}" for name, value in defines.items())))
 
@@ -54,7 +54,7 @@ class RowKernels:
         self.d_ff = stack.d_ff
         self._block = (-(-stack.d_model // 8 // 32) * 32,)  # a thread a vector of eight
         defines = {"D_MODEL": stack.d_model, "D_FF": stack.d_ff, "GATED": int(stack.gated), "EPSILON": f"{stack.epsilon!r}f"}
-        module = _compiled("rows.cu", defines)
+        module = _compiled(defines, "rows.cu")
         self._embed, self._add_and_norm, self._activate = (module.get_function(n) for n in ("embed", "add_and_norm", "activate"))
 
     def embed(self, tokens: cp.ndarray, embedding: cp.ndarray, weight: cp.ndarray, residual: cp.ndarray, normed: cp.ndarray) -> None:
@@ -83,7 +83,7 @@ class EncoderAttention:
         self._heads = stack.num_heads
         self._keys = keys_at_a_time(stack.d_kv)
         defines = {"D_KV": stack.d_kv, "HEADS": stack.num_heads, "REACH": reach, "WARPS": WARPS, "TILE": TILE, "KEYS": self._keys}
-        module = _compiled("encoder_attention.cu", defines)
+        module = _compiled(defines, "encoder_attention.cu")
         self._attention = module.get_function("attention")
 
     def __call__(self, query_key_value: cp.ndarray, tiles: cp.ndarray, longest: int, bias: cp.ndarray, out: cp.ndarray) -> None:
@@ -120,7 +120,7 @@ class StepKernels:
             "WARP_TOKENS": warp_tokens,
             "EVIDENCE_TOKENS": CHUNK,
         }
-        module = _compiled("decoder_step.cu", defines)
+        module = _compiled(defines, "step_attention.cuh", "self_attention.cu", "cross_attention.cu")
         self._self_attention = module.get_function("self_attention")
         self._cross_attention = module.get_function("cross_attention")
         self._round = WARPS * warp_tokens  # tokens that a block has at a time
@@ -222,7 +222,7 @@ class HeadKernels:
         self._eos_token_id = eos_token_id
         self._blocks = -(-vocab_size // (HEAD_WARPS * TOKENS_A_WARP))
         sizes = {"HEAD_WARPS": HEAD_WARPS, "HEAD_ROWS": HEAD_ROWS, "PICK_THREADS": PICK_THREADS}
-        module = _compiled("head.cu", {"D_MODEL": d_model, "VOCAB": vocab_size, **sizes})
+        module = _compiled({"D_MODEL": d_model, "VOCAB": vocab_size, **sizes}, "head.cu")
         self._score_tokens, self._pick_token = (module.get_function(n) for n in ("score_tokens", "pick_token"))
 
     def scratch(self, batch: int) -> cp.ndarray:

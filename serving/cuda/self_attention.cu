@@ -1,0 +1,71 @@
+// Self-attention of one new token a row: its key and value are written to the cache, then it attends to all up to itself. The product
+// before made its rows in `parts_made`, the one behind wants them in `parts`.
+// Grid (HEADS, batch), block WARPS * 32. Rows with a negative position are idle.
+extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
+    const __half* __restrict__ query_key_value, int parts_made,  // [parts_made][batch][(HEADS + 2 * KV_HEADS) * D_KV]
+    __half* __restrict__ cache, const int* __restrict__ slots, const int* __restrict__ positions,
+    const float* __restrict__ bias,  // [reach + 1][HEADS], by how far a key lies behind
+    int reach, int capacity, int parts,
+    __half* __restrict__ attended)  // [batch][HEADS * D_KV], in parts
+{
+    __shared__ float shared[WARPS][D_KV + 2];
+    const int head = blockIdx.x, row = blockIdx.y, kv_head = head / GROUP;
+    const int position = positions[row];
+    __half* out = attended + place_in_parts(row, gridDim.y, head * D_KV + threadIdx.x % D_KV, HEADS * D_KV, parts) - threadIdx.x % D_KV;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES;
+    __half* past = cache + static_cast<size_t>(slots[row]) * capacity * STRIDE + kv_head * D_KV;
+    // Tokens before this step's, of which the kernel before knows nothing.
+    uint4 keys[UNROLL], values[UNROLL];
+    const auto fetch = [&](int base) {
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+            const int token = base + u * WARPS * TOKENS + lane / LANES;
+            if (token >= position) continue;
+            const __half* row_of_token = past + static_cast<size_t>(token) * STRIDE + part * VECTOR;
+            keys[u] = load(row_of_token);
+            values[u] = load(row_of_token + KV_HEADS * D_KV);
+        }
+    };
+    fetch(warp * TOKENS);
+    await(query_key_value, out);
+    if (position < 0) {
+        if (threadIdx.x < D_KV) out[threadIdx.x] = __half(0.f);
+        return;
+    }
+    const __half* made = query_key_value + row * (HEADS + 2 * KV_HEADS) * D_KV;
+    const __half* new_key = made + (HEADS + kv_head) * D_KV;
+    const __half* new_value = new_key + KV_HEADS * D_KV;
+    const size_t apart = static_cast<size_t>(gridDim.y) * (HEADS + 2 * KV_HEADS) * D_KV;
+    const Vector query = sum_parts(made + head * D_KV + part * VECTOR, parts_made, apart);
+    const uint4 present_key = narrow(sum_parts(new_key + part * VECTOR, parts_made, apart));
+    const uint4 present_value = narrow(sum_parts(new_value + part * VECTOR, parts_made, apart));
+    if (head % GROUP == 0 && threadIdx.x < LANES) {
+        __half* present = past + static_cast<size_t>(position) * STRIDE + part * VECTOR;
+        store(present, present_key);
+        store(present + KV_HEADS * D_KV, present_value);
+    }
+    Mix mix;
+    for (int base = warp * TOKENS; base <= position; base += WARPS * TOKENS * UNROLL) {
+        float scores[UNROLL], largest = mix.largest;
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+            const int token = base + u * WARPS * TOKENS + lane / LANES;
+            scores[u] = token <= position ? bias[min(position - token, reach) * HEADS + head] : MASKED;
+            if (token < position) continue;
+            // the new token's may still be on its way to the cache
+            keys[u] = present_key;
+            values[u] = present_value;
+        }
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+            scores[u] += sum_of_token(dot(query, widen(keys[u])));
+            largest = fmaxf(largest, scores[u]);
+        }
+        mix.rescale(largest);
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) mix.add(scores[u], widen(values[u]));
+        fetch(base + WARPS * TOKENS * UNROLL);
+    }
+    const Joined joined = join_block(mix, shared);
+    if (threadIdx.x < D_KV) out[threadIdx.x] = __float2half_rn(joined.value / joined.total);
+}
