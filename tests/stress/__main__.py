@@ -89,8 +89,12 @@ def run_pass(arena: Arena, names: list[str], tallies: dict[str, Tally]) -> None:
         print(f"{time.strftime('%H:%M:%S')} {name}: {tally.tries} tries in {time.monotonic() - started:.1f} s{verdict}", flush=True)
 
 
-def _memory(arena: Arena) -> dict[str, int]:
-    """Bytes of every process and of /dev/shm at rest, printed as well: how they got where they are is half of the answer."""
+def _memory(arena: Arena, tally: Tally) -> dict[str, int]:
+    """Bytes of every process and of /dev/shm at rest, printed as well: how they got where they are is half of the answer.
+
+    A reader's caches are as large as its last questions needed, so all have the same last ones.
+    """
+    client_faults.same_questions(arena, tally)
     time.sleep(TRIMMED_S)
     found = {**arena.server.memory(), "/dev/shm": arena.server.shm_bytes()}
     print(time.strftime("%H:%M:%S"), "memory in MB:", ", ".join(f"{name} {size / 1e6:.1f}" for name, size in found.items()), flush=True)
@@ -109,13 +113,13 @@ def soak(arena: Arena, tallies: dict[str, Tally], until_s: float) -> list[str]:
     while warm_up == 0 or time.monotonic() < warm_s:
         run_pass(arena, list(CLIENT_FAULTS), tallies)
         warm_up += 1
-        _memory(arena)
+        _memory(arena, tally)
     arena.scale = ordinary
 
-    samples, processes = [_memory(arena)], arena.server.processes()
+    samples, processes = [_memory(arena, tally)], arena.server.processes()
     while time.monotonic() < until_s:
         run_pass(arena, list(CLIENT_FAULTS), tallies)
-        samples.append(_memory(arena))
+        samples.append(_memory(arena, tally))
     if arena.server.processes() != processes:
         return ["memory     not comparable: a process has been replaced"]
     found = growths(samples)
@@ -134,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=float(os.environ.get("STRESS_MINUTES") or PASS_MINUTES), help="default 10")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", metavar="FAULT", choices=list(FAULTS), help=f"any of: {', '.join(FAULTS)}")
+    parser.add_argument("--soak-only", action="store_true", help="no pass over all faults before a soak")
     parser.add_argument("--repository", type=Path, default=PROJECT / "model_repository")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the tries")
     parser.add_argument("--words", action="store_true", help="the repository holds the tests' tiny readers, who know w0, w1, ...")
@@ -146,7 +151,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             arena.start()
             arena.learn()
-            run_pass(arena, arguments.only or list(FAULTS), tallies)
+            if not arguments.soak_only:
+                run_pass(arena, arguments.only or list(FAULTS), tallies)
             if arguments.minutes > PASS_MINUTES and not arguments.only:
                 report = soak(arena, tallies, started + arguments.minutes * 60)
             end = Tally("shutdown")

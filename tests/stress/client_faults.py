@@ -31,6 +31,13 @@ def long_case(arena: Arena, model: str) -> Case:
     return max(arena.cases[reader_of(model)], key=lambda case: case.tokens)
 
 
+def same_questions(arena: Arena, tally: Tally) -> None:
+    """No fault: the longest question, to every model, as often as it has slots."""
+    for model in MODELS:
+        case, slots = long_case(arena, model), arena.limits[reader_of(model)].slots
+        in_threads(tally, [functools.partial(lambda c, m: tally.judge(*arena.asker.ask(c, m)), case, model)] * slots, threads=slots)
+
+
 def in_threads(tally: Tally, tries: Iterable[Callable[[], None]], threads: int = THREADS) -> None:
     """Run all tries; one that raises is a lost answer."""
 
