@@ -75,7 +75,7 @@ def make_arena(repository: Path, scratch: Path, seed: int, scale: float, *, word
     cases = {}
     for reader, bounds in limits.items():
         short = word_cases(reader, bounds, seed, CASES) if words else corpus_cases(reader, bounds, seed, CASES, CORPUS)
-        cases[reader] = [*short, short[0].lengthened(min(LONG_TOKENS, bounds.max_new_tokens))]
+        cases[reader] = [*short, short[0].shortened(), short[0].lengthened(min(LONG_TOKENS, bounds.max_new_tokens))]
     return Arena(copy, scratch, limits, cases, random.Random(seed), scale)
 
 
@@ -92,9 +92,9 @@ def run_pass(arena: Arena, names: list[str], tallies: dict[str, Tally]) -> None:
 def _memory(arena: Arena, tally: Tally) -> dict[str, int]:
     """Bytes of every process and of /dev/shm at rest, printed as well: how they got where they are is half of the answer.
 
-    A reader's caches are as large as its last questions needed, so all have the same last ones.
+    A reader's caches are as large as its last questions needed, so all have the same last one, and a short one.
     """
-    client_faults.same_questions(arena, tally)
+    client_faults.short_question(arena, tally)
     time.sleep(TRIMMED_S)
     found = {**arena.server.memory(), "/dev/shm": arena.server.shm_bytes()}
     print(time.strftime("%H:%M:%S"), "memory in MB:", ", ".join(f"{name} {size / 1e6:.1f}" for name, size in found.items()), flush=True)

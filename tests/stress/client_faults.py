@@ -31,11 +31,11 @@ def long_case(arena: Arena, model: str) -> Case:
     return max(arena.cases[reader_of(model)], key=lambda case: case.tokens)
 
 
-def same_questions(arena: Arena, tally: Tally) -> None:
-    """No fault: the longest question, to every model, as often as it has slots."""
+def short_question(arena: Arena, tally: Tally) -> None:
+    """No fault: the shortest question to every model, alone."""
     for model in MODELS:
-        case, slots = long_case(arena, model), arena.limits[reader_of(model)].slots
-        in_threads(tally, [functools.partial(lambda c, m: tally.judge(*arena.asker.ask(c, m)), case, model)] * slots, threads=slots)
+        case = min(arena.cases[reader_of(model)], key=lambda case: (len(case.passages), case.tokens))
+        tally.judge(*arena.asker.ask(case, model))
 
 
 def in_threads(tally: Tally, tries: Iterable[Callable[[], None]], threads: int = THREADS) -> None:

@@ -53,6 +53,10 @@ class Case:
         """Whether this is the right answer."""
         return (text, tokens) == (self.text, self.tokens) and abs(log_prob - self.log_prob) <= LOG_PROB_TOLERANCE
 
+    def shortened(self) -> Case:
+        """The same question to one passage, for an answer of two tokens."""
+        return dataclasses.replace(self, passages=self.passages[:1], titles=self.titles[:1], max_new_tokens=2, min_new_tokens=0)
+
     def lengthened(self, tokens: int) -> Case:
         """The same question, answered in exactly so many tokens."""
         return dataclasses.replace(self, max_new_tokens=tokens, min_new_tokens=tokens)
