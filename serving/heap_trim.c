@@ -1,4 +1,5 @@
-// Loaded before all else into tritonserver and its models: gives what their heaps have free back to the system now and then.
+// Loaded before all else into tritonserver and its models: gives what their heaps have free back to the system now and then, and keeps
+// from the models what tritonserver.py sets for tritonserver alone.
 //
 // glibc keeps free pages in the middle of a heap for good. After hours of bursts half of tritonserver's memory was such pages; each burst
 // that was a little larger, or lay a little otherwise, added some. It has no setting for that, only this call.
@@ -6,7 +7,11 @@
 #include <malloc.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdlib.h>
+#include <string.h>
 #include <time.h>
+
+#define NO_THREAD_CACHES "glibc.malloc.tcache_count=0"  // as in tritonserver.py
 
 static void *trim(void *nothing) {
     const struct timespec pause = {5, 0};
@@ -18,6 +23,9 @@ static void *trim(void *nothing) {
 }
 
 __attribute__((constructor)) static void start(void) {
+    // glibc has read it by now; whatever this process starts shall not
+    const char *tunables = getenv("GLIBC_TUNABLES");
+    if (tunables != NULL && strcmp(tunables, NO_THREAD_CACHES) == 0) unsetenv("GLIBC_TUNABLES");
     pthread_t thread;
     sigset_t all, before;
     sigfillset(&all);

@@ -26,6 +26,7 @@ from .tritonserver import PROJECT, ServerError, environment, find_installation, 
 LOOPBACK = "127.0.0.1"
 SHM = Path("/dev/shm")
 SHM_PREFIX = "fido-"
+SHM_BYTES = 8 << 20  # that every model has from the start: enough for a crowd of questions, so that it seldom grows, which it does for good
 SCRATCH_PREFIX = "fido-triton-"
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)  # now: between fork and exec it could not be loaded safely
@@ -175,6 +176,7 @@ class TritonServer:
             "--model-control-mode=none",
             *([f"--backend-directory={backends}"] if backends else []),
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
+            f"--backend-config=python,shm-default-byte-size={SHM_BYTES}",
             f"--http-address={self.address}",
             f"--grpc-address={self.address}",
             f"--metrics-address={self.address}",

@@ -23,6 +23,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 # stops growing sooner (tests/stress soaks it). Fewer heaps than cores would make threads wait for each other, tokenizing above all.
 LARGE_BLOCK_BYTES = 256 << 10
 HEAP_TRIM = Path(sys.prefix, "lib", "libheap_trim.so")  # of heap_trim.c, which `make setup` compiles where there is a compiler
+# Each thread keeps free blocks of its own, which no trimming gives back: with Triton's hundred threads more than all that was in use,
+# and growing for hours. heap_trim.c keeps this from the models: their threads are few, and tokenizing wants its blocks near.
+NO_THREAD_CACHES = "glibc.malloc.tcache_count=0"
 
 
 class ServerError(RuntimeError):
@@ -117,4 +120,5 @@ def environment(installation: Installation) -> dict[str, str]:
     env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
     if HEAP_TRIM.is_file():
         env["LD_PRELOAD"] = " ".join([*filter(None, [env.get("LD_PRELOAD")]), str(HEAP_TRIM)])
+        env.setdefault("GLIBC_TUNABLES", NO_THREAD_CACHES)
     return env

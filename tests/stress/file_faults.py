@@ -10,13 +10,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from serving.server import SHM_BYTES as MODEL_SHM_BYTES
+
 from .arena import MODELS, Arena, check_gauges, judge_good, reader_of, recover
 from .questions import Case, largest_case
 from .served import Served, StartError, private_shm_prefix
 from .tally import Tally, Verdict
 
 SHM_BYTES = 64 << 20
-TOO_SMALL_SHM_BYTES = 3 << 20  # the models start with 1 MiB each
+TOO_SMALL_SHM_BYTES = 2 * MODEL_SHM_BYTES  # for fewer models than there are
 MIB = 1 << 20
 DAMAGED_STARTS = 12  # of all pairs of a file and a damage, drawn anew with every seed
 
