@@ -2,6 +2,7 @@
 
 A step is one CUDA graph of a hundred kernels of a few microseconds; a profiler between them would cost more than they do. So the step is
 captured again without one kind of operation, and what it takes less is what that kind costs in its place; beside it, what it takes alone.
+Also the step whose products are all the engines'.
 Random questions of full length; the step is at position --position of every answer.
 """
 
@@ -54,7 +55,7 @@ def graph_us(decoder: GpuDecoder, operations: Sequence[Callable[[], None]], *, o
 
 
 def profile(decoder: GpuDecoder, batch: int, tokens: int, position: int) -> dict[str, Any]:
-    """Microseconds of the whole step, of it with every kernel after the one before, and of each kind of operation.
+    """Microseconds of the whole step, of it with every kernel after the one before or with engines only, and of each kind of operation.
 
     Of a kind: how often it comes, what the step takes less without it, and what it takes alone.
     """
@@ -64,13 +65,20 @@ def profile(decoder: GpuDecoder, batch: int, tokens: int, position: int) -> dict
     state[POSITIONS], state[SLOTS, :batch], state[LENGTHS, :batch] = position, range(batch), tokens
     decoder._state.set(state, stream=decoder._stream)
     kinds = [kind_of(operation) for operation in program]
+    few_rows = next(iter(decoder._products.values())).few_rows
     in_turn, whole = graph_us(decoder, program, overlap=False), graph_us(decoder, program)
     found = {}
     for kind in dict.fromkeys(kinds):
         without = graph_us(decoder, [operation for operation, other in zip(program, kinds, strict=True) if other != kind])
         alone = graph_us(decoder, [operation for operation, other in zip(program, kinds, strict=True) if other == kind])
         found[kind] = {"times": kinds.count(kind), "less_without_us": round(whole - without, 1), "alone_us": round(alone, 1)}
-    return {"step_us": round(whole, 1), "step_in_turn_us": round(in_turn, 1), "operations": found}
+    for loaded in decoder._products.values():
+        loaded.few_rows = None
+    by_engines = graph_us(decoder, decoder._program(batch, False))
+    for loaded in decoder._products.values():
+        loaded.few_rows = few_rows
+    steps = {"step_us": whole, "step_in_turn_us": in_turn, "step_by_engines_us": by_engines}
+    return {**{name: round(us, 1) for name, us in steps.items()}, "operations": found}
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The decoder on a GPU: engines of its products with kernels between them, caches in fixed slots, CUDA graphs.
+"""The decoder on a GPU: its products, by kernel or engine, with kernels between them, caches in fixed slots, CUDA graphs.
 
 Each batch bucket has two graphs: of a step in which some answer gets its first token, which leaves evidence, and of one without.
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from .gpu_engine import LoadEngine, Scratch
 from .gpu_graph import Graph
-from .gpu_kernels import HeadKernels, RowKernels, StepKernels
+from .gpu_kernels import FewRows, HeadKernels, RowKernels, StepKernels
 from .gpu_plan import GpuMemory, batch_buckets, bucket_of, decoder_memory
 from .gpu_products import load_arrays, load_products, weight_bytes
 from .manifest import EngineError, Manifest
@@ -53,7 +53,7 @@ class GpuDecoder:
         with self._stream:
             scratch = Scratch()
             self._cross_kv = load("cross_kv", packed_cross_kv_tensors(sizes), scratch)
-            self._products = load_products(directory, manifest, stack, decoder_products(sizes), load, scratch)
+            self._products = load_products(directory, manifest, stack, decoder_products(sizes), load, scratch, FewRows())
             names = [EMBEDDING, NORMS, BIAS, HEAD] + [CROSS_BIAS] * (array_file("decoder", CROSS_BIAS) in manifest.files)
             arrays = load_arrays(directory, manifest, "decoder", names)
             self._embedding, self._norms, self._self_bias, self._head = arrays[:4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,12 +10,28 @@ import cupy as cp
 import numpy as np
 
 from .gpu_engine import LoadEngine, Scratch
+from .gpu_graph import Graph
 from .gpu_kernels import EncoderAttention, RowKernels
-from .gpu_plan import attention_tiles, calls_of_tokens, encoder_tokens
+from .gpu_plan import TILE, attention_tiles, calls_of_tokens, captured_calls, encoder_batch, encoder_tokens
 from .gpu_products import load_arrays, load_products, weight_bytes
 from .limits import Limits
 from .manifest import EngineError, Manifest
 from .products import BIAS, EMBEDDING, ENCODER_KINDS, NORMS, StackSizes, encoder_products, product_widths
+
+
+@dataclasses.dataclass(frozen=True)
+class CapturedCall:
+    """All but the last norm of a call, as one launch.
+
+    Attributes:
+        tokens, tiles: how many it has room for.
+        given: int32[tokens + 3 * tiles] on the GPU, which it reads: token ids, then the tiles of attention.
+    """
+
+    tokens: int
+    tiles: int
+    given: cp.ndarray
+    graph: Graph
 
 
 class GpuEncoder:
@@ -40,7 +57,10 @@ class GpuEncoder:
             weights = weight_bytes(self._products) + self._embedding.nbytes
             self.bytes = weights + scratch.bytes + sum(array.nbytes for array in self._buffers)
             # what is set up on first use is set up now
+            self._captured: list[CapturedCall] = []
             self.encode([(np.ones((1, self._passage_length), np.int32),) * 2])
+            if all(product.engine.capturable for product in self._products.values()):
+                self._captured = [self._capture(tokens, encoder_batch(limits)) for tokens in captured_calls(self.most_tokens)]
 
     def _allocate(self, sizes: StackSizes) -> None:
         """What a call works in. A buffer holds what no two steps need at once."""
@@ -79,30 +99,54 @@ class GpuEncoder:
 
     def _encode_call(self, tokens: np.ndarray, destinations: np.ndarray, lengths: np.ndarray, hidden: cp.ndarray) -> None:
         """Encode passages that lie one after the other, each row of the result into its place of `hidden`."""
+        count, tiles = len(tokens), attention_tiles(lengths)
+        call = next((call for call in self._captured if count <= call.tokens and len(tiles) <= call.tiles), None)
+        room = (count, len(tiles)) if call is None else (call.tokens, call.tiles)
+        host = np.zeros(room[0] + 3 * room[1] + count, np.int32)
+        host[:count], host[room[0] : room[0] + tiles.size], host[-count:] = tokens, tiles.ravel(), destinations
+        uploaded = cp.asarray(host)
+        given, places = uploaded[:-count], uploaded[-count:]
+        if call is None:
+            self._enqueue(given[:count], given[count:].reshape(-1, 3), int(lengths.max()))
+        else:
+            call.given[:] = given
+            call.graph.launch(self._stream)
+        made = self._made[: count * self.sizes.d_model].reshape(count, -1)
+        self._rows.add_and_norm(made, self._norms[-1], self._residual[:count], hidden, places)
+
+    def _capture(self, tokens: int, passages: int) -> CapturedCall:
+        """A call of so many tokens of at most so many passages."""
+        tiles = tokens // TILE + min(tokens, passages)  # a passage's last one may hold a single token
+        given = cp.zeros(tokens + 3 * tiles, cp.int32)
+
+        def run() -> None:
+            self._enqueue(given[:tokens], given[tokens:].reshape(-1, 3), self._passage_length, context=tokens)
+
+        run()
+        self._stream.synchronize()
+        return CapturedCall(tokens, tiles, given, Graph(self._stream, run))
+
+    def _enqueue(self, tokens: cp.ndarray, tiles: cp.ndarray, longest: int, context: int = 0) -> None:
+        """All layers, up to what the last product made and the residual stream before it."""
         count, kernels = len(tokens), self._rows
-        tiles = attention_tiles(lengths)
-        uploaded = cp.asarray(np.concatenate([tokens, destinations, tiles.ravel()]).astype(np.int32))
-        on_gpu, places, tiles = uploaded[:count], uploaded[count : 2 * count], uploaded[2 * count :].reshape(-1, 3)
 
         def rows(buffer: cp.ndarray, width: int) -> cp.ndarray:
             return buffer[: count * width].reshape(count, width)
 
         residual, normed = self._residual[:count], rows(self._normed, self.sizes.d_model)
         norms = iter(self._norms)
-        kernels.embed(on_gpu, self._embedding, next(norms), residual, normed)
+        kernels.embed(tokens, self._embedding, next(norms), residual, normed)
         given = normed
         for product, loaded in self._products.items():
             wide = product.kind in ("qkv", "wi")
             made = rows(self._wide_made if wide else self._made, product_widths(self.sizes, product.kind)[1])
-            loaded.enqueue(given, made, self._stream)
+            loaded.enqueue(given, made, self._stream, context=context)
             if product.kind == "qkv":
                 given = rows(self._wide_given, product_widths(self.sizes, "o")[0])
-                self._attend(made, tiles, int(lengths.max()), self._bias, given)
+                self._attend(made, tiles, longest, self._bias, given)
             elif product.kind == "wi":
                 given = rows(self._wide_given, self.sizes.d_ff)
                 kernels.activate(made, given)
-            elif (product.kind, product.layer) == ("wo", self.sizes.num_layers - 1):
-                kernels.add_and_norm(made, next(norms), residual, hidden, places)
-            else:
+            elif (product.kind, product.layer) != ("wo", self.sizes.num_layers - 1):
                 given = normed
                 kernels.add_and_norm(made, next(norms), residual, given)

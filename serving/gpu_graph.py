@@ -17,7 +17,17 @@ import cupy as cp
 
 # Kernels of cuda/ that await the one before. Every one that does not begin a step does.
 AWAITING = frozenset(
-    ("add_and_norm", "activate", "self_attention", "cross_attention", "cross_join", "evidence", "score_tokens", "pick_token")
+    (
+        "add_and_norm",
+        "activate",
+        "multiply_few_rows",
+        "self_attention",
+        "cross_attention",
+        "cross_join",
+        "evidence",
+        "score_tokens",
+        "pick_token",
+    )
 )
 AWAIT_CAPABILITY = 90  # 10 * compute capability from which on kernels can wait for the one before
 EDGES_DRIVER = 12_030  # the driver's CUDA version from which on edges have properties

@@ -25,6 +25,9 @@ SHARING_BLOCKS = 3 * MOST_BLOCKS
 THREADS = 256  # of the blocks of `activate`
 HEAD_WARPS, HEAD_ROWS, PICK_THREADS = 8, 48, 256  # of the blocks that choose the token
 TOKENS_A_WARP = 16  # whose logits a warp computes
+# Of the blocks that multiply few rows. More tiles of rows would take more registers, and longer sums more shared memory, than two blocks
+# have on a multiprocessor: the next block could not come up before this one has ended.
+FEW_WARPS, FEW_COLUMNS, TILE_ROWS, MOST_TILES, MOST_SUMMED = 8, 32, 16, 3, 1024
 
 
 def parts_of(array: cp.ndarray) -> int:
@@ -74,6 +77,41 @@ class RowKernels:
         rows = len(inner)
         arguments = (inner, cp.int32(rows), cp.int32(parts_of(out)), out)
         self._activate((-(-rows * self.d_ff // 8 // THREADS),), (THREADS,), arguments)
+
+
+class FewRows:
+    """Products of the few rows of a step, compiled for every 16 rows as they are needed."""
+
+    def __init__(self) -> None:
+        self._kernels: dict[int, Any] = {}
+
+    def takes(self, x: cp.ndarray, weight: cp.ndarray) -> bool:
+        """Whether it multiplies these; everything else is left to the engines."""
+        given, made = weight.shape[-2:]
+        rows, fits = x.shape[-2], given % 32 == 0 and given <= MOST_SUMMED and made % FEW_COLUMNS == 0
+        return fits and rows <= TILE_ROWS * MOST_TILES and weight.dtype == cp.float16
+
+    def multiply(self, x: cp.ndarray, weight: cp.ndarray, y: cp.ndarray) -> None:
+        """Y = x @ weight, of every part, with sums in fp32; each row as if it were alone.
+
+        Args:
+            x: float16[rows, given], or [parts, rows, given].
+            weight: float16[given, made], or [parts, given, made].
+            y: float16[rows, made], or [parts, rows, made].
+        """
+        rows, (given, made) = x.shape[-2], weight.shape[-2:]
+        tiles = -(-rows // TILE_ROWS)
+        of_sums = FEW_WARPS * tiles * TILE_ROWS * (FEW_COLUMNS + 8) * 4
+        grid, shared = (made // FEW_COLUMNS, parts_of(x)), max(given * FEW_COLUMNS * 2, of_sums)
+        arguments = (x, weight, cp.int32(rows), cp.int32(given), cp.int32(made), y)
+        self._kernel(tiles)(grid, (FEW_WARPS * 32,), arguments, shared_mem=shared)
+
+    def _kernel(self, tiles: int) -> Any:
+        if tiles not in self._kernels:
+            module = _compiled({"TILES": tiles, "WARPS": FEW_WARPS, "COLUMNS": FEW_COLUMNS}, "few_rows.cu")
+            self._kernels[tiles] = kernel = module.get_function("multiply_few_rows")
+            kernel.max_dynamic_shared_size_bytes = MOST_SUMMED * FEW_COLUMNS * 2
+        return self._kernels[tiles]
 
 
 class EncoderAttention:

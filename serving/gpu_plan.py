@@ -17,6 +17,7 @@ Range = tuple[int, int, int]
 Shapes = tuple[tuple[int, ...], ...]
 HALF_BYTES = 2
 TILE = 64  # queries of a block of the encoder's attention
+SMALLEST_CAPTURED, CAPTURED_STEP, MOST_CAPTURED = (128, 256), 512, 10_240  # tokens of encoder calls that are captured
 FEW_ROWS = 32  # rows of one tile of a product: up to so many running answers a product takes the same time
 
 
@@ -39,6 +40,14 @@ def encoder_batch(limits: Limits) -> int:
 def encoder_tokens(limits: Limits, passage_length: int) -> int:
     """Tokens of one encoder call at most."""
     return encoder_batch(limits) * passage_length
+
+
+def captured_calls(most: int) -> tuple[int, ...]:
+    """Tokens of the encoder's calls that are captured into CUDA graphs; a smaller call is filled up to the next.
+
+    Larger ones keep the card busy for longer than their launches take.
+    """
+    return tuple(tokens for tokens in (*SMALLEST_CAPTURED, *range(CAPTURED_STEP, MOST_CAPTURED + 1, CAPTURED_STEP)) if tokens <= most)
 
 
 def calls_of_tokens(lengths: np.ndarray, most: int) -> Iterator[tuple[slice, np.ndarray]]:

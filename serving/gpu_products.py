@@ -9,19 +9,23 @@ import cupy as cp
 import numpy as np
 
 from .gpu_engine import GpuEngine, LoadEngine, Scratch
+from .gpu_kernels import FewRows
 from .manifest import Manifest
 from .products import Product, StackName, StackSizes, array_file, product_tensors
 
 
 class LoadedProduct:
-    """One product: its kind's engine, and its own weights."""
+    """One product: its kind's engine, its own weights, and what multiplies few rows in the engine's place."""
 
-    def __init__(self, engine: GpuEngine, weight: cp.ndarray):
-        self.engine, self.weight = engine, weight
+    def __init__(self, engine: GpuEngine, weight: cp.ndarray, few_rows: FewRows | None = None):
+        self.engine, self.weight, self.few_rows = engine, weight, few_rows
 
     def enqueue(self, x: cp.ndarray, y: cp.ndarray, stream: cp.cuda.Stream, context: int = 0) -> None:
-        """Multiply: y = x @ weight, on `stream`, without waiting."""
-        self.engine.bind({"x": x, "weight": self.weight}, {"y": y}, context=context).enqueue(stream)
+        """Multiply: y = x @ weight, on `stream`, which is the current one, without waiting."""
+        if self.few_rows is not None and self.few_rows.takes(x, self.weight):
+            self.few_rows.multiply(x, self.weight, y)
+        else:
+            self.engine.bind({"x": x, "weight": self.weight}, {"y": y}, context=context).enqueue(stream)
 
 
 def load_arrays(directory: Path, manifest: Manifest, stack: StackName, names: Sequence[str]) -> list[cp.ndarray]:
@@ -36,9 +40,15 @@ def load_arrays(directory: Path, manifest: Manifest, stack: StackName, names: Se
 
 
 def load_products(
-    directory: Path, manifest: Manifest, stack: StackSizes, products: Sequence[Product], load: LoadEngine, scratch: Scratch
+    directory: Path,
+    manifest: Manifest,
+    stack: StackSizes,
+    products: Sequence[Product],
+    load: LoadEngine,
+    scratch: Scratch,
+    few_rows: FewRows | None = None,
 ) -> dict[Product, LoadedProduct]:
-    """Products of a stack with their weights on the GPU, in the order given; those of a kind share an engine.
+    """Products of a stack with their weights on the GPU, in the order given; those of a kind share an engine, all share `few_rows`.
 
     Raises:
         ManifestError: if a file is missing or altered.
@@ -52,7 +62,7 @@ def load_products(
             tensors = product_tensors(stack, product, manifest.precision)
             engines[product.engine] = load(product.engine, tensors, scratch)
         weight = cp.asarray(np.load(directory / product.weight, allow_pickle=False))
-        loaded[product] = LoadedProduct(engines[product.engine], weight)
+        loaded[product] = LoadedProduct(engines[product.engine], weight, few_rows)
     return loaded
 
 

@@ -1,7 +1,7 @@
 // Self-attention within passages, on tensor cores, with T5's relative bias from its table.
 //
-// Compiled for one reader by gpu_kernels.py, which defines D_KV, HEADS, REACH, WARPS and TILE (queries a block) and KEYS (a stage). Tokens of all passages lie one after the other, without
-// padding. Scores and softmax are fp32.
+// Compiled for one reader by gpu_kernels.py, which defines D_KV, HEADS, REACH, WARPS and TILE (queries a block) and KEYS (a stage). Tokens of
+// all passages lie one after the other, without padding. Scores and softmax are fp32.
 
 namespace {
 
@@ -26,6 +26,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 4) attention(
     __shared__ __align__(16) __half keys[2][KEYS][PITCH], values[2][KEYS][PITCH];
     extern __shared__ float near[];  // the bias of this tile times log2(e), by key - query + QUERIES - 1 (both counted from the tile's start)
     const int first = tiles[3 * blockIdx.x], length = tiles[3 * blockIdx.x + 1], start = tiles[3 * blockIdx.x + 2], head = blockIdx.y;
+    if (length == 0) return;  // a captured call has more tiles than most need
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
     const __half* passage = query_key_value + static_cast<size_t>(first) * TOKEN + head * D_KV;
 

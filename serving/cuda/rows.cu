@@ -71,17 +71,13 @@ extern "C" __global__ void add_and_norm(
     const int column = threadIdx.x * VECTOR;
     const bool inside = threadIdx.x < VECTORS;
     const size_t at = row * D_MODEL + column;
-    float4 low = {}, high = {};
-    if (inside) {
-        const float4* before = reinterpret_cast<const float4*>(residual + at);
-        low = before[0];
-        high = before[1];
-    }
-    await(made, normed);
+    await(made, normed, residual);
     Vector x = {};
     if (inside) {
-        x = sum_parts(made + at, parts_made, static_cast<size_t>(gridDim.x) * D_MODEL);
+        const float4* before = reinterpret_cast<const float4*>(residual + at);
+        const float4 low = before[0], high = before[1];
         const float added[VECTOR] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        x = sum_parts(made + at, parts_made, static_cast<size_t>(gridDim.x) * D_MODEL);
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) x.at[i] += added[i];
         if (destinations == nullptr) store_residual(x, residual + at);

@@ -34,9 +34,10 @@ __device__ uint4 narrow(const Vector& v) {
     return make_uint4(pack(v.at[0], v.at[1]), pack(v.at[2], v.at[3]), pack(v.at[4], v.at[5]), pack(v.at[6], v.at[7]));
 }
 
-// Waits until what the kernel before has written is visible. In a graph a kernel may be launched before that (gpu_graph.py): every thread of
-// it calls this before it writes anything or ends, and reads what the kernel before writes through these pointers, behind this call. That
-// they are passed keeps the compiler from reading earlier, as it may for __restrict__ ones.
+// Waits until what the kernels before have written is visible. In a graph a kernel may be launched before that (gpu_graph.py), and so may
+// the one before it and the one before that: every thread calls this before it writes anything or ends, and reads whatever any kernel of the
+// step writes through these pointers, behind this call. That they are passed keeps the compiler from reading earlier, as it may for
+// __restrict__ ones.
 template <typename... Pointers> __device__ void await(Pointers&... pointers) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

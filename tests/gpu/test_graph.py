@@ -11,7 +11,7 @@ import pytest
 cp = pytest.importorskip("cupy")
 
 from serving.gpu_graph import AWAITING, Graph, can_overlap  # noqa: E402
-from serving.gpu_kernels import HeadKernels, RowKernels, StepKernels  # noqa: E402
+from serving.gpu_kernels import FewRows, HeadKernels, RowKernels, StepKernels  # noqa: E402
 from serving.products import StackSizes  # noqa: E402
 from serving.tensors import EngineSizes  # noqa: E402
 
@@ -84,9 +84,15 @@ def head_case() -> Case:
     return Case(halves(1, ROWS, WIDTH), (token, log_prob), run, kernels=2)
 
 
+def product_case() -> Case:
+    few, weight, out = FewRows(), halves(4, 4, WIDTH // 4, WIDTH), cp.empty((4, ROWS, WIDTH), cp.float16)
+    return Case(halves(1, 4, ROWS, WIDTH // 4), (out,), lambda given: few.multiply(given, weight, out))
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "activate": lambda: row_case("activate"),
     "add_and_norm": lambda: row_case("add_and_norm"),
+    "multiply_few_rows": product_case,
     "self_attention, 1 key head": lambda: step_case("self_attention", 1),
     "self_attention, 12 key heads": lambda: step_case("self_attention", 12),
     "cross_attention, cross_join and evidence, 1 key head": lambda: step_case("cross_attention", 1),
@@ -128,6 +134,29 @@ def test_what_the_kernel_before_writes_is_waited_for(name: str, stream: Any) -> 
             for made, want in zip(case.made, wanted, strict=True):
                 np.testing.assert_array_equal(made.get(), want.get())
     assert graph.overlapped == case.kernels
+
+
+def test_what_an_earlier_kernel_writes_is_waited_for_as_well(stream: Any) -> None:
+    """Several kernels may be up at once: the residual stream was written some kernels ago."""
+    with stream:
+        few, rows, weight = FewRows(), RowKernels(STACK), halves(4, WIDTH, WIDTH)
+        given, norm, normed = halves(1, ROWS, WIDTH), cp.ones(WIDTH, cp.float32), cp.empty((ROWS, WIDTH), cp.float16)
+        made, written = cp.empty((2, ROWS, WIDTH), cp.float16), cp.asarray(halves(2, ROWS, WIDTH), cp.float32)
+        residual = written.copy()
+
+        def behind() -> None:
+            few.multiply(given, weight, made[0])
+            few.multiply(given, weight, made[1])
+            rows.add_and_norm(made[1], norm, residual, normed)
+
+        behind()
+        wanted = residual.get()
+        graph = Graph(stream, late_then(lambda _: behind(), written, residual))
+        for _ in range(3):
+            residual.fill(7)
+            graph.launch(stream)
+            np.testing.assert_array_equal(residual.get(), wanted)
+    assert graph.overlapped == 3
 
 
 def test_a_kernel_that_does_not_wait_reads_too_early(stream: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -15,6 +16,7 @@ from serving.gpu_plan import (
     bucket_of,
     cache_capacities,
     calls_of_tokens,
+    captured_calls,
     choose_profile,
     decoder_memory,
     fits,
@@ -38,6 +40,18 @@ def test_buckets_end_with_the_slots_and_waste_little(slots: int) -> None:
     for rows in range(1, slots + 1):
         bucket = bucket_of(rows, buckets)
         assert rows <= bucket < 2 * rows + 1 and bucket <= slots
+
+
+def test_captured_calls_are_no_larger_than_a_call_and_waste_less_than_a_step() -> None:
+    assert captured_calls(96) == () and captured_calls(700) == (128, 256, 512)
+    calls = captured_calls(30_720)
+    assert calls == tuple(sorted(set(calls))) and calls[-1] == 10_240  # a question of 40 passages of 256 tokens
+    assert all(later - earlier <= 512 for earlier, later in itertools.pairwise(calls))
+
+
+@pytest.mark.parametrize("lengths", [[1] * 40, [65] * 39, [64] * 8, [256] * 40, [63, 65, 1, 128, 129]])
+def test_a_captured_call_has_room_for_all_tiles(lengths: list[int]) -> None:
+    assert len(attention_tiles(np.array(lengths))) <= sum(lengths) // TILE + len(lengths)
 
 
 def test_every_projection_of_a_reader_is_one_product() -> None:

@@ -109,6 +109,36 @@ def test_encoder_packs_passages_of_all_questions_and_puts_each_back(name: str, g
         np.testing.assert_allclose(found, wanted, atol=2e-2)
 
 
+def test_a_captured_call_has_room_for_any_passages_of_so_many_tokens(graphs: dict[str, Path], runtime: Any, monkeypatch: Any) -> None:
+    launched = []
+
+    class Graph:
+        """What was captured is what runs at every launch."""
+
+        def __init__(self, stream: object, run: Any):
+            self._run = run
+
+        def launch(self, stream: object) -> None:
+            launched.append(self)
+            self._run()
+
+    directory, manifest = graphs["fid"], Manifest.load(graphs["fid"])
+    monkeypatch.setattr(Engine, "capturable", True)
+    monkeypatch.setattr(runtime("gpu_encoder"), "Graph", Graph)
+    monkeypatch.setattr("serving.gpu_plan.SMALLEST_CAPTURED", (5, 64))
+    encoder = runtime("gpu_encoder").GpuEncoder(directory, manifest, loader(directory), LIMITS)
+    assert [(call.tokens, call.tiles) for call in encoder._captured] == [(5, 4), (64, 5)]
+    reference = NumpyEncoder(directory, manifest)
+    ids = random_passages(4, 24, seed=1)[0][0].numpy().astype(np.int32)
+    for lengths in ((24, 24, 9, 7), (24, 24, 24, 24), (1, 1, 1, 1), (1, 0, 0, 0), (24, 1, 0, 0)):
+        mask = (np.arange(24) < np.array(lengths)[:, None]).astype(np.int32)
+        before = len(launched)
+        (found,) = encoder.encode([(ids, mask)])
+        assert len(launched) - before == (sum(lengths) <= 64), lengths
+        np.testing.assert_allclose(found, reference.encode(ids, mask) * mask[..., None], atol=2e-2)
+        assert np.isfinite(found).all()
+
+
 def test_foreign_ids_and_passages_that_are_too_long_reach_no_foreign_memory(graphs: dict[str, Path], runtime: Any) -> None:
     directory, manifest = graphs["fid"], Manifest.load(graphs["fid"])
     encoder = runtime("gpu_encoder").GpuEncoder(directory, manifest, loader(directory), LIMITS)
@@ -151,7 +181,7 @@ def test_decoder_steps_as_the_products_say(name: str, graphs: dict[str, Path], r
 
 def test_kernels_that_come_up_early_wait_before_they_write_or_end(runtime: Any) -> None:
     awaiting = runtime("gpu_graph").AWAITING
-    names = ("rows.cu", "self_attention.cu", "cross_attention.cu", "head.cu")
+    names = ("rows.cu", "few_rows.cu", "self_attention.cu", "cross_attention.cu", "head.cu")
     sources = "".join((PROJECT / "serving/cuda" / name).read_text("utf-8") for name in names)
     # __global__ void, bounds if any, and the name; then everything up to the brace that ends the kernel, at the line's start
     kernels = dict(re.findall(r"__global__ void(?: __launch_bounds__\(.*?\))? (\w+)\((.*?)^\}", sources, re.DOTALL | re.MULTILINE))
