@@ -38,14 +38,15 @@ help: ## list the targets
 
 setup: $(INSTALLED) ## make .venv and install what every other target needs
 
-# Keeps the server's memory flat. Where there is no C compiler it is left out, and heaps stay as large as bursts have made them.
-HEAP_TRIM := $(VENV)/lib/libheap_trim.so
+# What tritonserver loads before all else: keeps its memory flat, and cancelled streams from stopping it. Without a C compiler it goes without.
+PRELOADED := heap_trim stream_locks
 
-$(INSTALLED): requirements.txt requirements-triton.txt requirements-export.txt requirements-dev.txt serving/heap_trim.c
+$(INSTALLED): requirements.txt requirements-triton.txt requirements-export.txt requirements-dev.txt $(PRELOADED:%=serving/%.c)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -r requirements-dev.txt
 	$(PY) -m pip install -q --no-deps -r requirements-triton.txt
-	@if command -v cc > /dev/null; then cc -O2 -shared -fPIC -pthread -o $(HEAP_TRIM) serving/heap_trim.c; else echo "no C compiler, so no $(HEAP_TRIM)"; fi
+	@if command -v cc > /dev/null; then for name in $(PRELOADED); do cc -O2 -shared -fPIC -pthread -o $(VENV)/lib/lib$$name.so serving/$$name.c || exit 1; done; \
+	else echo "no C compiler, so without $(PRELOADED:%=serving/%.c)"; fi
 	@touch $@
 
 export: $(SERVED) ## checkpoints -> ONNX engines -> model repository (FID=... FIDO=... for your own)

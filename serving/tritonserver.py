@@ -22,7 +22,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 # be given back to the system grows with what was freed before. One heap a core, and large blocks always given back: memory is lower and
 # stops growing sooner (tests/stress soaks it). Fewer heaps than cores would make threads wait for each other, tokenizing above all.
 LARGE_BLOCK_BYTES = 256 << 10
-HEAP_TRIM = Path(sys.prefix, "lib", "libheap_trim.so")  # of heap_trim.c, which `make setup` compiles where there is a compiler
+# of heap_trim.c and stream_locks.c, which `make setup` compiles where there is a compiler
+HEAP_TRIM, STREAM_LOCKS = (Path(sys.prefix, "lib", f"lib{name}.so") for name in ("heap_trim", "stream_locks"))
 # Each thread keeps free blocks of its own, which no trimming gives back: with Triton's hundred threads more than all that was in use,
 # and growing for hours. heap_trim.c keeps this from the models: their threads are few, and tokenizing wants its blocks near.
 NO_THREAD_CACHES = "glibc.malloc.tcache_count=0"
@@ -119,6 +120,8 @@ def environment(installation: Installation) -> dict[str, str]:
     libraries = [str(folder) for folder in installation.libraries]
     env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
     if HEAP_TRIM.is_file():
-        env["LD_PRELOAD"] = " ".join([*filter(None, [env.get("LD_PRELOAD")]), str(HEAP_TRIM)])
         env.setdefault("GLIBC_TUNABLES", NO_THREAD_CACHES)
+    preloaded = [str(library) for library in (HEAP_TRIM, STREAM_LOCKS) if library.is_file()]
+    if preloaded:
+        env["LD_PRELOAD"] = " ".join([*filter(None, [env.get("LD_PRELOAD")]), *preloaded])
     return env
