@@ -3,7 +3,8 @@
 A product sees rows and nothing else: tokens of passages that lie one after the other, without padding, or one row a running answer. So it
 costs what its rows cost, and what a step's time goes into, the keys and values, is read once, where it lies, by an attention kernel. The
 weights are an input as well: one engine serves the products of a kind in all layers. Narrow products of a step are made in parts, each of
-some of the columns that go in: a row or two dozen give a card too few blocks otherwise. The kernel behind sums the parts.
+some of the columns that go in: a row or two dozen give a card too few blocks otherwise. The kernel behind sums the parts. A step of few
+rows multiplies by a kernel as well (cuda/few_rows.cu), which takes and makes what the engine would.
 
     encoder layer   norm -> qkv -> attention -> o -> add, norm -> wi -> activate -> wo -> add
     decoder layer   the same; in the cross-attending ones, before wi: cross_q -> attention -> cross_o -> add, norm
