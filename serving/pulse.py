@@ -1,8 +1,8 @@
 """Whether a running server still replies: a question that each reader model refuses at once, asked again and again.
 
-A model may take no more requests though its process lives, and Triton calls it ready all the same. In 2.51 cancelled gRPC streams can,
-once in thousands under load, leave the streaming models without a reply for good (races that later releases mended); only another start
-helps then. What hangs behind the door, in a decode loop say, is not seen, nor one of several processes of a model.
+A model may take no more requests though its process lives, and Triton calls it ready all the same; only another start helps then. Without
+stream_locks.c a cancelled gRPC stream can do that to all streaming models, once in some ten thousand under load. What hangs behind the
+door, in a decode loop say, is not seen, nor one of several processes of a model.
 """
 
 from __future__ import annotations

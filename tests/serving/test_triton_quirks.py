@@ -1,7 +1,8 @@
 """Behaviours of Triton 2.51 that would bite: each is avoided by design, and a test here says which and holds it so.
 
 Those that need the real server are in test_server.py: leftovers in shared memory (test_stopping_leaves_no_process_and_no_shared_memory),
-cancelled requests that keep their place (test_a_cancelled_question_frees_its_slot_and_its_place). Crashes and kills are in tests/stress.
+cancelled requests that keep their place (test_a_cancelled_question_frees_its_slot_and_its_place). Cancelled streams that stop all streams
+are in test_stream_locks.py, crashes and kills in tests/stress.
 """
 
 from __future__ import annotations
