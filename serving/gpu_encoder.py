@@ -1,4 +1,7 @@
-"""The encoder on a GPU: passages of several questions in, hidden states on the GPU out; tokens only, no padding."""
+"""The encoder on a GPU: passages of several questions in, hidden states on the GPU out; tokens only, passages are not padded.
+
+A call of few tokens is filled up to the next size that is captured into a CUDA graph: its launches would take longer than its work.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import numpy as np
 from .gpu_engine import LoadEngine, Scratch
 from .gpu_graph import Graph
 from .gpu_kernels import EncoderAttention, RowKernels
-from .gpu_plan import TILE, attention_tiles, calls_of_tokens, captured_calls, encoder_batch, encoder_tokens
+from .gpu_plan import attention_tiles, calls_of_tokens, captured_calls, encoder_batch, encoder_tokens, most_tiles
 from .gpu_products import load_arrays, load_products, weight_bytes
 from .limits import Limits
 from .manifest import EngineError, Manifest
@@ -116,7 +119,7 @@ class GpuEncoder:
 
     def _capture(self, tokens: int, passages: int) -> CapturedCall:
         """A call of so many tokens of at most so many passages."""
-        tiles = tokens // TILE + min(tokens, passages)  # a passage's last one may hold a single token
+        tiles = most_tiles(tokens, passages)
         given = cp.zeros(tokens + 3 * tiles, cp.int32)
 
         def run() -> None:

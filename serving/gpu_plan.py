@@ -50,6 +50,11 @@ def captured_calls(most: int) -> tuple[int, ...]:
     return tuple(tokens for tokens in (*SMALLEST_CAPTURED, *range(CAPTURED_STEP, MOST_CAPTURED + 1, CAPTURED_STEP)) if tokens <= most)
 
 
+def most_tiles(tokens: int, passages: int) -> int:
+    """Tiles of attention that so many tokens of at most so many passages fall into: the last one of a passage may hold a single token."""
+    return tokens // TILE + min(tokens, passages)
+
+
 def calls_of_tokens(lengths: np.ndarray, most: int) -> Iterator[tuple[slice, np.ndarray]]:
     """Passages that lie one after the other, in calls of at most so many tokens; a passage is never cut.
 

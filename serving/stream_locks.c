@@ -20,6 +20,7 @@
 
 #define PATIENCE_NS 20000000  // far longer than a thread that waits for no other holds such a lock
 #define KIND_MASK 3           // of glibc's __kind: the rest are flags
+#define MOST_WAITING 64       // more senders that wait for long at once go without being heard, until one of them is through
 
 typedef int (*of_mutex)(pthread_mutex_t *);
 typedef void *(*send_response)(void *, uint32_t, void *);
@@ -27,9 +28,10 @@ typedef void *(*send_flags)(void *, uint32_t);
 
 static of_mutex real_lock;
 static __thread int sending, own_id;
-// One sender that has waited for long, by its thread's id, and what for.
-static atomic_int waiting;
-static _Atomic(pthread_mutex_t *) wanted;
+// Senders that have waited for long, by their threads' ids, and what for.
+static atomic_int waiting[MOST_WAITING];
+static _Atomic(pthread_mutex_t *) wanted[MOST_WAITING];
+static __thread int own_place = -1;
 
 static void *next(const char *name) { return dlsym(RTLD_NEXT, name); }
 
@@ -40,39 +42,47 @@ static int thread_id(void) {
 
 static int lock_in_time(pthread_mutex_t *mutex) {
     struct timespec until;
-    clock_gettime(CLOCK_REALTIME, &until);
+    clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_nsec += PATIENCE_NS;
     if (until.tv_nsec >= 1000000000) {
         until.tv_nsec -= 1000000000;
         ++until.tv_sec;
     }
-    return pthread_mutex_timedlock(mutex, &until);
+    return pthread_mutex_clocklock(mutex, CLOCK_MONOTONIC, &until);
 }
 
 static void say(pthread_mutex_t *mutex) {
-    int nobody = 0;
-    if (atomic_compare_exchange_strong(&waiting, &nobody, thread_id())) atomic_store(&wanted, mutex);
+    for (int i = 0; own_place < 0 && i < MOST_WAITING; ++i) {
+        int nobody = 0;
+        if (!atomic_compare_exchange_strong(&waiting[i], &nobody, thread_id())) continue;
+        atomic_store(&wanted[i], mutex);
+        own_place = i;
+    }
 }
 
-static void have(pthread_mutex_t *mutex) {
-    if (atomic_load(&waiting) != thread_id()) return;
-    atomic_compare_exchange_strong(&wanted, &mutex, NULL);
-    atomic_store(&waiting, 0);
+static void have(void) {
+    if (own_place < 0) return;
+    atomic_store(&wanted[own_place], NULL);
+    atomic_store(&waiting[own_place], 0);
+    own_place = -1;
 }
 
-// Whether the sender that says it waits does so for a lock of this thread, and holds the one that this thread waits for.
+// The lock of this thread that the holder of the one it waits for waits for; NULL if there is none.
 static pthread_mutex_t *in_the_way(pthread_mutex_t *mutex) {
-    pthread_mutex_t *mine = atomic_load(&wanted);
-    const int sender = atomic_load(&waiting);
-    if (mine == NULL || mine == mutex || sender == 0 || mutex->__data.__owner != sender) return NULL;
-    return mine->__data.__owner == thread_id() ? mine : NULL;
+    for (int i = 0; i < MOST_WAITING; ++i) {
+        pthread_mutex_t *mine = atomic_load(&wanted[i]);
+        const int sender = atomic_load(&waiting[i]);
+        if (mine == NULL || mine == mutex || mutex->__data.__owner != sender) continue;
+        if (mine->__data.__owner == thread_id()) return mine;
+    }
+    return NULL;
 }
 
 int pthread_mutex_lock(pthread_mutex_t *mutex) {
     if (real_lock == NULL) real_lock = (of_mutex)next("pthread_mutex_lock");
     if ((mutex->__data.__kind & KIND_MASK) != PTHREAD_MUTEX_RECURSIVE) return real_lock(mutex);
-    if (pthread_mutex_trylock(mutex) == 0) return 0;
-    int failure;
+    int failure = pthread_mutex_trylock(mutex);
+    if (failure != EBUSY) return failure;
     while ((failure = lock_in_time(mutex)) == ETIMEDOUT) {
         if (sending) {
             say(mutex);
@@ -86,7 +96,7 @@ int pthread_mutex_lock(pthread_mutex_t *mutex) {
         for (unsigned i = 0; i < times; ++i) real_lock(mine);
         break;
     }
-    if (sending) have(mutex);
+    if (sending) have();
     return failure;
 }
 

@@ -24,7 +24,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 LARGE_BLOCK_BYTES = 256 << 10
 # of heap_trim.c and stream_locks.c, which `make setup` compiles where there is a compiler
 HEAP_TRIM, STREAM_LOCKS = (Path(sys.prefix, "lib", f"lib{name}.so") for name in ("heap_trim", "stream_locks"))
-# Each thread keeps free blocks of its own, which no trimming gives back: with Triton's hundred threads more than all that was in use,
+# Each thread keeps free blocks of its own, which no trimming gives back: with Triton's 240 threads more than all that was in use,
 # and growing for hours. heap_trim.c keeps this from the models: their threads are few, and tokenizing wants its blocks near.
 NO_THREAD_CACHES = "glibc.malloc.tcache_count=0"
 

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int THREADS = WARPS * 32, CHUNKS = COLUMNS / VECTOR;
 constexpr int SUMMED = 32;           // columns of x that a warp multiplies at a time
-constexpr int AHEAD = TILES > 2 ? 2 : 3;  // of these, how many are fetched at once
+constexpr int AHEAD = TILES > 2 ? 2 : 3;  // of these, how many are fetched at once: what registers allow for two blocks a multiprocessor
 constexpr int SUM_STRIDE = COLUMNS + 8;
 
 // Where a row of weights has a chunk of its columns: rows that are read at once are in banks of their own.
@@ -33,8 +33,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) multiply_few_rows(
     }
     commit_copies();
     await(x, y);
-    // Of every 32 columns of x a thread has eight neighbouring ones. That numbers the columns of a tile otherwise than they lie, but for
-    // rows and weights alike: a thread of each eight names the row of weights that counts as this one.
+    // Of every 32 columns of x a thread has eight neighbouring ones: pair p has 8p to 8p + 7, where a tile of 16 wants 2p, 2p + 1, 2p + 8 and
+    // 2p + 9 of it. So 8p and 8p + 1 count as 2p and 2p + 1, the next two as 2p + 8 and 2p + 9, and the last four are the second tile's;
+    // `own_row` names rows of weights in that order.
     uint4 low[AHEAD][TILES], high[AHEAD][TILES];
     const auto fetch = [&](int start) {
 #pragma unroll

@@ -76,9 +76,9 @@ def test_encoder_equals_fp32(gpu_reader: GpuReader, record_property) -> None:
 
 @pytest.mark.parametrize("products", ["by kernels", "by engines"])
 def test_decoder_equals_fp32(products: str, gpu_reader: GpuReader, record_property, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teacher-forced with fp32's tokens, so that a tie does not end the comparison; slots are admitted out of order and moved."""
     if products == "by engines":
         monkeypatch.setattr("serving.gpu_decoder.FewRows", lambda: None)
-    """Teacher-forced with fp32's tokens, so that a tie does not end the comparison; slots are admitted out of order and moved."""
     states = gpu_reader.states[:6]
     gpu = load_decoder(gpu_reader.engines, gpu_reader.manifest, gpu_reader.limits)
     cpu = OnnxDecoder(gpu_reader.cpu, gpu_reader.cpu_manifest, len(states) + 1)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from serving.tritonserver import HEAP_TRIM, environment, find_installation
+from export.repository import repository_from_engines
+from serving.limits import Limits
+from serving.server import TritonServer, models_of
+from serving.tritonserver import HEAP_TRIM, NO_THREAD_CACHES, environment, find_installation
 
 # fills 100 MB of heap with small blocks, frees all but the last, and prints resident memory until it has shrunk
 PROGRAM = """
@@ -40,3 +44,16 @@ def test_what_is_free_is_given_back() -> None:
     assert str(HEAP_TRIM) in env["LD_PRELOAD"].split()
     assert grown_bytes(env) < 30e6
     assert grown_bytes({**os.environ}) > 60e6
+
+
+@pytest.mark.server
+@pytest.mark.skipif(not HEAP_TRIM.is_file(), reason="there was no C compiler at `make setup`")
+def test_tritonserver_alone_goes_without_thread_caches(engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    repository_from_engines(engines["fido"][1], tmp_path / "repository", "fido", Limits())
+    with TritonServer(models_of(["fido"], stream=False), tmp_path / "repository") as server:
+        settings = {
+            name: [line for line in Path(f"/proc/{pid}/environ").read_text().split("\0") if line.startswith("GLIBC_TUNABLES=")]
+            for name, pid in server.model_processes().items()
+        }
+    assert settings == {"tritonserver": [f"GLIBC_TUNABLES={NO_THREAD_CACHES}"], "fido": [], "fido_encoder": []}
