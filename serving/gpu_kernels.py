@@ -28,6 +28,8 @@ TOKENS_A_WARP = 16  # whose logits a warp computes
 # Of the blocks that multiply few rows. More tiles of rows would take more registers, and longer sums more shared memory, than two blocks
 # have on a multiprocessor: the next block could not come up before this one has ended.
 FEW_WARPS, FEW_COLUMNS, TILE_ROWS, MOST_TILES, MOST_SUMMED = 8, 32, 16, 3, 1024
+SUMMED_AT_A_TIME = 32  # by one of its warps, so that sums of other lengths are not its own
+SUM_STRIDE = FEW_COLUMNS + 8  # of a row of its warps' sums in shared memory: rows eight banks apart
 
 
 def parts_of(array: cp.ndarray) -> int:
@@ -88,7 +90,7 @@ class FewRows:
     def takes(self, x: cp.ndarray, weight: cp.ndarray) -> bool:
         """Whether it multiplies these; everything else is left to the engines."""
         given, made = weight.shape[-2:]
-        rows, fits = x.shape[-2], given % 32 == 0 and given <= MOST_SUMMED and made % FEW_COLUMNS == 0
+        rows, fits = x.shape[-2], given % SUMMED_AT_A_TIME == 0 and given <= MOST_SUMMED and made % FEW_COLUMNS == 0
         return fits and rows <= TILE_ROWS * MOST_TILES and weight.dtype == cp.float16
 
     def multiply(self, x: cp.ndarray, weight: cp.ndarray, y: cp.ndarray) -> None:
@@ -101,14 +103,15 @@ class FewRows:
         """
         rows, (given, made) = x.shape[-2], weight.shape[-2:]
         tiles = -(-rows // TILE_ROWS)
-        of_sums = FEW_WARPS * tiles * TILE_ROWS * (FEW_COLUMNS + 8) * 4
+        of_sums = FEW_WARPS * tiles * TILE_ROWS * SUM_STRIDE * 4
         grid, shared = (made // FEW_COLUMNS, parts_of(x)), max(given * FEW_COLUMNS * 2, of_sums)
         arguments = (x, weight, cp.int32(rows), cp.int32(given), cp.int32(made), y)
         self._kernel(tiles)(grid, (FEW_WARPS * 32,), arguments, shared_mem=shared)
 
     def _kernel(self, tiles: int) -> Any:
         if tiles not in self._kernels:
-            module = _compiled({"TILES": tiles, "WARPS": FEW_WARPS, "COLUMNS": FEW_COLUMNS}, "few_rows.cu")
+            sizes = {"WARPS": FEW_WARPS, "COLUMNS": FEW_COLUMNS, "SUMMED": SUMMED_AT_A_TIME, "SUM_STRIDE": SUM_STRIDE}
+            module = _compiled({"TILES": tiles, **sizes}, "few_rows.cu")
             self._kernels[tiles] = kernel = module.get_function("multiply_few_rows")
             kernel.max_dynamic_shared_size_bytes = MOST_SUMMED * FEW_COLUMNS * 2
         return self._kernels[tiles]

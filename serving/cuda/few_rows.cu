@@ -1,15 +1,14 @@
 // A product of a step's few rows.
 //
-// Compiled by gpu_kernels.py for up to TILES * 16 rows, with WARPS warps and COLUMNS columns a block. A step's products are so narrow that
-// what they take is mostly waiting: for the launch, for the first weights, for the rows. A block here has all of its weights on their way
-// into shared memory before the kernel before it has ended, and then needs its rows only.
+// Compiled by gpu_kernels.py for up to TILES * 16 rows, with WARPS warps and COLUMNS columns a block; a warp multiplies SUMMED columns of x
+// at a time, and SUM_STRIDE is of a row of its sums in shared memory. A step's products are so narrow that what they take is mostly waiting:
+// for the launch, for the first weights, for the rows. A block here has all of its weights on their way into shared memory before the kernel
+// before it has ended, and then needs its rows only.
 
 namespace {
 
 constexpr int THREADS = WARPS * 32, CHUNKS = COLUMNS / VECTOR;
-constexpr int SUMMED = 32;           // columns of x that a warp multiplies at a time
-constexpr int AHEAD = TILES > 2 ? 2 : 3;  // of these, how many are fetched at once: what registers allow for two blocks a multiprocessor
-constexpr int SUM_STRIDE = COLUMNS + 8;
+constexpr int AHEAD = TILES > 2 ? 2 : 3;  // times SUMMED columns of x are fetched at once: registers for two blocks a multiprocessor
 
 // Where a row of weights has a chunk of its columns: rows that are read at once are in banks of their own.
 __device__ int place(int row, int chunk) { return row * COLUMNS + (chunk ^ (row / 8 % CHUNKS)) * VECTOR; }

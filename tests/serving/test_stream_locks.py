@@ -3,13 +3,10 @@ serving/stream_locks.c the first stream that is cancelled then is the last one t
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import pytest
-from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from clients.errors import ReaderError
 from clients.reader_client import ReaderClient
@@ -44,31 +41,6 @@ def test_streams_are_served_after_others_were_cancelled(server: TritonServer) ->
         for _ in range(CANCELLED):
             cancel_in_mid_answer(client)
             assert client.stream("w1", ["w2"], max_new_tokens=4, min_new_tokens=4).read_to_end().tokens == 4
-
-
-def message(new_tokens: int) -> service_pb2.ModelInferRequest:
-    """A question to the streaming model."""
-    request = service_pb2.ModelInferRequest(model_name="fido_stream")
-    for name, text in (("question", b"w1"), ("passages", b"w2")):
-        request.inputs.add(name=name, datatype="BYTES", shape=[1])
-        request.raw_input_contents.append(struct.pack("<I", len(text)) + text)
-    for name in ("max_new_tokens", "min_new_tokens"):
-        request.inputs.add(name=name, datatype="INT32", shape=[1])
-        request.raw_input_contents.append(struct.pack("<i", new_tokens))
-    return request
-
-
-@pytest.mark.parametrize("server", [STREAM_LOCKS], indirect=True, ids=["with it"])
-def test_so_they_are_where_a_stream_had_several_questions_under_way(server: TritonServer) -> None:
-    with grpc.insecure_channel(server.grpc_url) as channel:
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        for _ in range(CANCELLED):
-            responses = stub.ModelStreamInfer(iter([message(TOKENS)] * 4), timeout=20)
-            next(responses)
-            responses.cancel()
-            assert not [
-                response.error_message for response in stub.ModelStreamInfer(iter([message(2)]), timeout=20) if response.error_message
-            ]
 
 
 @pytest.mark.parametrize("server", [Path("/nowhere")], indirect=True, ids=["without it"])
