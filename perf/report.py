@@ -24,8 +24,8 @@ MISSING = "Not measured in this run."
 MODELS = {f"{reader}{suffix}": name + shown for reader, name in NAMES.items() for suffix, shown in (("", ""), ("_stream", ", streaming"))}
 HOW_TO_READ = (
     "A number is the median of the rounds, with the least and the most of them in brackets where they differ. A round is one process of "
-    "perf_analyzer; its raw output is linked from the table. * marks a point of which a round was not steady from its start to its "
-    "end, † one of which a round had errors; they are hollow in the plots, and none is left out.",
+    "perf_analyzer; its raw output is linked where the folder still has it (`make perf RUN=folder` writes it). * marks a point of which "
+    "a round was not steady from its start to its end, † one of which a round had errors; they are hollow in the plots; none is left out.",
     "A ratio is FiDO's questions/s over FiD's, both of the same round, workload and concurrency, and then the median of the rounds. Where "
     "one ratio has to stand for a workload, it is the one at the concurrency where FiD answers most questions/s. The "
     "best concurrency is looked for among the points without a mark, if there are any.",
@@ -41,9 +41,9 @@ EXCLUDED = (
 )
 
 
-def _raw(row: Row) -> Cell:
-    """A link to the raw file of each round."""
-    return [Link(f"r{point['round']:g}", point["raw"]) for point in row.rounds]
+def _raw(run: Run, row: Row) -> Cell:
+    """A link to the raw file of each round; none where the file was not kept."""
+    return [Link(f"r{point['round']:g}", point["raw"]) for point in row.rounds if (run.folder / point["raw"]).is_file()]
 
 
 def _machine(run: Run) -> Section:
@@ -64,7 +64,7 @@ def _machine(run: Run) -> Section:
     return Section("Machine and settings", [Table(("", ""), rows, "machine.json"), workloads])
 
 
-def _sweep_table(rows: Sequence[Row], load: str) -> Table:
+def _sweep_table(run: Run, rows: Sequence[Row], load: str) -> Table:
     """Throughput and latency, a line for each load of each model."""
     head = ("model", load, "questions/s", "p50, ms", "p99, ms", "requests", "errors", "raw")
     lines: list[list[Cell]] = [
@@ -72,7 +72,7 @@ def _sweep_table(rows: Sequence[Row], load: str) -> Table:
             *(MODELS[row["model"]], whole(row["load"]) + row.mark, shown(row.questions_per_s, row.mark)),
             *(shown(row.over_rounds("latency_ms", percent), row.mark) for percent in ("p50", "p99")),
             *(whole(sum(each[key] for each in row.rounds)) for key in ("requests", "errors")),
-            _raw(row),
+            _raw(run, row),
         ]
         for row in rows
     ]
@@ -87,7 +87,7 @@ def _sweep(run: Run, title: str, mode: str, load: str, caption: str) -> Section:
             if len({row["load"] for row in rows}) > 1:
                 draw = plots.throughput_against_latency if mode == "concurrency" else plots.latency_against_rate
                 blocks.append(Figure(draw(workload, rows), f"{workload}: {caption}"))
-            blocks.append(_sweep_table(rows, load))
+            blocks.append(_sweep_table(run, rows, load))
     return Section(title, blocks)
 
 
@@ -108,7 +108,7 @@ def _streaming(run: Run) -> Section:
         [
             *(row["workload"], MODELS[row["model"]], f"{whole(row['load'])} {unit[row['mode']]}{row.mark}"),
             *(shown(row.over_rounds(key, percent), row.mark) for key in ("ttft_ms", "inter_token_ms") for percent in ("p50", "p99")),
-            *(shown(row.over_rounds("tokens_per_s"), row.mark), _raw(row)),
+            *(shown(row.over_rounds("tokens_per_s"), row.mark), _raw(run, row)),
         ]
         for row in run.rows
         if row["ttft_ms"] or row["inter_token_ms"]
@@ -133,7 +133,7 @@ def _ratios(run: Run) -> Section:
                 shown(pair.ratio, pair.mark),
                 str(pair.rounds),
             )
-            lines.append([*texts, _raw(fid), _raw(pair.fido)])
+            lines.append([*texts, _raw(run, fid), _raw(run, pair.fido)])
         if head and head.fid["new_tokens"] and "padding" not in workload:
             group = f"{whole(head.fid['passages'])} passages x {whole(head.fid['passage_tokens'])} tokens"
             groups.setdefault(group, []).append((head.fid["new_tokens"], head.ratio, head.mark))
@@ -260,13 +260,13 @@ def _passages(run: Run) -> Section:
         rows, where = run.alike(workloads)
         if len({row["passages"] for row in rows}) > 1:
             name = f"{whole(passage_tokens)} tokens a passage, {whole(new_tokens) or 'as many as come'} new tokens"
-            blocks += [Figure(plots.cost_against_passages(name, rows, where), f"{name}, {where}."), _workload_table(rows)]
+            blocks += [Figure(plots.cost_against_passages(name, rows, where), f"{name}, {where}."), _workload_table(run, rows)]
     return Section("Cost of passages", blocks)
 
 
-def _workload_table(rows: Sequence[Row]) -> Table:
+def _workload_table(run: Run, rows: Sequence[Row]) -> Table:
     """The sweep's table over several workloads."""
-    table = _sweep_table(rows, "concurrency")
+    table = _sweep_table(run, rows, "concurrency")
     return Table(("workload", *table.head), [[row["workload"], *line] for row, line in zip(rows, table.rows, strict=True)])
 
 
@@ -277,7 +277,7 @@ def _padding(run: Run) -> Section:
     workloads = list(dict.fromkeys([run.main, *padded]))
     rows, where = run.alike(workloads)
     figure = Figure(plots.throughput_bars(workloads, rows, where), f"Questions/s {where}; the first pair of bars is the main workload.")
-    return Section("Cost of padding", [figure, _workload_table(rows)])
+    return Section("Cost of padding", [figure, _workload_table(run, rows)])
 
 
 def _peers(run: Run) -> Section:

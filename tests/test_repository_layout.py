@@ -17,7 +17,7 @@ TRACKED = [
 def test_the_readme_names_every_module_of_the_server_and_the_export():
     readme = (ROOT / "README.md").read_text()
     for folder in ("export", "serving"):
-        for path in (ROOT / folder).glob("*.py"):
+        for path in (ROOT / folder).rglob("*.py"):
             if not path.name.startswith("__"):
                 assert path.name in readme, f"{folder}/{path.name} is not in the README's tree"
 
@@ -34,7 +34,7 @@ def test_no_source_is_longer_than_400_lines():
 
 
 def test_serving_needs_neither_torch_nor_export():
-    for path in (ROOT / "serving").glob("*.py"):
+    for path in (ROOT / "serving").rglob("*.py"):
         assert not re.search(r"^\s*(from|import) (torch|export|transformers)\b", path.read_text(), re.M), path.name
 
 

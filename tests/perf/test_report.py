@@ -217,6 +217,10 @@ def test_everything_measured_leaves_no_section_out(folder_of):
 def test_the_page_fetches_nothing_and_links_to_its_raw_files(folder_of):
     folder = folder_of(**EVERYTHING)
     write_report(folder)
+    assert '<a href="raw/' not in (folder / "report.html").read_text(), "a link to a raw file that was not kept"
+    (folder / "raw").mkdir()
+    (folder / "raw/fido-demo-c4-r1.json").write_text("{}")
+    write_report(folder)
     page = (folder / "report.html").read_text()
     assert not re.search(r"https?:|<script|@import|url\((?!#)|<img|<link", page)
     assert all(not target.startswith(("/", "//")) for target in re.findall(r'href="([^"]+)"', page))

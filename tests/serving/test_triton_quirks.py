@@ -20,7 +20,8 @@ from serving.tensors import READER_TENSORS
 from serving.tritonserver import ServerError
 
 ROOT = Path(__file__).parents[2]
-SERVING = {path.name: path.read_text() for path in (ROOT / "serving").glob("*.py")}
+SERVING = {path.name: path.read_text() for path in (ROOT / "serving").rglob("*.py")}
+assert len(SERVING) > 20, "the tests below would look at nothing"
 
 
 def test_numpy_2_returns_empty_outputs_and_is_refused(monkeypatch):
