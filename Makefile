@@ -17,7 +17,7 @@ FIDO_FLAGS ?=
 LIMITS ?=
 # What runs them: tensorrt, onnxruntime-gpu, onnxruntime, or auto for the fastest that this machine has.
 ENGINE ?= auto
-# What runs the encoder inside Triton: python, or tensorrt in NVIDIA's container (serving/container/).
+# What runs the encoder inside Triton: python, or tensorrt in NVIDIA's container (deploy/container/).
 TRITON_BACKEND ?= python
 # What is served, and where.
 READERS ?= fid fido
@@ -41,12 +41,12 @@ setup: $(INSTALLED) ## make .venv and install what every other target needs
 # What tritonserver loads before all else: keeps its memory flat, and cancelled streams from stopping it. Without a C compiler it goes without.
 PRELOADED := heap_trim stream_locks
 
-$(INSTALLED): requirements.txt requirements-triton.txt requirements-export.txt requirements-dev.txt $(PRELOADED:%=serving/%.c)
+$(INSTALLED): requirements.txt requirements-triton.txt requirements-export.txt requirements-dev.txt $(PRELOADED:%=serving/launcher/preload/%.c)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -r requirements-dev.txt
 	$(PY) -m pip install -q --no-deps -r requirements-triton.txt
-	@if command -v cc > /dev/null; then for name in $(PRELOADED); do cc -O2 -shared -fPIC -pthread -o $(VENV)/lib/lib$$name.so serving/$$name.c || exit 1; done; \
-	else echo "no C compiler, so without $(PRELOADED:%=serving/%.c)"; fi
+	@if command -v cc > /dev/null; then for name in $(PRELOADED); do cc -O2 -shared -fPIC -pthread -o $(VENV)/lib/lib$$name.so serving/launcher/preload/$$name.c || exit 1; done; \
+	else echo "no C compiler, so without $(PRELOADED:%=serving/launcher/preload/%.c)"; fi
 	@touch $@
 
 export: $(SERVED) ## checkpoints -> ONNX engines -> model repository (FID=... FIDO=... for your own)
@@ -67,7 +67,7 @@ build/engines/limits.made-with: FORCE
 	@mkdir -p $(@D)
 	@echo '$(LIMITS) $(TRITON_BACKEND)' | cmp -s - $@ || echo '$(LIMITS) $(TRITON_BACKEND)' > $@
 
-EXPORT_CODE := $(wildcard export/*.py) $(addprefix serving/,tensors.py manifest.py limits.py products.py gpu_plan.py)
+EXPORT_CODE := $(shell find export serving/contract -name "*.py")
 
 build/engines/fid/manifest.json: $(INSTALLED) $(EXPORT_CODE) build/engines/fid.made-with $(wildcard $(FID)/*.json $(FID)/*.safetensors $(FID)/*.bin)
 	$(PY) -m export build $(FID) $(@D) --engine $(ENGINE_HERE) $(WHOLE_ENCODER) $(FID_FLAGS) $(LIMITS)
@@ -85,29 +85,29 @@ serve: export ## run Triton on the repository until Ctrl-C (READERS="fid fido", 
 ask: $(INSTALLED) ## ask a running server: MODEL=fido QUESTION="..." PASSAGES=file.json
 	$(PY) -m clients ask --model $(MODEL) --question "$(QUESTION)" --passages $(PASSAGES)
 
-$(CORPUS): $(INSTALLED) $(wildcard training/*.py)
+$(CORPUS): $(INSTALLED) $(wildcard training/corpus/*.py)
 	$(PY) -m training corpus
 	@touch $@
 
 demo: export $(CORPUS) ## start Triton, ask three questions of each demo reader, stop
-	$(PY) -m training.demo
+	$(PY) -m examples.demo
 
 evaluate: export $(CORPUS) ## EM of all demo readers through Triton on held-out and human-written questions
-	$(PY) -m training.served
+	$(PY) -m perf.served.accuracy
 
 bench: export $(CORPUS) ## through Triton, in process and PyTorch beside each other, on this machine
-	$(PY) -m perf.chain
+	$(PY) -m perf.served.chain
 
 bench-load: export $(CORPUS) ## throughput and latency at concurrency 1 to 64, and the worth of decoding in flight
-	$(PY) -m perf.load
+	$(PY) -m perf.served.concurrency
 
 perf: export $(CORPUS) ## FiD against FiDO by perf_analyzer, stages, peers, ablation, report, under 15 minutes (RUN=folder)
-	$(PY) -m perf.rates --run $(RUN)
-	$(PY) -m perf.sweep --run $(RUN)
-	$(PY) -m perf.stages --fid $(FID) --fido $(FIDO) --run $(RUN)
-	$(PY) -m perf.peers --fid $(FID) --workload paper --passages 10 --passage-tokens 128 --out $(RUN)/peers.json
-	$(PY) -m perf.engine_peers --passages 10 --passage-tokens 128 --requests 64 --out $(RUN)/peers.json
-	$(PY) -m perf.ablation --run $(RUN)
+	$(PY) -m perf.bounds.rates --run $(RUN)
+	$(PY) -m perf.served.sweep --run $(RUN)
+	$(PY) -m perf.bounds.stages --fid $(FID) --fido $(FIDO) --run $(RUN)
+	$(PY) -m perf.peers.transformers_fid --fid $(FID) --workload paper --passages 10 --passage-tokens 128 --out $(RUN)/peers.json
+	$(PY) -m perf.peers.onnxruntime_engines --passages 10 --passage-tokens 128 --requests 64 --out $(RUN)/peers.json
+	$(PY) -m perf.bounds.ablation --run $(RUN)
 	$(PY) -m perf.report $(RUN)
 
 # Base-size readers with random weights: what the FiDO paper measures, and what a GPU is for.
@@ -121,14 +121,14 @@ $(BASE)/%/manifest.json: $(INSTALLED) $(EXPORT_CODE)
 	$(PY) -m export engine $(BASE)/$*.graphs $(@D) $(BASE_LIMITS)
 
 gpu-bench: $(BASE)/fid/manifest.json $(BASE)/fido/manifest.json ## on a GPU: the same at base size, 24 questions x 40 passages x 256 tokens (RUN=folder)
-	$(PY) -m perf.rates --device gpu --run $(RUN)
-	$(PY) -m perf.sweep --plan card --engines $(BASE) $(BASE_SERVED) --run $(RUN)
-	$(PY) -m perf.stages --plan card --engines $(BASE) --batches 1 8 24 --encoder-batch 120 --run $(RUN)
-	$(PY) -m perf.gpu_step $(BASE)/fido $(BASE_SLOTS) --out $(RUN)/gpu_step_fido.json
-	$(PY) -m perf.gpu_step $(BASE)/fid $(BASE_SLOTS) --out $(RUN)/gpu_step_fid.json
-	$(PY) -m perf.peers --preset base --device cuda --requests 8 --compiled-batches 8 --out $(RUN)/peers.json
-	-$(PY) -m perf.engine_peers --fid $(BASE)/fid.graphs --fido $(BASE)/fido.graphs --out $(RUN)/peers.json # wants onnxruntime-gpu
-	$(PY) -m perf.ablation --batches 1 24 --prebuilt base:1:12=$(BASE)/fid base:6:1=$(BASE)/fido --memory-gb 120 --run $(RUN)
+	$(PY) -m perf.bounds.rates --device gpu --run $(RUN)
+	$(PY) -m perf.served.sweep --plan card --engines $(BASE) $(BASE_SERVED) --run $(RUN)
+	$(PY) -m perf.bounds.stages --plan card --engines $(BASE) --batches 1 8 24 --encoder-batch 120 --run $(RUN)
+	$(PY) -m perf.gpu.step $(BASE)/fido $(BASE_SLOTS) --out $(RUN)/gpu_step_fido.json
+	$(PY) -m perf.gpu.step $(BASE)/fid $(BASE_SLOTS) --out $(RUN)/gpu_step_fid.json
+	$(PY) -m perf.peers.transformers_fid --preset base --device cuda --requests 8 --compiled-batches 8 --out $(RUN)/peers.json
+	-$(PY) -m perf.peers.onnxruntime_engines --fid $(BASE)/fid.graphs --fido $(BASE)/fido.graphs --out $(RUN)/peers.json # wants onnxruntime-gpu
+	$(PY) -m perf.bounds.ablation --batches 1 24 --prebuilt base:1:12=$(BASE)/fid base:6:1=$(BASE)/fido --memory-gb 120 --run $(RUN)
 	$(PY) -m perf.report $(RUN)
 
 # Decoders much larger than encoders, at 100 passages, beside the FiD reader that such a decoder would be weighed against.
@@ -139,8 +139,8 @@ build/large/%/manifest.json: $(INSTALLED) $(EXPORT_CODE)
 	$(PY) -m export engine build/large/$*.graphs $(@D) $(LARGE_LIMITS) --max-passages 100
 
 gpu-bench-large: $(foreach size,large base-xl large-xxl,build/large/$(size)/manifest.json) ## on a GPU: FiD-large, and FiDO base-XL and large-XXL
-	$(PY) -m perf.gpu_chain --fid build/large/large --fido build/large/base-xl $(LARGE_FLAGS) --out $(RUN)/gpu_chain_large_and_base_xl.json
-	$(PY) -m perf.gpu_chain --fido build/large/large-xxl $(LARGE_FLAGS) --out $(RUN)/gpu_chain_large_xxl.json
+	$(PY) -m perf.gpu.chain --fid build/large/large --fido build/large/base-xl $(LARGE_FLAGS) --out $(RUN)/gpu_chain_large_and_base_xl.json
+	$(PY) -m perf.gpu.chain --fido build/large/large-xxl $(LARGE_FLAGS) --out $(RUN)/gpu_chain_large_xxl.json
 
 # the ablation's rows: decoder, period of cross-attention, key/value heads
 ROWS := base-1-12 base-6-12 base-1-1 base-6-1 base-2-1 base-3-1 base-12-1 base-6-4 xl-1-32 xl-6-32 xl-1-1 xl-6-1
@@ -150,7 +150,7 @@ build/ablation/%/manifest.json: $(INSTALLED) $(EXPORT_CODE)
 	$(PY) -m export engine build/ablation/$*.graphs $(@D) --slots 24 --encoder-batch 120
 
 gpu-ablation: $(ROWS:%=build/ablation/%/manifest.json) ## on a GPU, after gpu-bench: every row of the ablation (tens of GB of disk, 60 GB of GPU memory)
-	$(PY) -m perf.ablation --batches 1 24 --prebuilt $(foreach row,$(ROWS),$(subst -,:,$(row))=build/ablation/$(row)) --memory-gb 120 --run $(RUN)
+	$(PY) -m perf.bounds.ablation --batches 1 24 --prebuilt $(foreach row,$(ROWS),$(subst -,:,$(row))=build/ablation/$(row)) --memory-gb 120 --run $(RUN)
 
 report: $(INSTALLED) ## HTML page, Markdown summary and summary.json of every run in perf/results
 	$(PY) -m perf.report

@@ -12,7 +12,7 @@ from pathlib import Path
 from clients.examples import read_examples
 from clients.metrics import exact_match
 from clients.reader_client import ReaderClient
-from serving.server import TritonServer, models_of
+from serving.launcher.server import TritonServer, models_of
 
 HELDOUT = Path("build/corpus/heldout.jsonl")
 ASKED = ("Australia/capital", "Burma/highest point", "Botswana/currency")

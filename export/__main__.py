@@ -10,15 +10,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serving.limits import Limits
-from serving.manifest import SUFFIXES
-
-from .config import FIDO_PERIOD, reader_preset
+from export.checkpoint.config import FIDO_PERIOD, reader_preset
+from serving.contract.limits import Limits
+from serving.contract.manifest import SUFFIXES
 
 if TYPE_CHECKING:  # torch is imported only by the command that needs it, so that --help is quick
-    from serving.manifest import Manifest
-
-    from .checkpoint import Checkpoint
+    from export.checkpoint.files import Checkpoint
+    from serving.contract.manifest import Manifest
 
 
 FAULTS = ("CheckpointError", "ConfigError", "EngineError", "ExportError", "LimitsError", "ManifestError", "PassError")
@@ -118,7 +116,7 @@ def main() -> int:
 
 
 def _load(arguments: argparse.Namespace) -> Checkpoint:
-    from .checkpoint import load_checkpoint
+    from export.checkpoint.files import load_checkpoint
 
     return load_checkpoint(
         arguments.checkpoint,
@@ -132,16 +130,16 @@ def _load(arguments: argparse.Namespace) -> Checkpoint:
 def _export(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Manifest:
     opset = {} if arguments.opset is None else {"opset": arguments.opset}
     if arguments.gpu:
-        from .gpu_graphs import export_gpu_reader
+        from export.graphs.gpu import export_gpu_reader
 
         return export_gpu_reader(checkpoint, arguments.engines, arguments.precision, whole_encoder=arguments.whole_encoder, **opset)
-    from .onnx_graph import export_reader
+    from export.graphs.onnx_export import export_reader
 
     return export_reader(checkpoint, arguments.engines, **opset)
 
 
 def _engine(arguments: argparse.Namespace) -> int:
-    from .engine import build_engines
+    from export.tensorrt.compiler import build_engines
 
     manifest = build_engines(arguments.graphs, arguments.engines, _limits(arguments), arguments.timing_cache, arguments.jobs)
     assert manifest.build is not None
@@ -150,7 +148,7 @@ def _engine(arguments: argparse.Namespace) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from .engine import fitting_engine
+    from export.tensorrt.compiler import fitting_engine
 
     engine = fitting_engine() if arguments.engine == "auto" else arguments.engine
     arguments.gpu = engine != "onnxruntime"
@@ -165,7 +163,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _detect(arguments: argparse.Namespace) -> int:
-    from .engine import fitting_engine
+    from export.tensorrt.compiler import fitting_engine
 
     print(fitting_engine())
     return 0
@@ -180,8 +178,8 @@ def _onnx(arguments: argparse.Namespace) -> int:
 
 
 def _preset(arguments: argparse.Namespace) -> int:
-    from .checkpoint import Checkpoint, read_tokenizer
-    from .model import Reader
+    from export.checkpoint.files import Checkpoint, read_tokenizer
+    from export.model.reader import Reader
 
     config = reader_preset(arguments.name, fido=arguments.fido, period=arguments.period, num_kv_heads=arguments.num_kv_heads)
     reader = Reader(dataclasses.replace(config, passage_length=arguments.passage_length))
@@ -195,8 +193,8 @@ def _preset(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     import torch
 
-    from .checkpoint import save_reader
-    from .convert import fido_from_fid
+    from export.checkpoint.convert import fido_from_fid
+    from export.checkpoint.files import save_reader
 
     checkpoint = _load(arguments)
     converted = fido_from_fid(checkpoint.reader, arguments.period, arguments.num_kv_heads)

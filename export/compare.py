@@ -14,14 +14,13 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from serving.manifest import Manifest, ManifestError
-from serving.tensors import GraphTensors
-
-from .checkpoint import Checkpoint
-from .graphs import engine_sizes
-from .model import Reader
-from .onnx_graph import GRAPHS, sample_inputs, sha256_of_weights
-from .weights import hf_name
+from export.checkpoint.files import Checkpoint
+from export.checkpoint.weights import hf_name
+from export.graphs.cpu import engine_sizes
+from export.graphs.onnx_export import GRAPHS, sample_inputs, sha256_of_weights
+from export.model.reader import Reader
+from serving.contract.manifest import Manifest, ManifestError
+from serving.contract.tensors import GraphTensors
 
 # By dtype of the engine: the largest difference that rounding explains. Logits of T5 are tens in size.
 TOLERANCE = {"float32": 1e-3}

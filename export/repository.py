@@ -13,21 +13,21 @@ from typing import Any
 from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from serving.gpu_plan import encoder_batch
-from serving.limits import Limits
-from serving.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, ManifestError
-from serving.products import ARRAYS, array_file
-from serving.tensors import READER_TENSORS, EngineSizes, GraphTensors, encoder_tensors
+from serving.contract.gemms import ARRAYS, array_file
+from serving.contract.gpu_profiles import encoder_batch
+from serving.contract.limits import Limits
+from serving.contract.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, ManifestError
+from serving.contract.tensors import READER_TENSORS, EngineSizes, GraphTensors, encoder_tensors
 
 READERS = ("fid", "fido")
 VERSION = "1"
 NATIVE_ENGINE = "model.plan"  # what Triton's TensorRT backend looks for
-HEADER = "# Rendered by `python -m export repository` from serving/tensors.py and serving/limits.py: change those, not this.\n"
+HEADER = "# Rendered by `python -m export repository` from serving/contract/{tensors,limits}.py: change those, not this.\n"
 MODEL_FILES = {
     "encoder": '"""Triton entry point of the encoder model."""\n\n'
-    "from serving.encoder_model import EncoderModel as TritonPythonModel  # noqa: F401\n",
+    "from serving.triton.encoder_model import EncoderModel as TritonPythonModel  # noqa: F401\n",
     "reader": '"""Triton entry point of the reader: the chain behind one request."""\n\n'
-    "from serving.reader_model import ReaderModel as TritonPythonModel  # noqa: F401\n",
+    "from serving.triton.reader_model import ReaderModel as TritonPythonModel  # noqa: F401\n",
 }
 # Which engine files each model's version folder holds, besides the manifest. The stream model reads those of the unary one.
 ENGINE_FILES = {

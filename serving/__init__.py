@@ -1,1 +1,1 @@
-"""What runs inside Triton: prompt and tokenizer, engine runners, key/value slots, the decode loop. Never imports export/ or torch."""
+"""What serves a reader: the chain behind a request, the engines it runs on, Triton's models, and the launcher. Needs no torch."""

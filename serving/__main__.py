@@ -8,9 +8,9 @@ import sys
 import threading
 from pathlib import Path
 
-from .server import LOOPBACK, TritonServer, models_of, tls_arguments
-from .supervisor import keep_serving
-from .tritonserver import PROJECT, ServerError
+from serving.launcher.installation import PROJECT, ServerError
+from serving.launcher.server import LOOPBACK, TritonServer, models_of, tls_arguments
+from serving.launcher.supervisor import keep_serving
 
 
 def main() -> int:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from export.checkpoint import Checkpoint
-from export.config import ReaderConfig, StackConfig
-from export.model import Reader
+from export.checkpoint.config import ReaderConfig, StackConfig
+from export.checkpoint.files import Checkpoint
+from export.model.reader import Reader
 
 VOCAB_SIZE = 97
 
@@ -81,7 +81,7 @@ def tokenizer_json() -> str:
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> dict[str, tuple[Checkpoint, Path]]:
     """Exported engines of every configuration, with the checkpoint they were made of; made once."""
-    from export.onnx_graph import export_reader
+    from export.graphs.onnx_export import export_reader
 
     made = {}
     for name, config in CONFIGS.items():

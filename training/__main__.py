@@ -64,11 +64,11 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace) -> None:
     import torch
 
-    from export.checkpoint import load_reader
-    from export.convert import fido_from_fid
-    from export.model import Reader
-    from training.readers import reader_config
-    from training.trainer import Trainer, TrainOptions
+    from export.checkpoint.convert import fido_from_fid
+    from export.checkpoint.files import load_reader
+    from export.model.reader import Reader
+    from training.fit.readers import reader_config
+    from training.fit.trainer import Trainer, TrainOptions
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -94,9 +94,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     import torch
     from tokenizers import Tokenizer
 
-    from export.checkpoint import load_reader
-    from training.evaluation import predict, score, scores_by_relation
-    from training.records import read_jsonl, write_jsonl
+    from export.checkpoint.files import load_reader
+    from training.corpus.records import read_jsonl, write_jsonl
+    from training.fit.evaluation import predict, score, scores_by_relation
 
     reader = load_reader(arguments.checkpoint).to(torch.device(arguments.device)).float()
     tokenizer = Tokenizer.from_file(str(arguments.checkpoint / "tokenizer.json"))
@@ -118,7 +118,7 @@ def main() -> None:
     """Runs the command that was asked for."""
     arguments = _parser().parse_args()
     if arguments.command == "corpus":
-        from training.corpus import build_corpus
+        from training.corpus.build import build_corpus
 
         for name, lines in build_corpus(arguments.out).items():
             print(f"{arguments.out / name}: {lines} lines")
@@ -127,7 +127,7 @@ def main() -> None:
     elif arguments.command == "evaluate":
         _evaluate(arguments)
     else:
-        from training.campaign import run_campaign
+        from training.fit.recipe import run_campaign
 
         run_campaign(arguments)
 

@@ -11,8 +11,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from export.model.reader import Reader
+
 from .config import ConfigError
-from .model import Reader
 
 
 def fido_from_fid(reader: Reader, period: int, num_kv_heads: int) -> Reader:

@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from export.model.reader import Reader
+
 from .config import ReaderConfig, StackConfig, own_config
-from .model import Reader
 from .weights import HF_CROSS_BIAS, CheckpointError, is_wrapped, state_dict_from_weights, unwrapped_name
 
 MODEL_TYPE = "fid-reader"  # in config.json, tells our own layout from Hugging Face's

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from export.model.reader import Reader
+
 from .config import ReaderConfig
-from .model import Reader
 
 
 class CheckpointError(ValueError):

@@ -1,9 +1,12 @@
-"""The three graphs that are exported, built from a Reader's weights: encoder, cross_kv, decoder_step.
+"""The three graphs that are exported for the CPU, built from a Reader's weights: encoder, cross_kv, decoder_step.
 
-Each is a torch module whose forward takes and returns exactly the tensors of serving/tensors.py. They compute what model.py computes,
-in the form that an inference engine wants: weights stored as [in, out] so that every product is one MatMul on an initializer, q/k/v and
-gated feed-forward projections fused, position biases read from a table by distance, query heads folded into rows so that multi-query
-keys are read once and not once per head.
+Each is a torch module whose forward takes and returns exactly the tensors of serving/contract/tensors.py. The graphs compute what
+export/model/reader.py computes, in the form that an inference engine wants:
+
+* weights are stored as [in, out], so that every projection is one MatMul on an initializer;
+* the q, k and v projections are fused, and so are the gate and up projections;
+* position biases are read from a table by distance;
+* query heads are folded into rows, so that multi-query keys are read once and not once a head.
 """
 
 from __future__ import annotations
@@ -12,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from serving.tensors import EngineSizes
-
-from .config import ReaderConfig
-from .layers import MASKED, Attention, FeedForward, RelativeBias, RMSNorm
-from .model import DecoderLayer, EncoderLayer, Reader
+from export.checkpoint.config import ReaderConfig
+from export.model.layers import MASKED, Attention, FeedForward, RelativeBias, RMSNorm
+from export.model.reader import DecoderLayer, EncoderLayer, Reader
+from serving.contract.tensors import EngineSizes
 
 
 def engine_sizes(config: ReaderConfig) -> EngineSizes:

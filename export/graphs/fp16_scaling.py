@@ -15,9 +15,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .graphs import BiasTable, DecoderStepGraph, EncoderGraph, FusedFeedForward, GraphNorm, Projection
-from .layers import Attention, FeedForward
-from .model import DecoderLayer, EncoderLayer, Reader
+from export.model.layers import Attention, FeedForward
+from export.model.reader import DecoderLayer, EncoderLayer, Reader
+
+from .cpu import BiasTable, DecoderStepGraph, EncoderGraph, FusedFeedForward, GraphNorm, Projection
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 LARGEST = 65504.0  # of fp16

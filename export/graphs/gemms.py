@@ -1,4 +1,4 @@
-"""A GPU reader as serving/products.py cuts it: the weights of its products, and the arrays that the kernels read."""
+"""A GPU reader as serving/contract/gemms.py cuts it: the weights of its products, and the arrays that the kernels read."""
 
 from __future__ import annotations
 
@@ -8,13 +8,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from serving.products import BIAS, CROSS_BIAS, EMBEDDING, HEAD, NORMS, Product, StackSizes, array_file, decoder_products, encoder_products
+from export.checkpoint.config import FeedForward, StackConfig
+from export.model.layers import Attention
+from export.model.reader import Reader
+from serving.contract.gemms import (
+    BIAS,
+    CROSS_BIAS,
+    EMBEDDING,
+    HEAD,
+    NORMS,
+    Product,
+    StackSizes,
+    array_file,
+    decoder_products,
+    encoder_products,
+)
 
-from .config import FeedForward, StackConfig
-from .graphs import DecoderStepGraph, DecoderStepLayer, EncoderGraph, EncoderGraphLayer, GraphNorm, Projection, engine_sizes
-from .half import Scales, rescale
-from .layers import Attention
-from .model import Reader
+from .cpu import DecoderStepGraph, DecoderStepLayer, EncoderGraph, EncoderGraphLayer, GraphNorm, Projection, engine_sizes
+from .fp16_scaling import Scales, rescale
 
 
 class EncoderProducts:

@@ -1,7 +1,7 @@
 """A reader for the GPU -> ONNX: its products and cross_kv in half precision, and the arrays of the kernels between them.
 
-These are what export/engine.py compiles for TensorRT and what ONNX Runtime's CUDA provider runs as they are. The precision is in the
-graphs' own types, so that a strongly typed compiler needs no flag.
+TensorRT compiles these graphs (export/tensorrt/compiler.py); ONNX Runtime's CUDA provider runs them as they are. The precision is in
+the graphs' own types, so that a strongly typed compiler needs no flag.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import onnx
 import torch
 from onnx import helper
 
-from serving.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
-from serving.products import packed_cross_kv_tensors, product_tensors
-from serving.tensors import GraphTensors, encoder_tensors
+from export.atomic_directory import replacing
+from export.checkpoint.config import ReaderConfig
+from export.checkpoint.files import Checkpoint
+from serving.contract.gemms import packed_cross_kv_tensors, product_tensors
+from serving.contract.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
+from serving.contract.tensors import GraphTensors, encoder_tensors
 
-from .checkpoint import Checkpoint
-from .config import ReaderConfig
-from .graphs import EncoderGraph, engine_sizes
-from .half import DTYPES, measured_scales, rescale, to_half
-from .onnx_graph import EXTERNAL_DATA_BYTES, OPSET, ExportError, describe_reader, onnx_from_module, require_fitting_tokenizer
-from .onnx_passes import to_opset_17
-from .products import DecoderProducts, EncoderProducts, PackedCrossKVGraph
-from .staging import replacing
+from .cpu import EncoderGraph, engine_sizes
+from .fp16_scaling import DTYPES, measured_scales, rescale, to_half
+from .gemms import DecoderProducts, EncoderProducts, PackedCrossKVGraph
+from .onnx_export import EXTERNAL_DATA_BYTES, OPSET, ExportError, describe_reader, onnx_from_module, require_fitting_tokenizer
+from .opset17 import to_opset_17
 
 GpuGraph = EncoderGraph | PackedCrossKVGraph
 ONNX_TYPES = {

@@ -1,6 +1,6 @@
 """torch -> ONNX: a reader's three graphs, their tokenizer and the manifest, built beside and moved into place.
 
-Input and output names, dtypes and dynamic axes are those of serving/tensors.py. Numbers are checked by compare.py.
+Input and output names, dtypes and dynamic axes are those of serving/contract/tensors.py. Numbers are checked by compare.py.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from serving.manifest import ENGINE_NAMES, MANIFEST_FILE, TOKENIZER_FILE, Manifest, Prompt, sha256_of_file
-from serving.tensors import EngineSizes, GraphTensors, cross_kv_tensors, decoder_step_tensors, encoder_tensors
+from export.atomic_directory import replacing
+from export.checkpoint.files import Checkpoint
+from export.checkpoint.weights import CheckpointError
+from export.model.reader import Reader
+from serving.contract.manifest import ENGINE_NAMES, MANIFEST_FILE, TOKENIZER_FILE, Manifest, Prompt, sha256_of_file
+from serving.contract.tensors import EngineSizes, GraphTensors, cross_kv_tensors, decoder_step_tensors, encoder_tensors
 
-from .checkpoint import Checkpoint
-from .graphs import CrossKVGraph, DecoderStepGraph, EncoderGraph, engine_sizes
-from .model import Reader
-from .staging import replacing
-from .weights import CheckpointError
+from .cpu import CrossKVGraph, DecoderStepGraph, EncoderGraph, engine_sizes
 
 OPSET = 18
 # One protobuf message holds at most 2 GiB; graphs whose weights come near that keep them in a file beside the graph.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .config import ReaderConfig, StackConfig
+from export.checkpoint.config import ReaderConfig, StackConfig
 
 # Added to a masked score. Finite, so that a row with every key masked (an empty slot) stays a number.
 MASKED = -1e9

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .config import ReaderConfig
+from export.checkpoint.config import ReaderConfig
+
 from .layers import MASKED, Attention, FeedForward, RelativeBias, RMSNorm
 
 

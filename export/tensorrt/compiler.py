@@ -19,13 +19,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from serving.gpu_plan import Shapes, profile_ranges, profile_shapes
-from serving.limits import Limits
-from serving.manifest import MANIFEST_FILE, EngineBuild, EngineError, Manifest, sha256_of_file
-from serving.products import decoder_products, encoder_products, packed_cross_kv_tensors, product_tensors
-from serving.tensors import GraphTensors, encoder_tensors
-
-from .staging import replacing
+from export.atomic_directory import replacing
+from serving.contract.gemms import decoder_products, encoder_products, packed_cross_kv_tensors, product_tensors
+from serving.contract.gpu_profiles import Shapes, profile_ranges, profile_shapes
+from serving.contract.limits import Limits
+from serving.contract.manifest import MANIFEST_FILE, EngineBuild, EngineError, Manifest, sha256_of_file
+from serving.contract.tensors import GraphTensors, encoder_tensors
 
 STRONGLY_TYPED_FROM = 10
 # Runs of a kernel that its time is the mean of. One, the default, chooses as well on a quiet GPU; eight cost a few seconds a reader.
@@ -203,7 +202,7 @@ class Compiler:
         self._timing_cache = timing_cache if self._typed else None
         self._timings: Any = None
         self._kept: list[Any] = []  # what the timings in memory may refer to
-        # layer by layer names and shapes stay readable in the engine, for perf/gpu_profile.py; it costs no time
+        # layer by layer names and shapes stay readable in the engine, for perf/gpu/profile.py; it costs no time
         self._options: dict[str, Any] = {"profiling_verbosity": trt.ProfilingVerbosity.DETAILED}
         if not self._typed:
             if precision != "float16":

@@ -1,4 +1,4 @@
-"""`python -m perf.ablation`: the FiDO paper's table on this stack: FiD, +LSA, +MQ, both, and what lies between; each beside its bound.
+"""`python -m perf.bounds.ablation`: the FiDO paper's table on this stack: FiD, +LSA, +MQ, and both, each beside its bound.
 
 LSA is cross-attention in every K-th decoder layer only, MQ one key/value head. Random weights of published sizes; the encoder, which is the
 same in every row, is measured once. A row is exported, loaded and stepped one after the other, since two would not fit beside each other;
@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from export.config import FIDO_PERIOD, ReaderConfig, reader_preset
-from serving.engines import Decoder, bytes_per_element, load_decoder, load_encoder
-from serving.limits import Limits
-from serving.manifest import Manifest
+from export.checkpoint.config import FIDO_PERIOD, ReaderConfig, reader_preset
+from serving.contract.limits import Limits
+from serving.contract.manifest import Manifest
+from serving.engines.load import Decoder, bytes_per_element, load_decoder, load_encoder
 
 from .cost import Card, Workload, cross_kv_bytes, cross_kv_cost, encoder_cost, largest_batch, step_cost, step_weights
-from .gpu_statistics import give_memory_back, spread
 from .rates import card_of
 from .stages import step_times_ms
+from .statistics import give_memory_back, spread
 
 ENCODER_PASSAGES = 8  # measured on the CPU; a question's time is in proportion, since passages do not see each other
 
@@ -77,12 +77,12 @@ def rows_of(encoder: str, large: str) -> list[Row]:
 
 def exported(config: ReaderConfig, tokenizer: Path, folder: Path) -> Manifest:
     """Export the decoder of a reader with random weights, cross_kv and step, and no encoder."""
-    from export.checkpoint import Checkpoint, read_tokenizer
-    from export.graphs import CrossKVGraph, DecoderStepGraph, engine_sizes
-    from export.model import Reader
-    from export.onnx_graph import OPSET, describe_reader, onnx_from_module
-    from serving.manifest import MANIFEST_FILE
-    from serving.tensors import cross_kv_tensors, decoder_step_tensors
+    from export.checkpoint.files import Checkpoint, read_tokenizer
+    from export.graphs.cpu import CrossKVGraph, DecoderStepGraph, engine_sizes
+    from export.graphs.onnx_export import OPSET, describe_reader, onnx_from_module
+    from export.model.reader import Reader
+    from serving.contract.manifest import MANIFEST_FILE
+    from serving.contract.tensors import cross_kv_tensors, decoder_step_tensors
 
     shallow = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, num_layers=1))
     reader = Reader(shallow)
@@ -97,12 +97,12 @@ def exported(config: ReaderConfig, tokenizer: Path, folder: Path) -> Manifest:
 
 def measured_encoder_ms(encoder: str, passages: int, length: int, rounds: int, tokenizer: Path) -> list[float]:
     """Milliseconds for the passages of one question on the CPU, from ENCODER_PASSAGES of them."""
-    from export.checkpoint import Checkpoint, read_tokenizer
-    from export.graphs import EncoderGraph, engine_sizes
-    from export.model import Reader
-    from export.onnx_graph import OPSET, describe_reader, onnx_from_module
-    from serving.onnx_engine import OnnxEncoder
-    from serving.tensors import encoder_tensors
+    from export.checkpoint.files import Checkpoint, read_tokenizer
+    from export.graphs.cpu import EncoderGraph, engine_sizes
+    from export.graphs.onnx_export import OPSET, describe_reader, onnx_from_module
+    from export.model.reader import Reader
+    from serving.contract.tensors import encoder_tensors
+    from serving.engines.cpu import OnnxEncoder
 
     config = reader_preset(encoder, fido=True)
     config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, num_layers=1), encoder_decoder_attention_period=1)
@@ -176,7 +176,7 @@ def entry_of(row: Row, encoder: str, card: Card, work: Workload, batches: list[i
 def main(argv: list[str] | None = None) -> int:
     """Measure the wanted rows and write ablation.json."""
     parser = argparse.ArgumentParser(
-        prog="python -m perf.ablation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m perf.bounds.ablation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--encoder", default="base", help="published size of the encoder and of the smaller decoder")
     parser.add_argument("--large", default="xl", help="of the larger decoder")

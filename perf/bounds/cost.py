@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from export.config import ReaderConfig, StackConfig
+from export.checkpoint.config import ReaderConfig, StackConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""`python -m perf.rates`: what this machine can do, measured, beside what it is: machine.json of a run.
+"""`python -m perf.bounds.rates`: what this machine can do, measured, beside what it is: machine.json of a run.
 
-Two rates bound everything that perf/cost.py counts: a large copy, counting bytes read and written, and a large matrix product in the
+Two rates bound everything that perf/bounds/cost.py counts: a large copy, counting bytes read and written, and a large matrix product in the
 precision that the engines use. By CuPy on a GPU, by PyTorch on a CPU.
 """
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .cost import Card
-from .gpu_statistics import spread
 from .machine import describe
+from .statistics import spread
 
 ROUNDS = 5
 CPU_COPY_BYTES, CPU_PRODUCT = 1 << 29, 4096
@@ -80,7 +80,7 @@ def card_of(run: Path) -> Card:
     """The rates of a run's machine.json.
 
     Raises:
-        FileNotFoundError: if `python -m perf.rates` has not run yet.
+        FileNotFoundError: if `python -m perf.bounds.rates` has not run yet.
     """
     machine = json.loads((run / "machine.json").read_text(encoding="utf-8"))
     name = machine["gpu"] or machine["processor"]
@@ -89,7 +89,7 @@ def card_of(run: Path) -> Card:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and write machine.json."""
-    parser = argparse.ArgumentParser(prog="python -m perf.rates", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m perf.bounds.rates", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--run", type=Path, default=Path("build/perf"))
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""`python -m perf.stages`: where a question's time goes, stage by stage, on whatever engines a folder holds: stages.json and roofline.json.
+"""`python -m perf.bounds.stages`: where a question's time goes, stage by stage. Writes stages.json and roofline.json.
 
 Tokenizer, encoder, keys and values, decoder steps, each by itself in one process; then the chain without Triton; then, from the run's
 sweep.json, the chain with it. The readers take turns in every round. Excluded: loading, and the first run of everything.
@@ -20,19 +20,19 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from export.config import ReaderConfig, own_config, reader_preset
-from serving.engines import Decoder, Encoder, bytes_per_element, load_decoder, load_encoder
-from serving.in_process import InProcessReader
-from serving.limits import Limits
-from serving.manifest import TOKENIZER_FILE, Manifest
-from serving.prompt import EncoderInput
+from export.checkpoint.config import ReaderConfig, own_config, reader_preset
+from perf.report.run_folder import NAMES
+from perf.served.plans import PLANS
+from perf.served.workload import Request, RequestMaker
+from serving.contract.limits import Limits
+from serving.contract.manifest import TOKENIZER_FILE, Manifest
+from serving.engines.load import Decoder, Encoder, bytes_per_element, load_decoder, load_encoder
+from serving.pipeline.in_process import InProcessReader
+from serving.pipeline.prompt import EncoderInput
 
 from .cost import Card, Workload, encoder_cost, step_cost
-from .gpu_statistics import spread
-from .plans import PLANS
 from .rates import card_of
-from .run_folder import NAMES
-from .workload import Request, RequestMaker
+from .statistics import spread
 
 READERS = ("fid", "fido")
 QUESTIONS = 6  # different ones, taken in turn
@@ -229,7 +229,7 @@ def served_alone(run: Path, reader: str, workload: str) -> dict[str, float] | No
 def main(argv: list[str] | None = None) -> int:
     """Measure both readers and write the two files."""
     parser = argparse.ArgumentParser(
-        prog="python -m perf.stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m perf.bounds.stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--engines", type=Path, default=Path("build/engines"), help="folder with the engines of fid and fido")
     parser.add_argument("--fid", type=Path, help="checkpoint of which they were made, for its sizes")

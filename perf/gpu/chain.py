@@ -19,10 +19,9 @@ from clients.examples import read_examples
 from clients.metrics import percentile
 from clients.reader_client import ReaderClient
 from export.repository import repository_from_engines
-from serving.limits import Limits
-from serving.server import TritonServer, model_statistics, models_of
-
-from .gpu_statistics import publish, spread
+from perf.bounds.statistics import publish, spread
+from serving.contract.limits import Limits
+from serving.launcher.server import TritonServer, model_statistics, models_of
 
 READERS = ("fid", "fido")
 CHARACTERS = 1100  # more than 256 tokens of the demo readers' vocabulary
@@ -51,7 +50,7 @@ def ask(client: ReaderClient, texts: list[str], question: int, passages: int, ne
 
 def main() -> int:
     """Serve both readers, measure, print JSON."""
-    parser = argparse.ArgumentParser(prog="python -m perf.gpu_chain", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m perf.gpu.chain", description=__doc__)
     parser.add_argument("--fid", type=Path, help="engines; either reader may be left out")
     parser.add_argument("--fido", type=Path)
     parser.add_argument("--data", type=Path, default=Path("build/corpus/heldout.jsonl"))

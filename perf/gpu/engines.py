@@ -1,6 +1,6 @@
 """The engines of a GPU reader by themselves: encoder time and rate, step time at each batch, memory. No Triton, no tokenizer.
 
-FiD and FiDO take turns in every round; times are of the GPU, by CUDA events, after warm-up. Peers are measured by perf/torch_gpu.py.
+FiD and FiDO take turns in every round; times are of the GPU, by CUDA events, after warm-up. Peers are measured by perf/peers/torch_gpu.py.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from clients.examples import read_examples
-from export.config import ReaderConfig, reader_preset
-from serving.engines import load_decoder, load_encoder
-from serving.gpu_decoder import GpuDecoder
-from serving.gpu_encoder import GpuEncoder
-from serving.gpu_plan import bucket_of, calls_of_tokens
-from serving.limits import Limits
-from serving.manifest import TOKENIZER_FILE, Manifest
-from serving.prompt import PromptEncoder
-
-from .cost import H200, Workload, encoder_cost, step_cost
-from .gpu_statistics import publish, spread
+from export.checkpoint.config import ReaderConfig, reader_preset
+from perf.bounds.cost import H200, Workload, encoder_cost, step_cost
+from perf.bounds.statistics import publish, spread
+from serving.contract.gpu_profiles import bucket_of, calls_of_tokens
+from serving.contract.limits import Limits
+from serving.contract.manifest import TOKENIZER_FILE, Manifest
+from serving.engines.gpu.decoder import GpuDecoder
+from serving.engines.gpu.encoder import GpuEncoder
+from serving.engines.load import load_decoder, load_encoder
+from serving.pipeline.prompt import PromptEncoder
 
 READERS = ("fid", "fido")
 
@@ -96,7 +95,7 @@ def measure_steps(decoder: GpuDecoder, batch: int, steps: int) -> dict[str, list
 
 def main() -> int:
     """Measure and print JSON."""
-    parser = argparse.ArgumentParser(prog="python -m perf.gpu_engines", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m perf.gpu.engines", description=__doc__)
     parser.add_argument("--fid", type=Path, help="engines; either reader may be left out")
     parser.add_argument("--fido", type=Path)
     parser.add_argument("--preset", default="base")

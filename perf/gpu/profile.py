@@ -1,4 +1,4 @@
-"""Where an engine's time goes: `python -m perf.gpu_profile PLAN NAME=SHAPE ...` lists every layer with its time, tactic and share.
+"""Where an engine's time goes: `python -m perf.gpu.profile PLAN NAME=SHAPE ...` lists every layer with its time, tactic and share.
 
 TensorRT's own profiler gives the times, which it takes layer by layer: their sum is larger than the time of the engine undisturbed, which
 is printed beside it.
@@ -113,7 +113,7 @@ def table(alone_ms: float, layers: list[Layer]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Profile one engine file."""
-    parser = argparse.ArgumentParser(prog="python -m perf.gpu_profile", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m perf.gpu.profile", description=__doc__)
     parser.add_argument("plan", type=Path)
     parser.add_argument("shapes", nargs="+", metavar="NAME=4x256", help="shape of every input")
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Where a decoder step on a GPU goes, kernel by kernel: `python -m perf.gpu_step ENGINES` leaves each kind of operation out in turn.
+"""Where a decoder step on a GPU goes, kernel by kernel: `python -m perf.gpu.step ENGINES` leaves each kind of operation out in turn.
 
 A step is one CUDA graph of a hundred kernels of a few microseconds; a profiler between them would cost more than they do. So the step is
 captured again without one kind of operation, and what it takes less is what that kind costs in its place; beside it, what it takes alone.
@@ -16,15 +16,15 @@ from typing import Any
 
 import cupy as cp
 
-from serving.engines import load_decoder
-from serving.gpu_decoder import LENGTHS, POSITIONS, SLOTS, GpuDecoder
-from serving.gpu_graph import Graph
-from serving.gpu_products import LoadedProduct
-from serving.limits import Limits
-from serving.manifest import Manifest
+from perf.bounds.statistics import publish
+from serving.contract.limits import Limits
+from serving.contract.manifest import Manifest
+from serving.engines.gpu.cuda_graph import Graph
+from serving.engines.gpu.decoder import LENGTHS, POSITIONS, SLOTS, GpuDecoder
+from serving.engines.gpu.weights import LoadedProduct
+from serving.engines.load import load_decoder
 
-from .gpu_engines import fill, gpu_ms
-from .gpu_statistics import publish
+from .engines import fill, gpu_ms
 
 ROUNDS = 30
 
@@ -83,7 +83,7 @@ def profile(decoder: GpuDecoder, batch: int, tokens: int, position: int) -> dict
 
 def main() -> int:
     """Measure and print JSON."""
-    parser = argparse.ArgumentParser(prog="python -m perf.gpu_step", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m perf.gpu.step", description=__doc__)
     parser.add_argument("engines", type=Path)
     parser.add_argument("--slots", type=int, default=24, help="as the engines were built for")
     parser.add_argument("--max-passages", type=int, default=40)

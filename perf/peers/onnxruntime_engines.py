@@ -1,4 +1,4 @@
-"""`python -m perf.engine_peers`: the same readers' exported graphs on ONNX Runtime, as peers beside those of perf/peers.py.
+"""`python -m perf.peers.onnxruntime_engines`: the same readers' exported graphs on ONNX Runtime, as peers.
 
 Comes in: the graphs of fid and fido, fp32 for the CPU or half precision for the CUDA provider, and a workload, whose ids are
 drawn at random. Goes out: questions per second and latency of a batch of questions at a time, as rows of peers.json; rows of the same name
@@ -22,14 +22,13 @@ from typing import Any
 import numpy as np
 
 from clients.metrics import percentile
-from serving.decode_loop import EOS_FORBIDDEN
-from serving.engines import Decoder, Encoder, load_decoder, load_encoder
-from serving.limits import Limits
-from serving.manifest import Manifest
-
-from .gpu_statistics import publish, spread
-from .machine import describe
-from .workload import WORKLOADS, WorkloadSpec, random_token_ids, uniform
+from perf.bounds.machine import describe
+from perf.bounds.statistics import publish, spread
+from perf.served.workload import WORKLOADS, WorkloadSpec, random_token_ids, uniform
+from serving.contract.limits import Limits
+from serving.contract.manifest import Manifest
+from serving.engines.load import Decoder, Encoder, load_decoder, load_encoder
+from serving.pipeline.scheduler import EOS_FORBIDDEN
 
 READERS = ("fid", "fido")
 EXCLUDES = "tokenization, network, Triton"
@@ -110,7 +109,9 @@ def merged(out: Path | None, rows: list[dict[str, Any]], settings: dict[str, Any
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, and add to the file; gives the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m perf.engine_peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m perf.peers.onnxruntime_engines",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for reader in READERS:
         parser.add_argument(f"--{reader}", type=Path, default=Path("build/engines", reader), help="folder of its graphs or engines")

@@ -1,6 +1,6 @@
 """The peer on the GPU: PyTorch on the same sizes and the same random weights, SDPA encoder, decoder step eager and as a CUDA graph.
 
-Run it by a Python that has torch with CUDA; it writes what perf/gpu_engines.py writes, so that the two can stand beside each other.
+Run it by a Python that has torch with CUDA; it writes what perf/gpu/engines.py writes, so that the two can stand beside each other.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from export.config import reader_preset
-from export.graphs import DecoderStepGraph
-from export.model import Reader
-
-from .cost import Workload, encoder_cost
-from .gpu_statistics import publish, spread
+from export.checkpoint.config import reader_preset
+from export.graphs.cpu import DecoderStepGraph
+from export.model.reader import Reader
+from perf.bounds.cost import Workload, encoder_cost
+from perf.bounds.statistics import publish, spread
 
 READERS = ("fid", "fido")
 
@@ -73,7 +72,7 @@ def measure_steps(reader: Reader, batch: int, tokens: int, past: int, rounds: in
 
 def main() -> int:
     """Measure and print JSON."""
-    parser = argparse.ArgumentParser(prog="python -m perf.torch_gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m perf.peers.transformers_fid.torch_gpu", description=__doc__)
     parser.add_argument("--preset", default="base")
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--passages", type=int, default=40)

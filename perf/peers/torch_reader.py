@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from export.graphs import CrossKVGraph, DecoderStepGraph
-from export.model import Reader
-from serving.prompt import EncoderInput
+from export.graphs.cpu import CrossKVGraph, DecoderStepGraph
+from export.model.reader import Reader
+from serving.pipeline.prompt import EncoderInput
 
 
 class TorchReader:

@@ -1,7 +1,7 @@
-"""`python -m perf.peers`: the peer that people use without this project, Hugging Face transformers' T5 made to read as FiD reads.
+"""`python -m perf.peers.transformers_fid`: Hugging Face transformers' T5 made to read as FiD reads: what people use today.
 
-Comes in: a FiD checkpoint and a workload of perf/workload.py (the requests that the served models are sent, for the same seed), or the
-name of a published size, of which weights and token ids are random. Goes out: questions per second and latency of transformers'
+Comes in: a FiD checkpoint and a workload of perf/served/workload.py (the requests that the served models are sent, for the same seed),
+or the name of a published size, of which weights and token ids are random. Goes out: questions per second and latency of transformers'
 `generate`, eager and compiled, a batch of questions at a time.
 
 The encoder reads every passage by itself, the hidden states of a question's passages are laid one after the other, and `generate` decodes
@@ -30,18 +30,27 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from clients.examples import ExampleError, read_examples
 from clients.metrics import percentile
-from export.checkpoint import Checkpoint, load_checkpoint
-from export.config import ConfigError, ReaderConfig, reader_preset
-from export.graphs import engine_sizes
-from export.model import Reader
-from export.weights import CheckpointError, hf_name
-from serving.limits import Limits
-from serving.manifest import Manifest, ManifestError, Prompt
-from serving.prompt import PromptEncoder, PromptError
-
-from .gpu_statistics import publish, spread
-from .machine import describe
-from .workload import REAL, WORKLOADS, Request, RequestMaker, WorkloadError, WorkloadSpec, random_token_ids, requests_from, uniform
+from export.checkpoint.config import ConfigError, ReaderConfig, reader_preset
+from export.checkpoint.files import Checkpoint, load_checkpoint
+from export.checkpoint.weights import CheckpointError, hf_name
+from export.graphs.cpu import engine_sizes
+from export.model.reader import Reader
+from perf.bounds.machine import describe
+from perf.bounds.statistics import publish, spread
+from perf.served.workload import (
+    REAL,
+    WORKLOADS,
+    Request,
+    RequestMaker,
+    WorkloadError,
+    WorkloadSpec,
+    random_token_ids,
+    requests_from,
+    uniform,
+)
+from serving.contract.limits import Limits
+from serving.contract.manifest import Manifest, ManifestError, Prompt
+from serving.pipeline.prompt import PromptEncoder, PromptError
 
 EXCLUDES = "tokenization, network"
 PRECISIONS = {"cpu": (torch.float32,), "cuda": (torch.float16, torch.bfloat16)}
@@ -198,7 +207,7 @@ class FusionPeer:
 
 def tokenized(checkpoint: Checkpoint, requests_of: Callable[[Tokenizer, Manifest], Iterable[Request]]) -> list[Question]:
     """The requests as the reader's prompt and tokenizer make them."""
-    from export.onnx_graph import PROMPT_TEMPLATE  # needs onnx, which random token ids do without
+    from export.graphs.onnx_export import PROMPT_TEMPLATE  # needs onnx, which random token ids do without
 
     config = checkpoint.reader.config
     prompt = Prompt(PROMPT_TEMPLATE, config.passage_length, config.append_eos)
@@ -297,7 +306,9 @@ def extent(values: Iterable[int]) -> int | str:
 
 def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     """The command line, with the workload's specification under `spec`."""
-    parser = argparse.ArgumentParser(prog="python -m perf.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m perf.peers.transformers_fid", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--fid", help="checkpoint of a FiD reader, in any layout that the export reads")
     source.add_argument("--preset", help="random weights of a published size instead, as base, and random token ids")

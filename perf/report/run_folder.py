@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .gpu_statistics import spread
+from perf.bounds.statistics import spread
 
 Spread = Mapping[str, float]  # median, min, max
 NAMES = {"fid": "FiD", "fido": "FiDO"}

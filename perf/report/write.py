@@ -1,6 +1,6 @@
 """`python -m perf.report FOLDER ...`: what a run measured, as a page to read, a summary in Markdown, and one in JSON.
 
-Comes in: a run's folder (`perf.run_folder`). Goes out, into the same folder: report.html (one page, plots inside, nothing fetched),
+Comes in: a run's folder (`perf.report.run_folder`). Goes out, into the same folder: report.html (one page, plots inside, nothing fetched),
 summary.md (the same numbers), summary.json. The same files give the same bytes. Nothing is measured here.
 Without a folder: every one under perf/results that has a sweep.json. A malformed file: one line that says so, and exit code 1.
 """

@@ -24,13 +24,13 @@ from tqdm import tqdm
 from clients.evaluation import Evaluation, Prediction, evaluate
 from clients.examples import Example, read_examples
 from clients.reader_client import ReaderClient
-from export.checkpoint import load_checkpoint
+from export.checkpoint.files import load_checkpoint
 from export.repository import repository_from_engines
-from serving.limits import Limits
-from serving.manifest import Manifest
-from serving.prompt import PromptEncoder
-from serving.server import TritonServer, models_of
-from training.records import read_jsonl
+from serving.contract.limits import Limits
+from serving.contract.manifest import Manifest
+from serving.launcher.server import TritonServer, models_of
+from serving.pipeline.prompt import PromptEncoder
+from training.corpus.records import read_jsonl
 
 CORPUS, CHECKPOINTS, ENGINES = Path("build/corpus"), Path("checkpoints"), Path("build/engines")
 CONCURRENCY = 8
@@ -137,7 +137,7 @@ def gold_on_top(examples: Sequence[Example], predictions: Sequence[Prediction]) 
 
 def main() -> int:
     """Measure all demo readers; the exit code is 0 if no request failed and every served answer was the torch reader's."""
-    parser = argparse.ArgumentParser(prog="python -m training.served", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m perf.served.accuracy", description=__doc__)
     parser.add_argument("--limit", type=int, help="only the first held-out questions")
     parser.add_argument("--no-torch", action="store_true", help="skip the comparison with torch")
     arguments = parser.parse_args()

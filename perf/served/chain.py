@@ -27,19 +27,18 @@ import torch
 from clients.examples import Example, read_examples
 from clients.metrics import percentile
 from clients.reader_client import ReaderClient
-from export.checkpoint import load_reader
-from export.config import reader_preset
-from export.graphs import engine_sizes
-from export.model import Reader
-from export.onnx_graph import GRAPHS, onnx_from_module
-from serving.in_process import InProcessReader
-from serving.limits import Limits
-from serving.manifest import Manifest, Prompt, sha256_of_file
-from serving.onnx_engine import OnnxDecoder
-from serving.server import TritonServer, models_of
-
-from .machine import describe, peak_memory_bytes
-from .torch_reader import TorchReader
+from export.checkpoint.config import reader_preset
+from export.checkpoint.files import load_reader
+from export.graphs.cpu import engine_sizes
+from export.graphs.onnx_export import GRAPHS, onnx_from_module
+from export.model.reader import Reader
+from perf.bounds.machine import describe, peak_memory_bytes
+from perf.peers.torch_reader import TorchReader
+from serving.contract.limits import Limits
+from serving.contract.manifest import Manifest, Prompt, sha256_of_file
+from serving.engines.cpu import OnnxDecoder
+from serving.launcher.server import TritonServer, models_of
+from serving.pipeline.in_process import InProcessReader
 
 READERS = ("fid", "fido")
 CONCURRENCIES = (1, 8)
@@ -175,7 +174,7 @@ def measure_base_step(batches: Sequence[int], steps: int) -> dict[str, Any]:
 
 def main() -> int:
     """Measure, print, and keep the result."""
-    parser = argparse.ArgumentParser(prog="python -m perf.chain", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m perf.served.chain", description=__doc__)
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="decoder steps of the base preset")

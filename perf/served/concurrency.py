@@ -1,4 +1,4 @@
-"""`python -m perf.load`: throughput and latency of both readers through Triton as concurrency grows, and what in-flight batching is worth.
+"""`python -m perf.served.concurrency`: throughput and latency through Triton as concurrency grows, with and without in-flight batching.
 
 A closed loop over gRPC from one asyncio client: so many questions are always in flight, and a window ends after a given number of answers,
 not after a given time. Readers, concurrencies and settings (all slots, one slot) take turns in every round; a row is the median of the
@@ -25,10 +25,9 @@ from clients.async_reader_client import AsyncReaderClient
 from clients.examples import Example, read_examples
 from clients.metrics import percentile
 from export.repository import repository_from_engines
-from serving.limits import Limits
-from serving.server import TritonServer, models_of
-
-from .machine import describe
+from perf.bounds.machine import describe
+from serving.contract.limits import Limits
+from serving.launcher.server import TritonServer, models_of
 
 READERS = ("fid", "fido")
 CONCURRENCIES = (1, 4, 16, 64)
@@ -163,7 +162,7 @@ def measure(
 
 def main() -> int:
     """Measure, print, and keep the result; exit code 1 if a check does not hold."""
-    parser = argparse.ArgumentParser(prog="python -m perf.load", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m perf.served.concurrency", description=__doc__)
     parser.add_argument("--questions", type=int, default=300, help="answers in each window")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--readers", nargs="+", default=list(READERS))

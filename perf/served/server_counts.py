@@ -6,10 +6,10 @@ import json
 import urllib.request
 from typing import Any
 
-from serving.server import TritonServer
+from serving.launcher.server import TritonServer
 
 SUMS = ("queue", "compute_infer")
-# The readers' own counters (serving/metrics.py) that a point's sums are taken of.
+# The readers' own counters (serving/triton/metrics.py) that a point's sums are taken of.
 COUNTERS = (
     "encoder_engine_seconds_total",
     "encoder_passages_total",

@@ -1,4 +1,4 @@
-"""`python -m perf.sweep`: perf_analyzer over concurrency and request rate, FiD and FiDO in turn, unary and streaming, through Triton.
+"""`python -m perf.served.sweep`: perf_analyzer over concurrency and request rate, FiD and FiDO in turn, unary and streaming.
 
 One load point a process, and a fixed number of requests in it, so that an unstable point spoils no other. The readers take turns at every
 point, and who goes first changes from round to round: a ratio is of two runs made one after the other. Writes sweep.json, and under raw/
@@ -25,9 +25,9 @@ from tokenizers import Tokenizer
 from clients.examples import read_examples
 from clients.metrics import percentile
 from export.repository import repository_from_engines
-from serving.limits import Limits
-from serving.manifest import TOKENIZER_FILE, Manifest
-from serving.server import TritonServer, models_of
+from serving.contract.limits import Limits
+from serving.contract.manifest import TOKENIZER_FILE, Manifest
+from serving.launcher.server import TritonServer, models_of
 
 from .perf_analyzer import PerfAnalyzer, PerfAnalyzerError, Timeline, find_perf_analyzer
 from .plans import PLANS, Mode, Series
@@ -266,7 +266,9 @@ def run_sweep(plan: Sequence[Series], arguments: argparse.Namespace) -> dict[str
 
 def main(argv: list[str] | None = None) -> int:
     """Measure a plan; exit code 1 if a point failed or had errors."""
-    parser = argparse.ArgumentParser(prog="python -m perf.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m perf.served.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--plan", choices=list(PLANS), default="cpu")
     parser.add_argument("--engines", type=Path, default=Path("build/engines"), help="folder with the engines of fid and fido")
     parser.add_argument("--data", type=Path, default=Path("build/corpus/heldout.jsonl"))

@@ -1,4 +1,4 @@
-"""`python -m perf.workload`: requests whose passages, prompt tokens and answer tokens follow a stated distribution, from a seed.
+"""`python -m perf.served.workload`: requests whose passages, prompt tokens and answer tokens follow a stated distribution, from a seed.
 
 Comes in: a name of `WORKLOADS` and the reader whose tokenizer counts. Goes out: perf_analyzer's input data (`--input-data`), in which a
 request is a question with its passages, and the answer's length is forced, so that random weights and trained ones do the same work.
@@ -22,8 +22,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from clients.examples import Example, ExampleError, read_examples
-from serving.manifest import TOKENIZER_FILE, Manifest, ManifestError
-from serving.prompt import PromptEncoder
+from serving.contract.manifest import TOKENIZER_FILE, Manifest, ManifestError
+from serving.pipeline.prompt import PromptEncoder
 
 QUESTION_WORDS = 8
 FIRST_ORDINARY_TOKEN = 3  # T5's first three are padding, end and unknown
@@ -219,7 +219,7 @@ def write_input_data(requests: Iterable[Request], path: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Write one workload; gives the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m perf.workload", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m perf.served.workload", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("workload", choices=[*WORKLOADS, REAL])
     parser.add_argument("--reader", type=Path, required=True, help="version directory of a served reader: its manifest and tokenizer")

@@ -41,7 +41,7 @@ class StackSizes:
 
     Attributes:
         gated: the feed-forward layer is gelu(a) * b, not relu.
-        epsilon: of the norms, for the residual stream as it is in half precision (export/half.py scales both).
+        epsilon: of the norms, for the residual stream as it is in half precision (export/graphs/fp16_scaling.py scales both).
     """
 
     d_model: int

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from .kv_budget import cache_length, self_cache_length
+from .kv_memory import cache_length, self_cache_length
 from .limits import Limits
 from .tensors import EngineSizes, GraphTensors
 

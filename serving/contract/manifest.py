@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .products import StackSizes
+from .gemms import StackSizes
 from .tensors import EngineSizes
 
 FORMAT = 4  # raised when a reader of an older manifest would misunderstand this one

@@ -1,6 +1,6 @@
 """Engines on ONNX Runtime's CPU provider: sessions over verified files, the encoder, and the decoder with its key/value slots.
 
-The decoder is what the decode loop drives (`DecoderEngine` in decode_loop.py): it owns the caches, the loop owns the order of things.
+The decoder is what the decode loop drives (`DecoderEngine` in scheduler.py): it owns the caches, the loop owns the order of things.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from .kv_budget import SELF_LENGTH_START, cache_length, self_cache_length
-from .manifest import EngineError, Manifest
-from .tensors import GraphTensors, cross_kv_tensors, decoder_step_tensors, encoder_tensors
+from serving.contract.kv_memory import SELF_LENGTH_START, cache_length, self_cache_length
+from serving.contract.manifest import EngineError, Manifest
+from serving.contract.tensors import GraphTensors, cross_kv_tensors, decoder_step_tensors, encoder_tensors
 
 # A call with more tokens than this gains nothing more from batching on a CPU, but its activations outgrow the caches.
 MAX_TOKENS_PER_CALL = 4096

@@ -8,13 +8,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .decode_loop import DecoderEngine
-from .gpu_plan import cache_capacities
-from .kv_budget import KVBudget, plan
-from .limits import Limits
-from .manifest import EngineError, Manifest, ManifestError
-from .onnx_engine import OnnxDecoder, OnnxEncoder
-from .tensors import GraphTensors
+from serving.contract.gpu_profiles import cache_capacities
+from serving.contract.kv_memory import KVBudget, plan
+from serving.contract.limits import Limits
+from serving.contract.manifest import EngineError, Manifest, ManifestError
+from serving.contract.tensors import GraphTensors
+from serving.pipeline.scheduler import DecoderEngine
+
+from .cpu import OnnxDecoder, OnnxEncoder
 
 BYTES_PER_ELEMENT = {"onnxruntime": 4, "onnxruntime-gpu": 2, "tensorrt": 2}  # of a cached key
 
@@ -60,7 +61,7 @@ def load_encoder(directory: Path, manifest: Manifest, limits: Limits, device: in
     if not manifest.on_gpu:
         return OnnxEncoder(directory, manifest, limits.intra_op_threads)
     load = _gpu_loader(directory, manifest, device)
-    from .gpu_encoder import GpuEncoder
+    from serving.engines.gpu.encoder import GpuEncoder
 
     return GpuEncoder(directory, manifest, load, limits)
 
@@ -71,7 +72,7 @@ def load_decoder(directory: Path, manifest: Manifest, limits: Limits, device: in
     if not manifest.on_gpu:
         return OnnxDecoder(directory, manifest, slots, limits.intra_op_threads)
     load = _gpu_loader(directory, manifest, device)
-    from .gpu_decoder import GpuDecoder
+    from serving.engines.gpu.decoder import GpuDecoder
 
     return GpuDecoder(directory, manifest, load, slots, cache_capacities(limits, manifest.prompt.passage_length))
 
@@ -91,9 +92,9 @@ def _gpu_loader(directory: Path, manifest: Manifest, device: int) -> Any:
         raise EngineError(f"{directory}: engines for the GPU, but CUDA device {device} cannot be used ({error})") from error
     try:
         if manifest.engine == "tensorrt":
-            from .tensorrt_engine import TensorRTEngine
+            from serving.engines.gpu.tensorrt import TensorRTEngine
         else:
-            from .onnx_gpu_engine import OnnxGpuEngine
+            from serving.engines.gpu.onnxruntime import OnnxGpuEngine
     except ImportError as error:
         raise EngineError(f"{directory}: made for {manifest.engine}, which is not installed ({error}); see requirements-gpu.txt") from error
 

@@ -17,7 +17,7 @@ import sysconfig
 from pathlib import Path
 
 CONTAINER_SERVER = Path("/opt/tritonserver/bin/tritonserver")
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 # glibc gives up to eight heaps a core to the threads of a process, each keeps what its largest burst has taken, and what is large enough to
 # be given back to the system grows with what was freed before. One heap a core, and large blocks always given back: memory is lower and
 # stops growing sooner (tests/stress soaks it). Fewer heaps than cores would make threads wait for each other, tokenizing above all.

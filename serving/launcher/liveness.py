@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from .request import PULSE_ID
+from serving.pipeline.request import PULSE_ID
 
 # Even an overloaded server refuses within moments; so long a silence, twice in a row, is not load.
 PERIOD_S, PATIENCE_S, MISSES = 10.0, 20.0, 2

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from .manifest import MANIFEST_FILE, Manifest, ManifestError
-from .tritonserver import PROJECT, ServerError, environment, find_installation, prepared_backends, require_numpy_1
+from serving.contract.manifest import MANIFEST_FILE, Manifest, ManifestError
+
+from .installation import PROJECT, ServerError, environment, find_installation, prepared_backends, require_numpy_1
 
 LOOPBACK = "127.0.0.1"
 SHM = Path("/dev/shm")

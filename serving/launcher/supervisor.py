@@ -11,9 +11,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from .pulse import Pulse
+from .installation import ServerError
+from .liveness import Pulse
 from .server import TritonServer
-from .tritonserver import ServerError
 
 CHECK_PERIOD_S = 0.25
 # What still runs beside a dead model may end within this; a request to the dead one never will.

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from .decode_loop import DecodeLoop, Question
-from .engines import load_decoder, load_encoder
-from .limits import Limits
-from .manifest import TOKENIZER_FILE, Manifest
+from serving.contract.limits import Limits
+from serving.contract.manifest import TOKENIZER_FILE, Manifest
+from serving.engines.load import load_decoder, load_encoder
+
 from .prompt import PromptEncoder
+from .scheduler import DecodeLoop, Question
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tokenizers import Tokenizer
 
-from .manifest import Manifest, ManifestError
+from serving.contract.manifest import Manifest, ManifestError
 
 # Encoder rows are padded to a multiple of this, so that questions meet in one batch of the dynamic batcher more often.
 LENGTH_MULTIPLE = 16

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .limits import Limits
+from serving.contract.limits import Limits
 
-PULSE_ID = "pulse"  # id of a request that only asks whether the reader still replies (pulse.py): refused; only Triton counts it
+PULSE_ID = "pulse"  # id of a request that only asks whether the reader still replies (liveness.py): refused; only Triton counts it
 
 
 class RequestError(ValueError):

@@ -13,12 +13,13 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from .engines import load_encoder
-from .last_resort import leave
-from .limits import Limits
-from .manifest import Manifest
+from serving.contract.limits import Limits
+from serving.contract.manifest import Manifest
+from serving.contract.tensors import ShapeError, encoder_tensors
+from serving.engines.load import load_encoder
+
 from .metrics import EncoderMetrics
-from .tensors import ShapeError, encoder_tensors
+from .shutdown import leave
 
 
 class EncoderModel:

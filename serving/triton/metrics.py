@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import triton_python_backend_utils as pb_utils
 
-from .decode_loop import LoopCounts
-from .reply import OUTCOMES, Reply
+from serving.pipeline.scheduler import LoopCounts
+
+from .response import OUTCOMES, Reply
 
 PERIOD_S = 0.25
 

@@ -19,16 +19,17 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer
 
-from .decode_loop import DecodeLoop, GivenUpError, LoopCounts, LoopStoppedError, Question, QueueFullError
-from .engines import bytes_per_element, kv_budget, load_decoder
-from .last_resort import TELLING_S, end_within, leave
-from .limits import Limits
-from .manifest import TOKENIZER_FILE, Manifest, ManifestError
+from serving.contract.limits import Limits
+from serving.contract.manifest import TOKENIZER_FILE, Manifest, ManifestError
+from serving.contract.tensors import READER_TENSORS
+from serving.engines.load import bytes_per_element, kv_budget, load_decoder
+from serving.pipeline.prompt import PASSAGES_A_PIECE, EncoderInput, PromptEncoder
+from serving.pipeline.request import PULSE_ID, read_request
+from serving.pipeline.scheduler import DecodeLoop, GivenUpError, LoopCounts, LoopStoppedError, Question, QueueFullError
+
 from .metrics import Metrics
-from .prompt import PASSAGES_A_PIECE, EncoderInput, PromptEncoder
-from .reply import Caller, Reply, StreamReply, UnaryReply, send_error
-from .request import PULSE_ID, read_request
-from .tensors import READER_TENSORS
+from .response import Caller, Reply, StreamReply, UnaryReply, send_error
+from .shutdown import TELLING_S, end_within, leave
 
 # How often some questions in hand are asked whether they were cancelled, and how many: each asking costs Triton a message, and every
 # thread here a turn of Python's lock.

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from .decode_loop import GivenUpError, LoopError
-from .prompt import PromptEncoder, PromptError, TextPieces
-from .request import ReaderRequest, RequestError
+from serving.pipeline.prompt import PromptEncoder, PromptError, TextPieces
+from serving.pipeline.request import ReaderRequest, RequestError
+from serving.pipeline.scheduler import GivenUpError, LoopError
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 CANCELLED = "cancelled by the client"

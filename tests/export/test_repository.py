@@ -9,9 +9,9 @@ import pytest
 from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from export.checkpoint import Checkpoint, load_reader
-from export.gpu_graphs import export_gpu_reader
-from export.graphs import engine_sizes
+from export.checkpoint.files import Checkpoint, load_reader
+from export.graphs.cpu import engine_sizes
+from export.graphs.gpu import export_gpu_reader
 from export.repository import (
     HEADER,
     READERS,
@@ -22,9 +22,9 @@ from export.repository import (
     repository_from_engines,
     write_models,
 )
-from serving.limits import Limits
-from serving.manifest import Manifest, ManifestError
-from serving.tensors import READER_TENSORS, EngineSizes
+from serving.contract.limits import Limits
+from serving.contract.manifest import Manifest, ManifestError
+from serving.contract.tensors import READER_TENSORS, EngineSizes
 from tests.conftest import FIDO, random_reader, wide
 
 ROOT = Path(__file__).parents[2]

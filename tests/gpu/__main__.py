@@ -25,10 +25,10 @@ from clients.evaluation import evaluate
 from clients.examples import Example, read_examples
 from clients.reader_client import ReaderClient
 from export.repository import repository_from_engines
-from serving.in_process import Generated, InProcessReader
-from serving.limits import Limits
-from serving.manifest import Manifest
-from serving.server import TritonServer, models_of
+from serving.contract.limits import Limits
+from serving.contract.manifest import Manifest
+from serving.launcher.server import TritonServer, models_of
+from serving.pipeline.in_process import Generated, InProcessReader
 from tests.gpu.conftest import CPU_ENGINES, ENGINES, HELDOUT, limits_of
 
 READERS = ("fid", "fido")

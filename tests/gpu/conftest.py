@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serving.limits import Limits
-from serving.manifest import Manifest
-from serving.onnx_engine import OnnxEncoder
+from serving.contract.limits import Limits
+from serving.contract.manifest import Manifest
+from serving.engines.cpu import OnnxEncoder
 
 ENGINES = Path(os.environ.get("GPU_ENGINES", "build/engines"))
 GRAPHS = Path(os.environ.get("GPU_GRAPHS", "build/engines"))
@@ -54,7 +54,7 @@ def limits_of(engines: Path) -> Limits:
 def gpu_reader(request: pytest.FixtureRequest) -> GpuReader:
     from tokenizers import Tokenizer
 
-    from serving.prompt import PromptEncoder
+    from serving.pipeline.prompt import PromptEncoder
 
     name = request.param
     engines, cpu = ENGINES / name, CPU_ENGINES / name

@@ -7,10 +7,10 @@ import pytest
 
 cp = pytest.importorskip("cupy")
 
-from serving.gpu_kernels import EncoderAttention, RowKernels  # noqa: E402
-from serving.gpu_plan import attention_tiles  # noqa: E402
-from serving.products import StackSizes  # noqa: E402
-from tests.serving.numpy_rows import activate, attend_within_passages, norm  # noqa: E402
+from serving.contract.gemms import StackSizes  # noqa: E402
+from serving.contract.gpu_profiles import attention_tiles  # noqa: E402
+from serving.engines.gpu.kernels import EncoderAttention, RowKernels  # noqa: E402
+from tests.serving.engines.numpy_rows import activate, attend_within_passages, norm  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 SIZES = [

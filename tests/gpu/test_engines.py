@@ -11,12 +11,12 @@ cp = pytest.importorskip("cupy")
 
 import onnxruntime as ort  # noqa: E402
 
-from export.engine import graphs_of  # noqa: E402
-from serving.decode_loop import DecodeLoop, Question  # noqa: E402
-from serving.engines import _gpu_loader, load_decoder, load_encoder  # noqa: E402
-from serving.gpu_encoder import GpuEncoder  # noqa: E402
-from serving.gpu_engine import Scratch  # noqa: E402
-from serving.onnx_engine import OnnxDecoder  # noqa: E402
+from export.tensorrt.compiler import graphs_of  # noqa: E402
+from serving.engines.cpu import OnnxDecoder  # noqa: E402
+from serving.engines.gpu.encoder import GpuEncoder  # noqa: E402
+from serving.engines.gpu.engine import Scratch  # noqa: E402
+from serving.engines.load import _gpu_loader, load_decoder, load_encoder  # noqa: E402
+from serving.pipeline.scheduler import DecodeLoop, Question  # noqa: E402
 from tests.gpu.conftest import GpuReader  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -78,7 +78,7 @@ def test_encoder_equals_fp32(gpu_reader: GpuReader, record_property) -> None:
 def test_decoder_equals_fp32(products: str, gpu_reader: GpuReader, record_property, monkeypatch: pytest.MonkeyPatch) -> None:
     """Teacher-forced with fp32's tokens, so that a tie does not end the comparison; slots are admitted out of order and moved."""
     if products == "by engines":
-        monkeypatch.setattr("serving.gpu_decoder.FewRows", lambda: None)
+        monkeypatch.setattr("serving.engines.gpu.decoder.FewRows", lambda: None)
     states = gpu_reader.states[:6]
     gpu = load_decoder(gpu_reader.engines, gpu_reader.manifest, gpu_reader.limits)
     cpu = OnnxDecoder(gpu_reader.cpu, gpu_reader.cpu_manifest, len(states) + 1)

@@ -7,7 +7,7 @@ import pytest
 
 cp = pytest.importorskip("cupy")
 
-from serving.gpu_kernels import MOST_SUMMED, MOST_TILES, TILE_ROWS, FewRows  # noqa: E402
+from serving.engines.gpu.kernels import MOST_SUMMED, MOST_TILES, TILE_ROWS, FewRows  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 MOST_ROWS = TILE_ROWS * MOST_TILES

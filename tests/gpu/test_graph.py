@@ -10,10 +10,10 @@ import pytest
 
 cp = pytest.importorskip("cupy")
 
-from serving.gpu_graph import AWAITING, Graph, can_overlap  # noqa: E402
-from serving.gpu_kernels import FewRows, HeadKernels, RowKernels, StepKernels  # noqa: E402
-from serving.products import StackSizes  # noqa: E402
-from serving.tensors import EngineSizes  # noqa: E402
+from serving.contract.gemms import StackSizes  # noqa: E402
+from serving.contract.tensors import EngineSizes  # noqa: E402
+from serving.engines.gpu.cuda_graph import AWAITING, Graph, can_overlap  # noqa: E402
+from serving.engines.gpu.kernels import FewRows, HeadKernels, RowKernels, StepKernels  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 ROWS, HEADS, D_KV, CAPACITY, VOCAB = 5, 12, 64, 700, 3072

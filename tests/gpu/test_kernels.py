@@ -9,9 +9,9 @@ import pytest
 
 cp = pytest.importorskip("cupy")
 
-from serving.gpu_kernels import HeadKernels, StepKernels  # noqa: E402
-from serving.tensors import EngineSizes  # noqa: E402
-from tests.serving.numpy_rows import in_parts  # noqa: E402
+from serving.contract.tensors import EngineSizes  # noqa: E402
+from serving.engines.gpu.kernels import HeadKernels, StepKernels  # noqa: E402
+from tests.serving.engines.numpy_rows import in_parts  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 CAPACITY, SLOTS, BATCH, REACH = 700, 6, 5, 20

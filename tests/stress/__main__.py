@@ -19,9 +19,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from serving.tritonserver import PROJECT
+from serving.launcher.installation import PROJECT
+from tests.stress.faults import clients as client_faults
+from tests.stress.faults import fatal_requests
+from tests.stress.faults import files as file_faults
+from tests.stress.faults import processes as process_faults
 
-from . import client_faults, fatal_requests, file_faults, process_faults
 from .arena import Arena, ArenaError, run_fault
 from .questions import READERS, corpus_cases, limits_of, word_cases
 from .soak import growths
@@ -33,7 +36,7 @@ WARM_UP_SHARE = 1 / 2
 # Allocators and Triton's shared memory pool keep their high-water mark, that of the largest crowd so far; crowds of equal size go on
 # setting new marks by chance. So the warm-up's are larger than those that are measured.
 WARM_UP_SCALE = 1.5
-TRIMMED_S = 6.0  # after a burst, its heap has been given back (serving/heap_trim.c)
+TRIMMED_S = 6.0  # after a burst, its heap has been given back (serving/launcher/preload/heap_trim.c)
 CASES = 6  # of each reader
 LONG_TOKENS = 96  # of the long ones
 CORPUS = PROJECT / "build/corpus/heldout.jsonl"

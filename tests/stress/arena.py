@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from clients.reader_client import ReaderClient, ReaderError
-from serving.limits import Limits
+from serving.contract.limits import Limits
 
 from .asking import Asker, Outcome, ask_http
 from .questions import READERS, Case

@@ -14,9 +14,9 @@ from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
 
 from clients.answer import StreamAssembler, answer_from_result
 from clients.errors import ReaderError
-from serving.server import LOOPBACK
+from serving.launcher.server import LOOPBACK
+from tests.stress.mutants.http import request
 
-from .http_mutants import request
 from .questions import Case
 from .tally import Verdict
 

@@ -15,7 +15,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from clients.examples import read_examples
 from clients.request import ReaderRequest, infer_message_from_tensors, tensors_from_request
-from serving.limits import Limits
+from serving.contract.limits import Limits
 
 READERS = ("fid", "fido")
 LOG_PROB_TOLERANCE = 1e-2  # of an answer's sum: steps in company add in another order

@@ -13,8 +13,8 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from serving.server import LOOPBACK, free_ports, models_of
-from serving.tritonserver import PROJECT
+from serving.launcher.installation import PROJECT
+from serving.launcher.server import LOOPBACK, free_ports, models_of
 
 from .metrics import Samples, parse
 from .processes import arguments, descendants, is_alive, resident_bytes

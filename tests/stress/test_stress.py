@@ -10,12 +10,12 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from export.repository import repository_from_engines
-from serving.limits import Limits
+from serving.contract.limits import Limits
+from tests.stress.faults.clients import unchunked
+from tests.stress.mutants.grpc import CHANGES, grpc_mutants
+from tests.stress.mutants.http import http_mutants, nested, request
 
 from .__main__ import FAULTS, main
-from .client_faults import unchunked
-from .grpc_mutants import CHANGES, grpc_mutants
-from .http_mutants import http_mutants, nested, request
 from .metrics import parse
 from .processes import descendants, is_alive, resident_bytes, state_and_parent
 from .questions import Case, largest_case, limits_of, word_cases

@@ -18,12 +18,12 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from training.factbook import Passage, load_passages
-from training.records import real_questions, write_jsonl
-from training.relations import Fact, facts_from_passage, label_facts
-from training.retrieval import PassageIndex, adjectives_of
-from training.tokenizer import save_tokenizer, train_tokenizer
-from training.wordings import HELD_OUT, LABEL_FRAMES, TRAIN, ask, with_article
+from training.corpus.factbook import Passage, load_passages
+from training.corpus.records import real_questions, write_jsonl
+from training.corpus.relations import Fact, facts_from_passage, label_facts
+from training.corpus.retrieval import PassageIndex, adjectives_of
+from training.corpus.templates import HELD_OUT, LABEL_FRAMES, TRAIN, ask, with_article
+from training.corpus.tokenizer import save_tokenizer, train_tokenizer
 
 SEED = 2212_08153
 N_HELD_OUT_COUNTRIES = 30

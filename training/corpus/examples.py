@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from training.records import normalized_question, read_jsonl, real_questions
-from training.tokenizer import WordEncoder
-from training.wordings import ALIASES, LABEL_FRAMES, TRAIN, ask, is_web_query, with_article
+from training.corpus.records import normalized_question, read_jsonl, real_questions
+from training.corpus.templates import ALIASES, LABEL_FRAMES, TRAIN, ask, is_web_query, with_article
+from training.corpus.tokenizer import WordEncoder
 
 EOS_ID = 1
 MAX_TARGET_TOKENS = 32

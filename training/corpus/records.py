@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-REAL_QUESTIONS = pathlib.Path(__file__).parent / "data" / "real_questions.json"
+REAL_QUESTIONS = pathlib.Path(__file__).parents[1] / "data" / "real_questions.json"
 
 
 def normalized_question(question: str) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from training.answers import (
+from training.corpus.answers import (
     Extract,
     anthem,
     clause,
@@ -47,7 +47,7 @@ from training.answers import (
     time_zone,
     titled_leader,
 )
-from training.factbook import Leaf, Passage
+from training.corpus.factbook import Leaf, Passage
 
 MAX_ANSWER_WORDS = 9
 

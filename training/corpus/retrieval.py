@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import bm25s
 import numpy as np
 
-from training.factbook import Passage
-from training.wordings import ALIASES
+from training.corpus.factbook import Passage
+from training.corpus.templates import ALIASES
 
 TITLE_WEIGHT = 3  # a title says country and field: three times as telling as the text
 TEXT_CHARS = 200  # the start of a long field; its tail would only lengthen the passage

@@ -2,15 +2,15 @@
 
 ``{c}`` is the country, ``{a}`` its people's adjective ("what do {a} people speak"). A template that starts with a
 small letter is a web query: the whole question is lower-cased, the name too. ``HELD_OUT`` templates are asked of the
-held-out countries and are never trained; ``tests/training/test_corpus.py`` holds the two tables apart.
+held-out countries and are never trained; ``tests/training/corpus/test_corpus.py`` holds the two tables apart.
 """
 
 from __future__ import annotations
 
 import re
 
-from training.wordings_facts import HELD_OUT_FACTS, TRAIN_FACTS
-from training.wordings_people import HELD_OUT_PEOPLE, TRAIN_PEOPLE
+from training.corpus.templates_facts import HELD_OUT_FACTS, TRAIN_FACTS
+from training.corpus.templates_people import HELD_OUT_PEOPLE, TRAIN_PEOPLE
 
 TRAIN: dict[str, tuple[str, ...]] = {**TRAIN_PEOPLE, **TRAIN_FACTS}
 HELD_OUT: dict[str, tuple[str, ...]] = {**HELD_OUT_PEOPLE, **HELD_OUT_FACTS}

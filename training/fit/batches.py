@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from training.examples import MAX_TARGET_TOKENS, ExampleSource, Mixture
+from training.corpus.examples import MAX_TARGET_TOKENS, ExampleSource, Mixture
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from tokenizers import Tokenizer
 
 from clients.metrics import exact_match
-from export.model import Reader
-from training.examples import MAX_TARGET_TOKENS
-from training.tokenizer import WordEncoder
+from export.model.reader import Reader
+from training.corpus.examples import MAX_TARGET_TOKENS
+from training.corpus.tokenizer import WordEncoder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,8 @@ second layer only (layer-sparse), one key/value head (multi-query), and spends w
 
 from __future__ import annotations
 
-from export.config import ReaderConfig, StackConfig
-from training.tokenizer import VOCAB_SIZE
+from export.checkpoint.config import ReaderConfig, StackConfig
+from training.corpus.tokenizer import VOCAB_SIZE
 
 PASSAGE_LENGTH = 128
 FIDO_PERIOD = 2

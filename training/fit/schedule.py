@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import random
 
-from training.batches import BatchPlan
-from training.examples import Mixture
+from training.corpus.examples import Mixture
+from training.fit.batches import BatchPlan
 
 PASSAGES_PER_BATCH = 640
 MAX_BATCH_SIZE = 256

@@ -3,7 +3,7 @@
 Comes in: ``build/corpus/`` and options. Goes out, in the output directory:
     state.pt            everything a resumed run needs, replaced in one step every ``save_every_s`` seconds
     training_log.jsonl  one line an evaluation: elapsed seconds, step, loss, learning rate, exact match
-    config.json, model.safetensors, tokenizer.json: the averaged weights in fp16, as ``export.checkpoint`` saves them
+    config.json, model.safetensors, tokenizer.json: the averaged weights in fp16, as ``export.checkpoint.files`` saves them
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional
 
-from export.checkpoint import save_reader
-from export.model import Reader
-from training.batches import Batch, BatchFactory, BatchPlan
-from training.evaluation import predict, score
-from training.examples import ExampleSource
-from training.gradients import GraphedGradients, eager_gradients
-from training.records import read_jsonl
-from training.schedule import FROM_SCRATCH, UP_TRAINING, batch_plan, learning_rate, refinement_plan
+from export.checkpoint.files import save_reader
+from export.model.reader import Reader
+from training.corpus.examples import ExampleSource
+from training.corpus.records import read_jsonl
+from training.fit.batches import Batch, BatchFactory, BatchPlan
+from training.fit.evaluation import predict, score
+from training.fit.gradients import GraphedGradients, eager_gradients
+from training.fit.schedule import FROM_SCRATCH, UP_TRAINING, batch_plan, learning_rate, refinement_plan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,3 +1,3 @@
 """Triton entry point of the encoder model."""
 
-from serving.encoder_model import EncoderModel as TritonPythonModel  # noqa: F401
+from serving.triton.encoder_model import EncoderModel as TritonPythonModel  # noqa: F401

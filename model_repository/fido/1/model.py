@@ -1,3 +1,3 @@
 """Triton entry point of the reader: the chain behind one request."""
 
-from serving.reader_model import ReaderModel as TritonPythonModel  # noqa: F401
+from serving.triton.reader_model import ReaderModel as TritonPythonModel  # noqa: F401

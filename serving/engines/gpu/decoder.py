@@ -2,7 +2,7 @@
 
 Each batch bucket has two graphs: of a step in which some answer gets its first token, which leaves evidence, and of one without.
 
-It is a `DecoderEngine` (decode_loop.py). All of its work goes to one stream; a step costs the host one graph launch and one wait.
+It is a `DecoderEngine` (pipeline/scheduler.py). All of its work goes to one stream; a step costs the host one graph launch and one wait.
 """
 
 from __future__ import annotations
@@ -15,13 +15,24 @@ import cupy as cp
 import cupyx
 import numpy as np
 
-from .gpu_engine import LoadEngine, Scratch
-from .gpu_graph import Graph
-from .gpu_kernels import FewRows, HeadKernels, RowKernels, StepKernels
-from .gpu_plan import GpuMemory, batch_buckets, bucket_of, decoder_memory
-from .gpu_products import load_arrays, load_products, weight_bytes
-from .manifest import EngineError, Manifest
-from .products import BIAS, CROSS_BIAS, EMBEDDING, HEAD, NORMS, array_file, decoder_products, packed_cross_kv_tensors, product_parts
+from serving.contract.gemms import (
+    BIAS,
+    CROSS_BIAS,
+    EMBEDDING,
+    HEAD,
+    NORMS,
+    array_file,
+    decoder_products,
+    packed_cross_kv_tensors,
+    product_parts,
+)
+from serving.contract.gpu_profiles import GpuMemory, batch_buckets, bucket_of, decoder_memory
+from serving.contract.manifest import EngineError, Manifest
+
+from .cuda_graph import Graph
+from .engine import LoadEngine, Scratch
+from .kernels import FewRows, HeadKernels, RowKernels, StepKernels
+from .weights import load_arrays, load_products, weight_bytes
 
 TOKENS, POSITIONS, SLOTS, LENGTHS, PENALTY = range(5)  # rows of the state that every step uploads
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2

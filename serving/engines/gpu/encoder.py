@@ -12,14 +12,15 @@ from pathlib import Path
 import cupy as cp
 import numpy as np
 
-from .gpu_engine import LoadEngine, Scratch
-from .gpu_graph import Graph
-from .gpu_kernels import EncoderAttention, RowKernels
-from .gpu_plan import attention_tiles, calls_of_tokens, captured_calls, encoder_batch, encoder_tokens, most_tiles
-from .gpu_products import load_arrays, load_products, weight_bytes
-from .limits import Limits
-from .manifest import EngineError, Manifest
-from .products import BIAS, EMBEDDING, ENCODER_KINDS, NORMS, StackSizes, encoder_products, product_widths
+from serving.contract.gemms import BIAS, EMBEDDING, ENCODER_KINDS, NORMS, StackSizes, encoder_products, product_widths
+from serving.contract.gpu_profiles import attention_tiles, calls_of_tokens, captured_calls, encoder_batch, encoder_tokens, most_tiles
+from serving.contract.limits import Limits
+from serving.contract.manifest import EngineError, Manifest
+
+from .cuda_graph import Graph
+from .engine import LoadEngine, Scratch
+from .kernels import EncoderAttention, RowKernels
+from .weights import load_arrays, load_products, weight_bytes
 
 
 @dataclasses.dataclass(frozen=True)

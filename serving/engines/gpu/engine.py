@@ -1,4 +1,4 @@
-"""What the GPU decoder and encoder ask of an engine, whichever runs it: tensorrt_engine.py or onnx_gpu_engine.py."""
+"""What the GPU decoder and encoder ask of an engine, whichever runs it: tensorrt.py or onnxruntime.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import cupy as cp
 
-from .tensors import GraphTensors
+from serving.contract.tensors import GraphTensors
 
 
 class Call(Protocol):

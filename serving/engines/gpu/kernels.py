@@ -11,9 +11,9 @@ from typing import Any
 
 import cupy as cp
 
-from .gpu_plan import TILE
-from .products import MOST_BLOCKS, MOST_PARTS, StackSizes
-from .tensors import EngineSizes
+from serving.contract.gemms import MOST_BLOCKS, MOST_PARTS, StackSizes
+from serving.contract.gpu_profiles import TILE
+from serving.contract.tensors import EngineSizes
 
 SOURCES = Path(__file__).with_name("cuda")
 WARPS = 4  # of an attention block

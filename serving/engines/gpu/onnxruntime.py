@@ -9,8 +9,8 @@ from typing import Any
 import cupy as cp
 import onnxruntime as ort
 
-from .manifest import EngineError, Manifest
-from .tensors import GraphTensors
+from serving.contract.manifest import EngineError, Manifest
+from serving.contract.tensors import GraphTensors
 
 PROVIDER = "CUDAExecutionProvider"
 

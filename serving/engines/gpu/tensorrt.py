@@ -12,10 +12,11 @@ from typing import Any
 import cupy as cp
 import tensorrt as trt
 
-from .gpu_engine import Scratch
-from .gpu_plan import choose_profile
-from .manifest import REBUILD, EngineError, Manifest
-from .tensors import GraphTensors
+from serving.contract.gpu_profiles import choose_profile
+from serving.contract.manifest import REBUILD, EngineError, Manifest
+from serving.contract.tensors import GraphTensors
+
+from .engine import Scratch
 
 
 def this_gpu() -> tuple[str, str]:

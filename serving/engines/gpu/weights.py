@@ -8,10 +8,11 @@ from pathlib import Path
 import cupy as cp
 import numpy as np
 
-from .gpu_engine import GpuEngine, LoadEngine, Scratch
-from .gpu_kernels import FewRows
-from .manifest import Manifest
-from .products import Product, StackName, StackSizes, array_file, product_tensors
+from serving.contract.gemms import Product, StackName, StackSizes, array_file, product_tensors
+from serving.contract.manifest import Manifest
+
+from .engine import GpuEngine, LoadEngine, Scratch
+from .kernels import FewRows
 
 
 class LoadedProduct:

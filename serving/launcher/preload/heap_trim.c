@@ -1,5 +1,5 @@
 // Loaded before all else into tritonserver and its models: gives what their heaps have free back to the system now and then, and keeps
-// from the models what tritonserver.py sets for tritonserver alone.
+// from the models what installation.py sets for tritonserver alone.
 //
 // glibc keeps free pages in the middle of a heap for good. After hours of bursts half of tritonserver's memory was such pages; each burst
 // that was a little larger, or lay a little otherwise, added some. It has no setting for that, only this call.
@@ -11,7 +11,7 @@
 #include <string.h>
 #include <time.h>
 
-#define NO_THREAD_CACHES "glibc.malloc.tcache_count=0"  // as in tritonserver.py
+#define NO_THREAD_CACHES "glibc.malloc.tcache_count=0"  // as in installation.py
 
 static void *trim(void *nothing) {
     const struct timespec pause = {5, 0};

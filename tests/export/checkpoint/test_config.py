@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from export.config import ConfigError, ReaderConfig, reader_preset, stack_preset
-from export.weights import expected_shapes
+from export.checkpoint.config import ConfigError, ReaderConfig, reader_preset, stack_preset
+from export.checkpoint.weights import expected_shapes
 from tests.conftest import CONFIGS, FID, FIDO
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export.checkpoint import load_checkpoint, load_reader, save_reader
-from export.config import ConfigError
-from export.convert import fido_from_fid
-from export.weights import CheckpointError, hf_name
+from export.checkpoint.config import ConfigError
+from export.checkpoint.convert import fido_from_fid
+from export.checkpoint.files import load_checkpoint, load_reader, save_reader
+from export.checkpoint.weights import CheckpointError, hf_name
 from tests.conftest import FIDO, RELEASED_FID, T5_V1_0, VOCAB_SIZE, random_passages, random_reader
 
 

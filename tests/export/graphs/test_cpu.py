@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from export.compare import compare_stages
-from export.onnx_graph import OPSET
-from serving.manifest import Manifest, ManifestError, sha256_of_file
-from serving.onnx_engine import OnnxDecoder, OnnxEncoder
+from export.graphs.onnx_export import OPSET
+from serving.contract.manifest import Manifest, ManifestError, sha256_of_file
+from serving.engines.cpu import OnnxDecoder, OnnxEncoder
 from tests.conftest import CONFIGS, random_passages
-from tests.export import numpy_reader
-from tests.export.test_parity import numpy_arguments, numpy_sizes
+from tests.export.model import numpy_reader
+from tests.export.model.test_parity import numpy_arguments, numpy_sizes
 
 STEPS = 9
 

@@ -11,17 +11,17 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from export.checkpoint import Checkpoint
-from export.gpu_graphs import export_gpu_reader
-from export.half import measured_scales
-from export.model import Reader
-from export.onnx_graph import ExportError, export_reader
-from export.onnx_passes import PassError, to_opset_17
-from serving.manifest import Manifest
-from serving.onnx_engine import OnnxDecoder, OnnxEncoder
+from export.checkpoint.files import Checkpoint
+from export.graphs.fp16_scaling import measured_scales
+from export.graphs.gpu import export_gpu_reader
+from export.graphs.onnx_export import ExportError, export_reader
+from export.graphs.opset17 import PassError, to_opset_17
+from export.model.reader import Reader
+from serving.contract.manifest import Manifest
+from serving.engines.cpu import OnnxDecoder, OnnxEncoder
 from tests.conftest import FID, FIDO, RELEASED_FID, random_passages, random_reader, wide
-from tests.serving.numpy_encoder import NumpyEncoder
-from tests.serving.numpy_step import NumpyStep
+from tests.serving.engines.numpy_encoder import NumpyEncoder
+from tests.serving.engines.numpy_step import NumpyStep
 
 WIDE = {name: wide(config) for name, config in {"fid": FID, "fido": FIDO, "released_fid": RELEASED_FID}.items()}
 STEPS = 6

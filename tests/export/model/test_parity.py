@@ -10,12 +10,12 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from export.checkpoint import load_checkpoint
-from export.config import ReaderConfig
-from export.model import Reader
-from export.weights import hf_name
+from export.checkpoint.config import ReaderConfig
+from export.checkpoint.files import load_checkpoint
+from export.checkpoint.weights import hf_name
+from export.model.reader import Reader
 from tests.conftest import CONFIGS, FID, FIDO, GROUPED, T5_V1_0, VOCAB_SIZE, random_passages, random_reader
-from tests.export import numpy_reader
+from tests.export.model import numpy_reader
 
 TOLERANCE = 1e-4
 SEEDS = (0, 1, 2)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
 
-from export.engine import Compiler, tasks_of
-from serving.limits import Limits
-from serving.manifest import Manifest
+from export.tensorrt.compiler import Compiler, tasks_of
+from serving.contract.limits import Limits
+from serving.contract.manifest import Manifest
 
 graphs = Path(sys.argv[1])
 manifest = Manifest.load(graphs)

@@ -10,12 +10,12 @@ from typing import ClassVar
 
 import pytest
 
-from export.checkpoint import Checkpoint
-from export.engine import build_engines, describe_gpu, fitting_engine, graphs_of, tasks_of
-from export.gpu_graphs import export_gpu_reader
-from serving.engines import load_decoder, load_encoder
-from serving.limits import Limits
-from serving.manifest import EngineError, Manifest, ManifestError
+from export.checkpoint.files import Checkpoint
+from export.graphs.gpu import export_gpu_reader
+from export.tensorrt.compiler import build_engines, describe_gpu, fitting_engine, graphs_of, tasks_of
+from serving.contract.limits import Limits
+from serving.contract.manifest import EngineError, Manifest, ManifestError
+from serving.engines.load import load_decoder, load_encoder
 from tests.conftest import FIDO, random_reader, wide
 
 WIDE = wide(FIDO)
@@ -64,8 +64,8 @@ class CountingCompiler:
 
 
 def test_only_what_has_changed_is_built_again(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.engine.Compiler", CountingCompiler)
-    monkeypatch.setattr("export.engine.describe_gpu", lambda: ("GPU", "9.0", "8.6.0"))
+    monkeypatch.setattr("export.tensorrt.compiler.Compiler", CountingCompiler)
+    monkeypatch.setattr("export.tensorrt.compiler.describe_gpu", lambda: ("GPU", "9.0", "8.6.0"))
     names = list(graphs_of(Manifest.load(graphs)))
     rounds = {}
     for what, limits in (("all", Limits()), ("nothing", Limits()), ("the decoder's", Limits(slots=3))):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from export.checkpoint import load_checkpoint
-from export.engine import graphs_of
-from export.gpu_graphs import export_gpu_reader
+from export.checkpoint.files import load_checkpoint
+from export.graphs.gpu import export_gpu_reader
+from export.tensorrt.compiler import graphs_of
 
 
 @pytest.mark.slow
@@ -21,7 +21,7 @@ def test_every_graph_compiles(reader: str, precision: str, tmp_path: Path) -> No
     # bf16 needs a TensorRT that reads newer opsets too, so those graphs are exported as the exporter writes them
     opset = 17 if precision == "float16" else 18
     manifest = export_gpu_reader(load_checkpoint(f"checkpoints/{reader}"), tmp_path / reader, precision, opset)
-    command = [sys.executable, "-m", "tests.export.build_with_rtx", str(tmp_path / reader)]
+    command = [sys.executable, "-m", "tests.export.tensorrt.build_with_rtx", str(tmp_path / reader)]
     built = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert built.returncode == 0, built.stderr[-3000:]
     sizes = json.loads(built.stdout.splitlines()[-1])

@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 
-from export.config import ReaderConfig, StackConfig, reader_preset
-from export.graphs import engine_sizes
-from export.weights import expected_shapes
-from perf.cost import (
+from export.checkpoint.config import ReaderConfig, StackConfig, reader_preset
+from export.checkpoint.weights import expected_shapes
+from export.graphs.cpu import engine_sizes
+from perf.bounds.cost import (
     H200,
     Card,
     Cost,

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from export.checkpoint import save_reader
-from perf import ablation, stages
-from perf.cost import Workload, step_cost
-from perf.rates import card_of
+from export.checkpoint.files import save_reader
+from perf.bounds import ablation, stages
+from perf.bounds.cost import Workload, step_cost
+from perf.bounds.rates import card_of
 
 MACHINE = {"processor": "a processor", "gpu": None, "copy_tb_per_s": {"median": 0.01}, "peak_tflops": {"median": 0.1}}
 

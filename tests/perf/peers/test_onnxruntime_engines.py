@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
-from perf import engine_peers
-from perf.engine_peers import EnginePeer
-from perf.workload import Uniform, WorkloadSpec, exactly, random_token_ids
-from serving.engines import load_decoder, load_encoder
-from serving.limits import Limits
-from serving.manifest import Manifest
+from perf.peers import onnxruntime_engines
+from perf.peers.onnxruntime_engines import EnginePeer
+from perf.served.workload import Uniform, WorkloadSpec, exactly, random_token_ids
+from serving.contract.limits import Limits
+from serving.contract.manifest import Manifest
+from serving.engines.load import load_decoder, load_encoder
 
 LIMITS = Limits(slots=3, max_passages=4)
 
@@ -39,7 +39,7 @@ def test_the_command_adds_rows_and_replaces_its_own(engines, tmp_path, capsys):
     arguments = [word for reader in ("fid", "fido") for word in (f"--{reader}", str(engines[reader][1]))]
     arguments += ["--passages", "2", "--passage-tokens", "5..9", "--new-tokens", "3", "--out", str(out)]
     for rounds in ("1", "2"):
-        assert engine_peers.main([*arguments, "--requests", "2", "--batches", "1", "2", "--rounds", rounds]) == 0
+        assert onnxruntime_engines.main([*arguments, "--requests", "2", "--batches", "1", "2", "--rounds", rounds]) == 0
     result = json.loads(out.read_text())
     rows = result["peers"]
     assert [(row["name"], row["reader"], row["batch"]) for row in rows] == [
@@ -51,5 +51,5 @@ def test_the_command_adds_rows_and_replaces_its_own(engines, tmp_path, capsys):
         assert (row["new_tokens"], row["passages"]) == (3, 2)
     assert result["settings"]["seed"] == 3 and result["settings"]["engines, onnxruntime"]["rounds"] == 2
     with pytest.raises(SystemExit):
-        engine_peers.main([*arguments, "--requests", "3", "--batches", "2"])
+        onnxruntime_engines.main([*arguments, "--requests", "3", "--batches", "2"])
     assert "multiple of every batch" in capsys.readouterr().err

@@ -8,11 +8,19 @@ import json
 import pytest
 import torch
 
-from export.checkpoint import save_reader
-from export.config import ReaderConfig
-from perf import peers
-from perf.peers import FusionPeer, PeerError, Question, cast_as_from_pretrained, hugging_face_fid, measure, random_questions
-from perf.workload import WORKLOADS, Uniform, WorkloadSpec, exactly
+from export.checkpoint.config import ReaderConfig
+from export.checkpoint.files import save_reader
+from perf.peers import transformers_fid
+from perf.peers.transformers_fid import (
+    FusionPeer,
+    PeerError,
+    Question,
+    cast_as_from_pretrained,
+    hugging_face_fid,
+    measure,
+    random_questions,
+)
+from perf.served.workload import WORKLOADS, Uniform, WorkloadSpec, exactly
 from tests.conftest import FID, FIDO, GROUPED, RELEASED_FID, VOCAB_SIZE, random_passages, random_reader
 
 # transformers has one width for both stacks; unequal depths it can have
@@ -23,7 +31,7 @@ SHAPES = ((3, 9), (5, 7), (1, 24), (4, 16))  # passages and their width, of four
 
 
 @pytest.fixture
-def questions() -> list[peers.Passages]:
+def questions() -> list[transformers_fid.Passages]:
     made = [random_passages(n, width, seed) for seed, (n, width) in enumerate(SHAPES)]
     return [(ids[0], mask[0]) for ids, mask in made]
 
@@ -136,7 +144,7 @@ def test_the_command_writes_a_row_for_each_batch(tmp_path, tokenizer_json, monke
     monkeypatch.setitem(WORKLOADS, "paper", WorkloadSpec(Uniform(1, 3), exactly(20), Uniform(2, 5)))
     out = tmp_path / "deep" / "peers.json"
     run = ["--fid", checkpoint(PLAIN, tmp_path, tokenizer_json), "--requests", "4", "--batches", "1", "4", "--rounds", "2"]
-    assert peers.main([*run, "--passages", "2", "--new-tokens", "3", "--out", str(out)]) == 0
+    assert transformers_fid.main([*run, "--passages", "2", "--new-tokens", "3", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert [row["batch"] for row in result["peers"]] == [1, 4]
     for row in result["peers"]:
@@ -147,7 +155,7 @@ def test_the_command_writes_a_row_for_each_batch(tmp_path, tokenizer_json, monke
             assert 0 < numbers["min"] <= numbers["median"] <= numbers["max"]
     assert result["settings"]["requests"] == 4
     capsys.readouterr()
-    assert peers.main([*run, "--batches", "3"]) == 1
+    assert transformers_fid.main([*run, "--batches", "3"]) == 1
     assert "wanted a multiple of every batch" in capsys.readouterr().err
 
 
@@ -156,13 +164,13 @@ def test_questions_of_a_file_are_answered_as_long_as_the_reader_likes(tmp_path, 
     entry = {"question": "w1 w2", "answers": ["w3"], "ctxs": [{"title": "w4", "text": "w5 w6"}, {"title": "w7", "text": "w8"}]}
     data.write_text(json.dumps([entry] * 2))
     run = ["--fid", checkpoint(PLAIN, tmp_path, tokenizer_json), "--workload", "real", "--data", str(data), "--batches", "2"]
-    assert peers.main([*run, "--rounds", "1", "--out", str(out)]) == 0
+    assert transformers_fid.main([*run, "--rounds", "1", "--out", str(out)]) == 0
     (row,) = json.loads(out.read_text())["peers"]
     assert row["passages"] == 2 and row["new_tokens"] == "at most 32"
 
 
 def test_the_command_refuses_fido(tmp_path, tokenizer_json, capsys):
-    assert peers.main(["--fid", checkpoint(FIDO, tmp_path, tokenizer_json)]) == 1
+    assert transformers_fid.main(["--fid", checkpoint(FIDO, tmp_path, tokenizer_json)]) == 1
     assert "error: transformers' T5 cannot run FiDO" in capsys.readouterr().err
-    assert peers.main(["--preset", "base-xl"]) == 1
+    assert transformers_fid.main(["--preset", "base-xl"]) == 1
     assert "decoder.d_model: wanted the encoder's 768, got 2048" in capsys.readouterr().err

@@ -6,11 +6,11 @@ import re
 
 import pytest
 
-from perf import report
-from perf.page import shown, significant
-from perf.report import write_report
-from perf.run_folder import ReportError, read_run
-from perf.verdict import verdict
+from perf.report import write as report
+from perf.report.page import shown, significant
+from perf.report.run_folder import ReportError, read_run
+from perf.report.verdict import verdict
+from perf.report.write import write_report
 
 
 def spread(median, least=None, most=None):

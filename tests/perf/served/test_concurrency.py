@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from clients.examples import Context, Example
-from perf.load import Row, Window, checks, row_from_windows, window_of
+from perf.served.concurrency import Row, Window, checks, row_from_windows, window_of
 
 
 def row(concurrency: int, rate: float, p99_s: float) -> Row:

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from perf.perf_analyzer import PerfAnalyzer, PerfAnalyzerError, Timeline, find_perf_analyzer, timelines
-from perf.plans import PLANS, Series, cpu_plan
-from perf.sweep import READERS, Point, main, points_of, poisson_gaps_us, summary_of
-from perf.workload import WORKLOADS
+from perf.served.perf_analyzer import PerfAnalyzer, PerfAnalyzerError, Timeline, find_perf_analyzer, timelines
+from perf.served.plans import PLANS, Series, cpu_plan
+from perf.served.sweep import READERS, Point, main, points_of, poisson_gaps_us, summary_of
+from perf.served.workload import WORKLOADS
 
 MS = 1_000_000
 

@@ -10,9 +10,20 @@ import pytest
 from tokenizers import Tokenizer
 
 from clients.examples import Context, Example
-from perf.workload import WORKLOADS, Request, RequestMaker, Uniform, WorkloadError, WorkloadSpec, exactly, main, requests_from, uniform
-from serving.manifest import Manifest
-from serving.prompt import PromptEncoder
+from perf.served.workload import (
+    WORKLOADS,
+    Request,
+    RequestMaker,
+    Uniform,
+    WorkloadError,
+    WorkloadSpec,
+    exactly,
+    main,
+    requests_from,
+    uniform,
+)
+from serving.contract.manifest import Manifest
+from serving.pipeline.prompt import PromptEncoder
 
 SPEC = WorkloadSpec(Uniform(1, 5), Uniform(20, 24), Uniform(1, 8))
 

@@ -9,7 +9,8 @@ import json
 import numpy as np
 import pytest
 
-from serving.gpu_plan import (
+from serving.contract.gemms import StackSizes, decoder_products, encoder_products, packed_cross_kv_tensors, product_parts, product_tensors
+from serving.contract.gpu_profiles import (
     TILE,
     attention_tiles,
     batch_buckets,
@@ -24,10 +25,9 @@ from serving.gpu_plan import (
     profile_ranges,
     profile_shapes,
 )
-from serving.limits import Limits
-from serving.manifest import EngineBuild, EngineError
-from serving.products import StackSizes, decoder_products, encoder_products, packed_cross_kv_tensors, product_parts, product_tensors
-from serving.tensors import EngineSizes, encoder_tensors
+from serving.contract.limits import Limits
+from serving.contract.manifest import EngineBuild, EngineError
+from serving.contract.tensors import EngineSizes, encoder_tensors
 
 STACK = StackSizes(768, 12, 12, 12, 64, 2048, True, 1e-6)
 FID_BASE = EngineSizes(768, 768, 12, tuple(range(12)), 12, 12, 64, 32128)

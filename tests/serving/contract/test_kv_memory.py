@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.kv_budget import cache_length, plan, self_cache_length
-from serving.limits import Limits, LimitsError
-from serving.manifest import Manifest
-from serving.onnx_engine import OnnxDecoder
-from serving.tensors import EngineSizes
+from serving.contract.kv_memory import cache_length, plan, self_cache_length
+from serving.contract.limits import Limits, LimitsError
+from serving.contract.manifest import Manifest
+from serving.contract.tensors import EngineSizes
+from serving.engines.cpu import OnnxDecoder
 
 # FiD-base and FiDO-base (LSA-6, MQ) at 40 x 256 tokens in fp16: 377 and 5.2 MB a question, the arithmetic of the FiDO paper
 FID_BASE = EngineSizes(768, 768, 12, tuple(range(12)), 12, 12, 64, 32128)

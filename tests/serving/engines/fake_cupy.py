@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from serving.products import StackSizes
-from serving.tensors import EngineSizes
-from tests.serving.numpy_rows import activate, attend_within_passages, in_parts, norm, whole
+from serving.contract.gemms import StackSizes
+from serving.contract.tensors import EngineSizes
+from tests.serving.engines.numpy_rows import activate, attend_within_passages, in_parts, norm, whole
 
 
 class Array(np.ndarray):
@@ -67,10 +67,10 @@ def modules() -> dict[str, types.ModuleType]:
     for name, value in contents.items():
         setattr(cupy, name, value)
     cupyx.zeros_pinned = lambda shape, dtype: np.zeros(shape, dtype)  # type: ignore[attr-defined]
-    kernels = types.ModuleType("serving.gpu_kernels")
+    kernels = types.ModuleType("serving.engines.gpu.kernels")
     for made in (RowKernels, FewRows, EncoderAttention, StepKernels, HeadKernels):
         setattr(kernels, made.__name__, made)
-    return {"cupy": cupy, "cupyx": cupyx, "serving.gpu_kernels": kernels}
+    return {"cupy": cupy, "cupyx": cupyx, "serving.engines.gpu.kernels": kernels}
 
 
 def put(out: Array, rows: np.ndarray) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from serving.manifest import Manifest
-from serving.products import BIAS, EMBEDDING, NORMS, array_file, encoder_products
-from tests.serving.numpy_rows import activate, attend_within_passages, load_products, norm
+from serving.contract.gemms import BIAS, EMBEDDING, NORMS, array_file, encoder_products
+from serving.contract.manifest import Manifest
+from tests.serving.engines.numpy_rows import activate, attend_within_passages, load_products, norm
 
 
 class NumpyEncoder:

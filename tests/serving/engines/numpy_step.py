@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from serving.manifest import Manifest
-from serving.products import BIAS, CROSS_BIAS, EMBEDDING, HEAD, NORMS, array_file, decoder_products
-from tests.serving.numpy_rows import activate, load_products, norm
+from serving.contract.gemms import BIAS, CROSS_BIAS, EMBEDDING, HEAD, NORMS, array_file, decoder_products
+from serving.contract.manifest import Manifest
+from tests.serving.engines.numpy_rows import activate, load_products, norm
 
 
 class NumpyStep:

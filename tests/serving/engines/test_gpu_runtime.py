@@ -15,16 +15,16 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from export.checkpoint import Checkpoint
-from export.gpu_graphs import export_gpu_reader
-from serving.limits import Limits
-from serving.manifest import EngineError, Manifest, ManifestError
-from serving.products import decoder_products, product_parts
-from serving.tritonserver import PROJECT
+from export.checkpoint.files import Checkpoint
+from export.graphs.gpu import export_gpu_reader
+from serving.contract.gemms import decoder_products, product_parts
+from serving.contract.limits import Limits
+from serving.contract.manifest import EngineError, Manifest, ManifestError
+from serving.launcher.installation import PROJECT
 from tests.conftest import FID, FIDO, RELEASED_FID, random_passages, random_reader, wide
-from tests.serving import fake_cupy
-from tests.serving.numpy_encoder import NumpyEncoder
-from tests.serving.numpy_step import NumpyStep
+from tests.serving.engines import fake_cupy
+from tests.serving.engines.numpy_encoder import NumpyEncoder
+from tests.serving.engines.numpy_step import NumpyStep
 
 READERS = {"fid": FID, "fido": FIDO, "released_fid": RELEASED_FID}
 IN_PARTS = "fido_in_parts"  # fido, with products in parts, which those of its size have no need of
@@ -49,7 +49,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> dic
 def shorter_sums() -> Iterator[None]:
     """Products in parts for small readers as well."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("serving.products.LEAST_SUMMED", 64)
+        patch.setattr("serving.contract.gemms.LEAST_SUMMED", 64)
         yield
 
 
@@ -59,11 +59,11 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     before = set(sys.modules)
     for name, module in fake_cupy.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
-    yield lambda name: importlib.import_module(f"serving.{name}")
+    yield lambda name: importlib.import_module(f"serving.engines.gpu.{name}")
     for name in set(sys.modules) - before:
-        if name.startswith("serving.gpu_"):
+        if name.startswith("serving.engines.gpu."):
             del sys.modules[name]
-            vars(sys.modules["serving"]).pop(name.removeprefix("serving."), None)
+            vars(sys.modules["serving.engines.gpu"]).pop(name.removeprefix("serving.engines.gpu."), None)
 
 
 class Call:
@@ -95,7 +95,7 @@ def loader(directory: Path) -> Any:
 @pytest.mark.parametrize("name", list(READERS))
 def test_encoder_packs_passages_of_all_questions_and_puts_each_back(name: str, graphs: dict[str, Path], runtime: Any) -> None:
     directory, manifest = graphs[name], Manifest.load(graphs[name])
-    encoder = runtime("gpu_encoder").GpuEncoder(directory, manifest, loader(directory), LIMITS)
+    encoder = runtime("encoder").GpuEncoder(directory, manifest, loader(directory), LIMITS)
     batch = [
         tuple(a[0].numpy().astype(np.int32) for a in random_passages(n, width, seed=n))
         for n, width in ((3, 24), (1, 9), (4, 24), (2, 16), (4, 24), (4, 24), (4, 24))
@@ -124,9 +124,9 @@ def test_a_captured_call_has_room_for_any_passages_of_so_many_tokens(graphs: dic
 
     directory, manifest = graphs["fid"], Manifest.load(graphs["fid"])
     monkeypatch.setattr(Engine, "capturable", True)
-    monkeypatch.setattr(runtime("gpu_encoder"), "Graph", Graph)
-    monkeypatch.setattr("serving.gpu_plan.SMALLEST_CAPTURED", (5, 64))
-    encoder = runtime("gpu_encoder").GpuEncoder(directory, manifest, loader(directory), LIMITS)
+    monkeypatch.setattr(runtime("encoder"), "Graph", Graph)
+    monkeypatch.setattr("serving.contract.gpu_profiles.SMALLEST_CAPTURED", (5, 64))
+    encoder = runtime("encoder").GpuEncoder(directory, manifest, loader(directory), LIMITS)
     assert [(call.tokens, call.tiles) for call in encoder._captured] == [(5, 4), (64, 5)]
     reference = NumpyEncoder(directory, manifest)
     ids = random_passages(4, 24, seed=1)[0][0].numpy().astype(np.int32)
@@ -141,7 +141,7 @@ def test_a_captured_call_has_room_for_any_passages_of_so_many_tokens(graphs: dic
 
 def test_foreign_ids_and_passages_that_are_too_long_reach_no_foreign_memory(graphs: dict[str, Path], runtime: Any) -> None:
     directory, manifest = graphs["fid"], Manifest.load(graphs["fid"])
-    encoder = runtime("gpu_encoder").GpuEncoder(directory, manifest, loader(directory), LIMITS)
+    encoder = runtime("encoder").GpuEncoder(directory, manifest, loader(directory), LIMITS)
     ids = np.full((2, 40), 96, np.int32)
     ids[0, 0], ids[1, 1] = -5, 10**6
     (found,) = encoder.encode([(ids, np.ones_like(ids))])
@@ -153,11 +153,11 @@ def test_foreign_ids_and_passages_that_are_too_long_reach_no_foreign_memory(grap
 def test_decoder_steps_as_the_products_say(name: str, graphs: dict[str, Path], runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, manifest = graphs[name], Manifest.load(graphs[name])
     if name == IN_PARTS:
-        monkeypatch.setattr("serving.products.LEAST_SUMMED", 64)
+        monkeypatch.setattr("serving.contract.gemms.LEAST_SUMMED", 64)
         assert manifest.decoder is not None
         parts = {p.kind: product_parts(manifest.decoder, p) for p in decoder_products(manifest.sizes)}
         assert parts == {"qkv": 2, "o": 2, "cross_q": 1, "cross_o": 2, "wi": 1, "wo": 4}
-    decoder = runtime("gpu_decoder").GpuDecoder(directory, manifest, loader(directory), LIMITS.slots, (64, 16))
+    decoder = runtime("decoder").GpuDecoder(directory, manifest, loader(directory), LIMITS.slots, (64, 16))
     reference = NumpyStep(directory, manifest, LIMITS.slots)
     rng = np.random.default_rng(1)
     for slot, length in enumerate((30, 7, 21)):
@@ -180,9 +180,9 @@ def test_decoder_steps_as_the_products_say(name: str, graphs: dict[str, Path], r
 
 
 def test_kernels_that_come_up_early_wait_before_they_write_or_end(runtime: Any) -> None:
-    awaiting = runtime("gpu_graph").AWAITING
+    awaiting = runtime("cuda_graph").AWAITING
     names = ("rows.cu", "few_rows.cu", "self_attention.cu", "cross_attention.cu", "head.cu")
-    sources = "".join((PROJECT / "serving/cuda" / name).read_text("utf-8") for name in names)
+    sources = "".join((PROJECT / "serving/engines/gpu/cuda" / name).read_text("utf-8") for name in names)
     # __global__ void, bounds if any, and the name; then everything up to the brace that ends the kernel, at the line's start
     kernels = dict(re.findall(r"__global__ void(?: __launch_bounds__\(.*?\))? (\w+)\((.*?)^\}", sources, re.DOTALL | re.MULTILINE))
     assert set(kernels) - awaiting == {"embed"}
@@ -200,9 +200,9 @@ def test_what_cannot_run_is_refused_by_name(graphs: dict[str, Path], runtime: An
     directory, manifest = graphs["fido"], Manifest.load(graphs["fido"])
     whole = dataclasses.replace(manifest, encoder=None)
     with pytest.raises(EngineError, match="the encoder is one graph, for Triton's own backend"):
-        runtime("gpu_encoder").GpuEncoder(directory, whole, loader(directory), LIMITS)
+        runtime("encoder").GpuEncoder(directory, whole, loader(directory), LIMITS)
     with pytest.raises(EngineError, match="the decoder is one graph"):
-        runtime("gpu_decoder").GpuDecoder(directory, dataclasses.replace(manifest, decoder=None), loader(directory), 1, (64, 16))
+        runtime("decoder").GpuDecoder(directory, dataclasses.replace(manifest, decoder=None), loader(directory), 1, (64, 16))
     files = {file: hash_ for file, hash_ in manifest.files.items() if file != "decoder.00.qkv.npy"}
     with pytest.raises(ManifestError, match=r"decoder\.00\.qkv\.npy: not in manifest\.json"):
-        runtime("gpu_decoder").GpuDecoder(directory, dataclasses.replace(manifest, files=files), loader(directory), 1, (64, 16))
+        runtime("decoder").GpuDecoder(directory, dataclasses.replace(manifest, files=files), loader(directory), 1, (64, 16))

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from export.repository import repository_from_engines
-from serving.limits import Limits
-from serving.server import TritonServer, models_of
-from serving.tritonserver import HEAP_TRIM, NO_THREAD_CACHES, environment, find_installation
+from serving.contract.limits import Limits
+from serving.launcher.installation import HEAP_TRIM, NO_THREAD_CACHES, environment, find_installation
+from serving.launcher.server import TritonServer, models_of
 
 # fills 100 MB of heap with small blocks, frees all but the last, and prints resident memory until it has shrunk
 PROGRAM = """

@@ -1,5 +1,5 @@
 """A cancelled stream must not stop all others. Triton's own test hook holds a stream's lock for a while at every response: without
-serving/stream_locks.c the first stream that is cancelled then is the last one that is served."""
+serving/launcher/preload/stream_locks.c the first stream that is cancelled then is the last one that is served."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 from clients.errors import ReaderError
 from clients.reader_client import ReaderClient
 from export.repository import repository_from_engines
-from serving import tritonserver
-from serving.limits import Limits
-from serving.server import TritonServer, models_of
-from serving.tritonserver import STREAM_LOCKS
+from serving.contract.limits import Limits
+from serving.launcher import installation
+from serving.launcher.installation import STREAM_LOCKS
+from serving.launcher.server import TritonServer, models_of
 
 pytestmark = [pytest.mark.server, pytest.mark.skipif(not STREAM_LOCKS.is_file(), reason="there was no C compiler at `make setup`")]
 CANCELLED, TOKENS = 5, 24
@@ -23,7 +23,7 @@ CANCELLED, TOKENS = 5, 24
 @pytest.fixture
 def server(engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[TritonServer]:
     monkeypatch.setenv("TRITONSERVER_DELAY_GRPC_RESPONSE", "30")
-    monkeypatch.setattr(tritonserver, "STREAM_LOCKS", request.param)
+    monkeypatch.setattr(installation, "STREAM_LOCKS", request.param)
     repository_from_engines(engines["fido"][1], tmp_path / "repository", "fido", Limits())
     with TritonServer(models_of(["fido"], stream=True), tmp_path / "repository", drain_timeout_s=1.0) as server:
         yield server

@@ -16,12 +16,22 @@ import pytest
 
 from clients.reader_client import ReaderClient, ReaderError
 from export.repository import repository_from_engines
-from serving import pulse, supervisor
-from serving.limits import Limits
-from serving.server import SHM, SHM_PREFIX, START_ATTEMPTS, TOLD_LINES, TritonServer, _children, faults_in, free_ports, remove_leftovers
-from serving.tritonserver import ServerError
+from serving.contract.limits import Limits
+from serving.launcher import liveness, supervisor
+from serving.launcher.installation import ServerError
+from serving.launcher.server import (
+    SHM,
+    SHM_PREFIX,
+    START_ATTEMPTS,
+    TOLD_LINES,
+    TritonServer,
+    _children,
+    faults_in,
+    free_ports,
+    remove_leftovers,
+)
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 READY = "ready; Ctrl-C stops"
 
 
@@ -179,7 +189,7 @@ def test_what_a_failed_start_tells_is_the_cause_and_not_what_follows_it_for_page
 def test_a_model_that_hangs_is_started_again(engines, tmp_path, monkeypatch, capsys, model):
     """Its process lives, Triton calls it ready, and nobody gets an answer."""
     for name, value in {"PERIOD_S": 0.2, "PATIENCE_S": 1.0}.items():
-        monkeypatch.setattr(pulse, name, value)
+        monkeypatch.setattr(liveness, name, value)
     repository_from_engines(engines["fido"][1], tmp_path / "repository", "fido", Limits())
     ports = tuple(free_ports(3))
     models, stop, servers = ("fido_encoder", "fido", "fido_stream"), threading.Event(), []
@@ -194,7 +204,7 @@ def test_a_model_that_hangs_is_started_again(engines, tmp_path, monkeypatch, cap
             assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(2)  # it is asked a few times, and replies
-        assert len(servers) == 1 and pulse.replies(servers[0].grpc_url, model, 5)
+        assert len(servers) == 1 and liveness.replies(servers[0].grpc_url, model, 5)
         with urllib.request.urlopen(servers[0].metrics_url) as response:
             assert f'reader_questions_total{{model="{model}",outcome="refused"}} 0' in response.read().decode()
         os.kill(servers[0].model_processes()[model], signal.SIGSTOP)
@@ -213,5 +223,5 @@ def test_who_cannot_be_reached_does_not_reply():
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         started = time.monotonic()
-        assert not pulse.replies(f"127.0.0.1:{silent.getsockname()[1]}", "fid", 0.5) and time.monotonic() - started < 5
-    assert not pulse.replies(f"127.0.0.1:{free_ports(1)[0]}", "fid_stream", 0.5)
+        assert not liveness.replies(f"127.0.0.1:{silent.getsockname()[1]}", "fid", 0.5) and time.monotonic() - started < 5
+    assert not liveness.replies(f"127.0.0.1:{free_ports(1)[0]}", "fid_stream", 0.5)

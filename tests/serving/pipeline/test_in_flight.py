@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.decode_loop import DecodeLoop, Question
-from serving.manifest import Manifest
-from serving.onnx_engine import OnnxDecoder, OnnxEncoder
+from serving.contract.manifest import Manifest
+from serving.engines.cpu import OnnxDecoder, OnnxEncoder
+from serving.pipeline.scheduler import DecodeLoop, Question
 from tests.conftest import CONFIGS, random_passages
-from tests.export.test_graphs import packed
+from tests.export.graphs.test_cpu import packed
 
 PASSAGES, LONGEST = (1, 2, 5, 20, 3, 9), 40
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from export.onnx_graph import PROMPT_TEMPLATE
-from serving.manifest import Manifest, ManifestError, Prompt
-from serving.prompt import PromptEncoder, PromptError, TextPieces
-from serving.tensors import EngineSizes
+from export.graphs.onnx_export import PROMPT_TEMPLATE
+from serving.contract.manifest import Manifest, ManifestError, Prompt
+from serving.contract.tensors import EngineSizes
+from serving.pipeline.prompt import PromptEncoder, PromptError, TextPieces
 from tests.conftest import word_tokenizer
 
 MANIFEST = Manifest(

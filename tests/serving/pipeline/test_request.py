@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from serving.limits import Limits, LimitsError
-from serving.request import ReaderRequest, RequestError, read_request
+from serving.contract.limits import Limits, LimitsError
+from serving.pipeline.request import ReaderRequest, RequestError, read_request
 
 LIMITS = Limits(max_passages=3, max_question_characters=20, max_passage_characters=30, max_new_tokens=8, default_max_new_tokens=4)
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.decode_loop import DecodeLoop, LoopError, LoopStoppedError, Question, QueueFullError
+from serving.pipeline.scheduler import DecodeLoop, LoopError, LoopStoppedError, Question, QueueFullError
 
 EOS = 1
 START = 0

@@ -22,11 +22,11 @@ from tritonclient.utils import InferenceServerException
 
 from clients.reader_client import ReaderClient, ReaderError
 from export.repository import repository_from_engines
-from serving.limits import Limits
-from serving.manifest import Manifest
-from serving.prompt import PASSAGES_A_PIECE, PromptEncoder
-from serving.server import SHM, TritonServer, models_of, tls_arguments
-from serving.tritonserver import ServerError
+from serving.contract.limits import Limits
+from serving.contract.manifest import Manifest
+from serving.launcher.installation import ServerError
+from serving.launcher.server import SHM, TritonServer, models_of, tls_arguments
+from serving.pipeline.prompt import PASSAGES_A_PIECE, PromptEncoder
 
 pytestmark = pytest.mark.server
 
@@ -283,7 +283,7 @@ def test_stopping_leaves_no_process_and_no_shared_memory(repository):
 
 
 def test_grpc_over_tls_answers_who_trusts_its_certificate_and_nobody_in_the_clear(repository):
-    certificates = Path(__file__).parents[1] / "clients" / "testdata"
+    certificates = Path(__file__).parents[2] / "clients" / "testdata"
     certificate, key = certificates / "tls_certificate.pem", certificates / "tls_key.pem"
     with TritonServer(models_of(["fido"], stream=False), repository, extra=tls_arguments(certificate, key, None)) as server:
         url = f"localhost:{server.grpc_port}"
@@ -321,7 +321,7 @@ def test_two_reader_processes_share_the_questions_and_the_metrics(engines, cases
 
 
 def test_every_metric_on_the_dashboard_is_one_that_is_served(server):
-    dashboard = (Path(__file__).parents[2] / "serving/monitoring/grafana.json").read_text()
+    dashboard = (Path(__file__).parents[3] / "deploy/monitoring/grafana.json").read_text()
     with urllib.request.urlopen(server.metrics_url) as response:
         served = response.read().decode()
     for name in set(re.findall(r"(?:reader|nv_inference)_[a-z_]+", dashboard)):

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from export.repository import READERS, model_names, reader_config
-from serving import tritonserver
-from serving.limits import Limits
-from serving.tensors import READER_TENSORS
-from serving.tritonserver import ServerError
+from serving.contract.limits import Limits
+from serving.contract.tensors import READER_TENSORS
+from serving.launcher import installation
+from serving.launcher.installation import ServerError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SERVING = {path.name: path.read_text() for path in (ROOT / "serving").rglob("*.py")}
 assert len(SERVING) > 20, "the tests below would look at nothing"
 
@@ -27,7 +27,7 @@ assert len(SERVING) > 20, "the tests below would look at nothing"
 def test_numpy_2_returns_empty_outputs_and_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.1.0")
     with pytest.raises(ServerError, match=r"numpy: wanted 1.26, got 2.1.0"):
-        tritonserver.require_numpy_1()
+        installation.require_numpy_1()
 
 
 def test_bls_to_a_decoupled_model_corrupts_memory_so_the_encoder_is_not_one():
@@ -40,7 +40,7 @@ def test_bls_to_a_decoupled_model_corrupts_memory_so_the_encoder_is_not_one():
 def test_the_response_cache_ignores_request_parameters_so_options_are_tensors():
     names = {spec.name for spec in READER_TENSORS.inputs}
     assert {"max_new_tokens", "min_new_tokens"} <= names
-    assert ".parameters()" not in SERVING["reader_model.py"] + SERVING["reply.py"]
+    assert ".parameters()" not in SERVING["reader_model.py"] + SERVING["response.py"]
     assert "response_cache" not in reader_config("fid", Limits(), stream=False)
 
 
@@ -58,5 +58,5 @@ def test_iterative_sequences_lose_cancelled_requests_so_the_loop_is_ours():
 
 
 def test_metrics_cost_a_message_each_so_no_step_sets_one():
-    assert "pb_utils" not in SERVING["decode_loop.py"]
-    assert "Metric" not in SERVING["reply.py"]
+    assert "pb_utils" not in SERVING["scheduler.py"]
+    assert "Metric" not in SERVING["response.py"]

@@ -11,15 +11,14 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from serving.server import LOOPBACK
-
-from .arena import MODELS, Arena, good_company, judge_good, reader_of
-from .asking import TIMEOUT_S, Asker, Outcome, exchange, judged, judged_http
-from .grpc_mutants import grpc_mutants
-from .http_mutants import http_mutants, request
-from .mutant import Mutant, random_bytes
-from .questions import Case
-from .tally import Tally, Verdict
+from serving.launcher.server import LOOPBACK
+from tests.stress.arena import MODELS, Arena, good_company, judge_good, reader_of
+from tests.stress.asking import TIMEOUT_S, Asker, Outcome, exchange, judged, judged_http
+from tests.stress.mutants.grpc import grpc_mutants
+from tests.stress.mutants.http import http_mutants, request
+from tests.stress.mutants.mutant import Mutant, random_bytes
+from tests.stress.questions import Case
+from tests.stress.tally import Tally, Verdict
 
 THREADS = 4
 AT_ONCE_S = 1.0  # a refusal for want of room must not take longer

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .arena import MODELS, Arena, recover
-from .asking import exchange
-from .http_mutants import infer_body, nested, request
-from .process_faults import Load
-from .questions import Case
-from .tally import Tally, Verdict
+from tests.stress.arena import MODELS, Arena, recover
+from tests.stress.asking import exchange
+from tests.stress.mutants.http import infer_body, nested, request
+from tests.stress.questions import Case
+from tests.stress.tally import Tally, Verdict
+
+from .processes import Load
 
 # Within the size of the largest good request that the default limits allow: 40 passages of 50,000 characters
 LEVELS = 900_000

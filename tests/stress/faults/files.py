@@ -10,12 +10,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from serving.server import SHM_BYTES as MODEL_SHM_BYTES
-
-from .arena import MODELS, Arena, check_gauges, judge_good, reader_of, recover
-from .questions import Case, largest_case
-from .served import Served, StartError, private_shm_prefix
-from .tally import Tally, Verdict
+from serving.launcher.server import SHM_BYTES as MODEL_SHM_BYTES
+from tests.stress.arena import MODELS, Arena, check_gauges, judge_good, reader_of, recover
+from tests.stress.questions import Case, largest_case
+from tests.stress.served import Served, StartError, private_shm_prefix
+from tests.stress.tally import Tally, Verdict
 
 SHM_BYTES = 64 << 20
 TOO_SMALL_SHM_BYTES = 2 * MODEL_SHM_BYTES  # for fewer models than there are

@@ -9,10 +9,11 @@ import threading
 import time
 from collections.abc import Callable
 
-from .arena import MODELS, Arena, reader_of, recover
-from .asking import TIMEOUT_S, Outcome
-from .client_faults import long_case
-from .tally import Tally, Verdict
+from tests.stress.arena import MODELS, Arena, reader_of, recover
+from tests.stress.asking import TIMEOUT_S, Outcome
+from tests.stress.tally import Tally, Verdict
+
+from .clients import long_case
 
 IN_FLIGHT = 24
 KILLS_OF_ONE = 2

@@ -9,11 +9,11 @@ from typing import Any
 
 from tritonclient.grpc import service_pb2
 
-from serving.limits import Limits
-from serving.tensors import READER_TENSORS, TRITON_DTYPES, TensorSpec
+from serving.contract.limits import Limits
+from serving.contract.tensors import READER_TENSORS, TRITON_DTYPES, TensorSpec
+from tests.stress.questions import Case
 
 from .mutant import INT32, UNLIKELY_TEXTS, Mutant, random_bytes
-from .questions import Case
 
 Message = Any  # service_pb2.ModelInferRequest: protobuf's generated classes are untyped
 INPUTS = {spec.name: spec for spec in READER_TENSORS.inputs}

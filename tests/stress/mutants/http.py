@@ -7,12 +7,12 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from serving.limits import Limits
-from serving.tensors import READER_TENSORS
+from serving.contract.limits import Limits
+from serving.contract.tensors import READER_TENSORS
+from tests.stress.questions import Case
 
-from .grpc_mutants import damaged_bytes, datatype
+from .grpc import damaged_bytes, datatype
 from .mutant import INT32, UNLIKELY_VALUES, Mutant, random_bytes
-from .questions import Case
 
 # Deeper nesting, or more chunks, than Triton's parser has stack for kills it: see fatal_requests.py.
 DEPTHS = (2, 100, 5_000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from training import answers
+from training.corpus import answers
 
 
 @pytest.mark.parametrize(

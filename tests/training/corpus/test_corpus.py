@@ -9,12 +9,12 @@ import re
 
 import pytest
 
-from training import corpus as corpus_module
-from training.factbook import Passage
-from training.records import normalized_question, read_jsonl, real_questions
-from training.relations import RELATIONS, facts_from_passage
-from training.retrieval import PassageIndex
-from training.wordings import HELD_OUT, TRAIN, ask, with_article
+from training.corpus import build as corpus_module
+from training.corpus.factbook import Passage
+from training.corpus.records import normalized_question, read_jsonl, real_questions
+from training.corpus.relations import RELATIONS, facts_from_passage
+from training.corpus.retrieval import PassageIndex
+from training.corpus.templates import HELD_OUT, TRAIN, ask, with_article
 
 
 def _digests(directory: pathlib.Path) -> dict[str, str]:

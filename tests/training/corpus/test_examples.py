@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from training.batches import BatchFactory, BatchPlan, make_batch
-from training.examples import MAX_TARGET_TOKENS, ExampleSource, Mixture
-from training.records import normalized_question, read_jsonl, real_questions
-from training.schedule import FROM_SCRATCH, batch_plan, learning_rate
-from training.tokenizer import WordEncoder
+from training.corpus.examples import MAX_TARGET_TOKENS, ExampleSource, Mixture
+from training.corpus.records import normalized_question, read_jsonl, real_questions
+from training.corpus.tokenizer import WordEncoder
+from training.fit.batches import BatchFactory, BatchPlan, make_batch
+from training.fit.schedule import FROM_SCRATCH, batch_plan, learning_rate
 
 PASSAGE_LENGTH = 96
 

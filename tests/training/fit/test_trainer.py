@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from export.checkpoint import load_reader
-from export.config import ReaderConfig, StackConfig
-from export.convert import fido_from_fid
-from export.model import Reader
-from training.batches import BatchPlan, make_batch
-from training.evaluation import predict, score, scores_by_relation
-from training.examples import ExampleSource, Mixture
-from training.records import read_jsonl
-from training.trainer import Trainer, TrainOptions
+from export.checkpoint.config import ReaderConfig, StackConfig
+from export.checkpoint.convert import fido_from_fid
+from export.checkpoint.files import load_reader
+from export.model.reader import Reader
+from training.corpus.examples import ExampleSource, Mixture
+from training.corpus.records import read_jsonl
+from training.fit.batches import BatchPlan, make_batch
+from training.fit.evaluation import predict, score, scores_by_relation
+from training.fit.trainer import Trainer, TrainOptions
 
 
 @pytest.fixture(autouse=True)

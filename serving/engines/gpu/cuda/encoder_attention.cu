@@ -1,6 +1,6 @@
 // Self-attention within passages, on tensor cores, with T5's relative bias from its table.
 //
-// Compiled for one reader by gpu_kernels.py, which defines D_KV, HEADS, REACH, WARPS and TILE (queries a block) and KEYS (a stage). Tokens of
+// Compiled for one reader by kernels.py, which defines D_KV, HEADS, REACH, WARPS and TILE (queries a block) and KEYS (a stage). Tokens of
 // all passages lie one after the other, without padding. Scores and softmax are fp32.
 
 namespace {

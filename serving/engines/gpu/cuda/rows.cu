@@ -1,6 +1,6 @@
 // What is done to rows between products, in either stack: embedding, residual and norm, the feed-forward gate.
 //
-// Compiled for one stack by gpu_kernels.py, which defines D_MODEL, D_FF, GATED and EPSILON. A row is a token. The residual stream is fp32,
+// Compiled for one stack by kernels.py, which defines D_MODEL, D_FF, GATED and EPSILON. A row is a token. The residual stream is fp32,
 // what the products read and write is fp16; norms are fp32.
 
 namespace {

@@ -1,6 +1,6 @@
 // Attention of a decoder step over the caches, what self_attention.cu and cross_attention.cu share.
 //
-// Compiled with both for one reader by gpu_kernels.py, which defines D_KV, HEADS, KV_HEADS, WARPS (a block), WARP_TOKENS (that a warp has
+// Compiled with both for one reader by kernels.py, which defines D_KV, HEADS, KV_HEADS, WARPS (a block), WARP_TOKENS (that a warp has
 // at a time where heads share keys) and EVIDENCE_TOKENS (a block).
 //
 // A cache is half[slots][capacity][2 * KV_HEADS * D_KV]: of each token the keys of all heads, then the values. A step reads each valid token

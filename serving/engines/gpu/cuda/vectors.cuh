@@ -1,4 +1,4 @@
-// Eight halves at a time, as all kernels load, store and compute. gpu_kernels.py defines MOST_PARTS, that a product is made in.
+// Eight halves at a time, as all kernels load, store and compute. kernels.py defines MOST_PARTS, that a product is made in.
 #include <cuda_fp16.h>
 
 namespace {
@@ -34,7 +34,7 @@ __device__ uint4 narrow(const Vector& v) {
     return make_uint4(pack(v.at[0], v.at[1]), pack(v.at[2], v.at[3]), pack(v.at[4], v.at[5]), pack(v.at[6], v.at[7]));
 }
 
-// Waits until what the kernels before have written is visible. In a graph a kernel may be launched before that (gpu_graph.py), and so may
+// Waits until what the kernels before have written is visible. In a graph a kernel may be launched before that (cuda_graph.py), and so may
 // the one before it and the one before that: every thread calls this before it writes anything or ends, and reads whatever any kernel of the
 // step writes through these pointers, behind this call. That they are passed keeps the compiler from reading earlier, as it may for
 // __restrict__ ones.

@@ -1,0 +1,1 @@
+"""Checkpoints: their configuration, weights and files; conversion of FiD to FiDO."""

@@ -1,0 +1,1 @@
+"""The modules as ONNX graphs, for the CPU and for a GPU."""

@@ -1,0 +1,1 @@
+"""FiD and FiDO as torch modules."""

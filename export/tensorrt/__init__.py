@@ -1,0 +1,1 @@
+"""ONNX graphs compiled by TensorRT for the GPU of this machine."""

@@ -1,0 +1,1 @@
+"""What a reader costs: operations and bytes by arithmetic, this machine's rates, and stages measured against both."""

@@ -1,0 +1,1 @@
+"""A run's files as a page, a summary and a verdict."""

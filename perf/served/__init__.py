@@ -1,0 +1,1 @@
+"""Readers behind a real Triton: workloads, perf_analyzer, sweeps, accuracy."""

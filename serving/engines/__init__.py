@@ -1,0 +1,1 @@
+"""What runs a reader's graphs: `base` has the interfaces, `load` picks an implementation by the manifest."""

@@ -1,0 +1,1 @@
+"""The demo corpus: World Factbook passages, questions about them, the tokenizer."""
