@@ -155,7 +155,7 @@ def repository_from_engines(engines: Path, repository: Path, reader: str, limits
             f"{engines}: wanted TensorRT engines for Triton's tensorrt backend, got {manifest.engine}; `make export ENGINE=tensorrt`"
         )
     if native_encoder != (manifest.on_gpu and manifest.encoder is None):
-        wanted, flag = ("one graph", "with") if native_encoder else ("its products", "without")
+        wanted, flag = ("one graph", "with") if native_encoder else ("its gemms", "without")
         raise ManifestError(
             f"{engines}: wanted the encoder as {wanted}; export {flag} --whole-encoder (`make export TRITON_BACKEND=...` does)"
         )

@@ -37,7 +37,7 @@ def engine_sizes(config: ReaderConfig) -> EngineSizes:
 
 
 class Projection(nn.Module):
-    """One or several bias-free linear layers of the same input as one product; outputs lie side by side."""
+    """One or several bias-free linear layers of the same input as one gemm; outputs lie side by side."""
 
     weight: Tensor
 
@@ -70,7 +70,7 @@ class GraphNorm(nn.Module):
 
 
 class FusedFeedForward(nn.Module):
-    """FeedForward with both gated branches in one product."""
+    """FeedForward with both gated branches in one gemm."""
 
     def __init__(self, source: FeedForward):
         super().__init__()
@@ -209,7 +209,7 @@ class DecoderStepLayer(nn.Module):
     def attend_across(self, x: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """x: float[batch, d_model] -> the same, and the weights summed over heads, float[batch, encoder_sequence_length].
 
-        The query heads of a key/value head are the rows of one product.
+        The query heads of a key/value head are the rows of one gemm.
         """
         batch = x.shape[0]
         query = self.cross_q(x).view(batch, self.kv_heads, self.group, self.d_kv)

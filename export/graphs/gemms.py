@@ -1,4 +1,4 @@
-"""A GPU reader as serving/contract/gemms.py cuts it: the weights of its products, and the arrays that the kernels read."""
+"""A GPU reader as serving/contract/gemms.py cuts it: the weights of its gemms, and the arrays that the kernels read."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from serving.contract.gemms import (
     EMBEDDING,
     HEAD,
     NORMS,
-    Product,
+    Gemm,
     StackSizes,
     array_file,
-    decoder_products,
-    encoder_products,
+    decoder_gemms,
+    encoder_gemms,
 )
 
 from .cpu import DecoderStepGraph, DecoderStepLayer, EncoderGraph, EncoderGraphLayer, GraphNorm, Projection, engine_sizes
 from .fp16_scaling import Scales, rescale
 
 
-class EncoderProducts:
+class EncoderGemms:
     """A reader's encoder with its weights rescaled for half precision.
 
     Attributes:
@@ -49,15 +49,15 @@ class EncoderProducts:
             array_file("encoder", BIAS): graph.bias.table.float().numpy(),
         }
 
-    def products(self) -> Iterator[tuple[Product, Tensor]]:
-        """Each product with its weights, float32[in, out]."""
-        for product in encoder_products(self.stack):
-            layer = self._layers[product.layer]
+    def gemms(self) -> Iterator[tuple[Gemm, Tensor]]:
+        """Each gemm with its weights, float32[in, out]."""
+        for gemm in encoder_gemms(self.stack):
+            layer = self._layers[gemm.layer]
             found = {"qkv": layer.qkv, "o": layer.o, "wi": layer.feed_forward.wi, "wo": layer.feed_forward.wo}
-            yield product, found[product.kind].weight
+            yield gemm, found[gemm.kind].weight
 
 
-class DecoderProducts:
+class DecoderGemms:
     """A reader's decoder with its weights rescaled for half precision.
 
     Attributes:
@@ -91,14 +91,14 @@ class DecoderProducts:
             },
         }
 
-    def products(self) -> Iterator[tuple[Product, Tensor]]:
-        """Each product with its weights, float32[in, out]."""
-        for product in decoder_products(self._sizes):
-            layer = self._layers[product.layer]
+    def gemms(self) -> Iterator[tuple[Gemm, Tensor]]:
+        """Each gemm with its weights, float32[in, out]."""
+        for gemm in decoder_gemms(self._sizes):
+            layer = self._layers[gemm.layer]
             found = {"qkv": layer.qkv, "o": layer.o, "wi": layer.feed_forward.wi, "wo": layer.feed_forward.wo}
             if layer.cross_attends:
                 found |= {"cross_q": layer.cross_q, "cross_o": layer.cross_o}
-            yield product, found[product.kind].weight
+            yield gemm, found[gemm.kind].weight
 
 
 class PackedCrossKVGraph(nn.Module):
@@ -115,7 +115,7 @@ class PackedCrossKVGraph(nn.Module):
 
 
 def stack_sizes(stack: StackConfig, proj: FeedForward, epsilon: float) -> StackSizes:
-    """What the products and kernels of a stack depend on."""
+    """What the gemms and kernels of a stack depend on."""
     gated = proj == "gated-gelu"
     return StackSizes(stack.d_model, stack.num_layers, stack.num_heads, stack.num_kv_heads, stack.d_kv, stack.d_ff, gated, epsilon)
 

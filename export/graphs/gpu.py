@@ -1,4 +1,4 @@
-"""A reader for the GPU -> ONNX: its products and cross_kv in half precision, and the arrays of the kernels between them.
+"""A reader for the GPU -> ONNX: its gemms and cross_kv in half precision, and the arrays of the kernels between them.
 
 TensorRT compiles these graphs (export/tensorrt/compiler.py); ONNX Runtime's CUDA provider runs them as they are. The precision is in
 the graphs' own types, so that a strongly typed compiler needs no flag.
@@ -18,13 +18,13 @@ from onnx import helper
 from export.atomic_directory import replacing
 from export.checkpoint.config import ReaderConfig
 from export.checkpoint.files import Checkpoint
-from serving.contract.gemms import packed_cross_kv_tensors, product_tensors
+from serving.contract.gemms import gemm_tensors, packed_cross_kv_tensors
 from serving.contract.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
 from serving.contract.tensors import GraphTensors, encoder_tensors
 
 from .cpu import EncoderGraph, engine_sizes
 from .fp16_scaling import DTYPES, measured_scales, rescale, to_half
-from .gemms import DecoderProducts, EncoderProducts, PackedCrossKVGraph
+from .gemms import DecoderGemms, EncoderGemms, PackedCrossKVGraph
 from .onnx_export import EXTERNAL_DATA_BYTES, OPSET, ExportError, describe_reader, onnx_from_module, require_fitting_tokenizer
 from .opset17 import to_opset_17
 
@@ -62,7 +62,7 @@ def export_gpu_reader(
         directory: replaced if it exists.
         precision: "float16", or "bfloat16" for engines that have it (TensorRT 10 and later).
         opset: 17 for TensorRT 8.6; 18 and later as the exporter writes them.
-        whole_encoder: the encoder as one graph, for Triton's TensorRT backend, in place of its products.
+        whole_encoder: the encoder as one graph, for Triton's TensorRT backend, in place of its gemms.
 
     Raises:
         ExportError: if a graph is not as specified, or the reader has sizes that the kernels do not have.
@@ -73,8 +73,8 @@ def export_gpu_reader(
     _require_kernels(reader.config, whole_encoder=whole_encoder)
     with replacing(directory) as beside:
         scales, seconds = measured_scales(reader), {}
-        encoder = None if whole_encoder else EncoderProducts(reader, scales["encoder"])
-        decoder = DecoderProducts(reader, scales["decoder"])
+        encoder = None if whole_encoder else EncoderGemms(reader, scales["encoder"])
+        decoder = DecoderGemms(reader, scales["decoder"])
         sizes = engine_sizes(reader.config)
 
         def write(name: str, graph: GpuGraph, tensors: GraphTensors) -> None:
@@ -87,13 +87,13 @@ def export_gpu_reader(
             rescale(graph, scales["encoder"])
             write("encoder", graph, encoder_tensors(sizes, "float16"))
         write("cross_kv", PackedCrossKVGraph(reader), packed_cross_kv_tensors(sizes))
-        parts: list[EncoderProducts | DecoderProducts] = [decoder] if encoder is None else [encoder, decoder]
+        parts: list[EncoderGemms | DecoderGemms] = [decoder] if encoder is None else [encoder, decoder]
         for part in parts:
-            for product, weight in part.products():
-                tensors = product_tensors(part.stack, product, precision)
+            for gemm, weight in part.gemms():
+                tensors = gemm_tensors(part.stack, gemm, precision)
                 _, of_weight = tensors.inputs
-                np.save(beside / product.weight, _bits(weight, precision).reshape(of_weight.shape({})), allow_pickle=False)
-                onnx.save(product_model(tensors, opset), beside / f"{product.engine}.onnx")
+                np.save(beside / gemm.weight, _bits(weight, precision).reshape(of_weight.shape({})), allow_pickle=False)
+                onnx.save(gemm_model(tensors, opset), beside / f"{gemm.engine}.onnx")
         (beside / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
         for file, array in (decoder.arrays | (encoder.arrays if encoder else {})).items():
             np.save(beside / file, array, allow_pickle=False)
@@ -134,12 +134,12 @@ def export_half(graph: GpuGraph, tensors: GraphTensors, path: Path, precision: s
         onnx.save(model, str(path), save_as_external_data=model.ByteSize() > EXTERNAL_DATA_BYTES, location=f"{path.name}.data")
 
 
-def product_model(tensors: GraphTensors, opset: int) -> onnx.ModelProto:
+def gemm_model(tensors: GraphTensors, opset: int) -> onnx.ModelProto:
     """X @ weight as a graph, in the weight's type; what crosses the border in another is cast. No module to export: it holds no weights."""
     x, weight = tensors.inputs
     (y,) = tensors.outputs
     inside = ONNX_TYPES[weight.dtype]
-    nodes = [helper.make_node("MatMul", [x.name, weight.name], [y.name], name="product")]
+    nodes = [helper.make_node("MatMul", [x.name, weight.name], [y.name], name="gemm")]
     if ONNX_TYPES[x.dtype] != inside:
         nodes[0].input[0] = "given"
         nodes.insert(0, helper.make_node("Cast", [x.name], ["given"], name="cast_in", to=inside))
@@ -147,7 +147,7 @@ def product_model(tensors: GraphTensors, opset: int) -> onnx.ModelProto:
         nodes[-1].output[0] = "made"
         nodes.append(helper.make_node("Cast", ["made"], [y.name], name="cast_out", to=ONNX_TYPES[y.dtype]))
     inputs, outputs = ([helper.make_tensor_value_info(s.name, ONNX_TYPES[s.dtype], s.axes) for s in specs] for specs in ((x, weight), (y,)))
-    graph = helper.make_graph(nodes, "product", inputs, outputs)
+    graph = helper.make_graph(nodes, "gemm", inputs, outputs)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
 
 

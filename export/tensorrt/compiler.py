@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from export.atomic_directory import replacing
-from serving.contract.gemms import decoder_products, encoder_products, packed_cross_kv_tensors, product_tensors
+from serving.contract.gemms import decoder_gemms, encoder_gemms, gemm_tensors, packed_cross_kv_tensors
 from serving.contract.gpu_profiles import Shapes, profile_ranges, profile_shapes
 from serving.contract.limits import Limits
 from serving.contract.manifest import MANIFEST_FILE, EngineBuild, EngineError, Manifest, sha256_of_file
@@ -50,10 +50,10 @@ def graphs_of(manifest: Manifest) -> dict[str, GraphTensors]:
         raise EngineError("these graphs are for a CPU; export them with --gpu")
     graphs = {} if encoder else {"encoder": encoder_tensors(sizes, "float16")}
     graphs["cross_kv"] = packed_cross_kv_tensors(sizes)
-    for stack, products in ((encoder, encoder_products(encoder) if encoder else ()), (decoder, decoder_products(sizes))):
-        for product in products:
+    for stack, gemms in ((encoder, encoder_gemms(encoder) if encoder else ()), (decoder, decoder_gemms(sizes))):
+        for gemm in gemms:
             assert stack is not None
-            graphs[product.engine] = product_tensors(stack, product, manifest.precision)
+            graphs[gemm.engine] = gemm_tensors(stack, gemm, manifest.precision)
     return graphs
 
 
@@ -210,7 +210,7 @@ class Compiler:
             # the plugin libraries of this version need cuBLAS 12 and cuDNN 8; its own kernels do as well
             own = [trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS]
             # Several contexts of one profile: the default from 10 on. What is not named is off, "faster dynamic shapes" among them, which
-            # makes no difference to single products
+            # makes no difference to single gemms
             previews = [trt.PreviewFeature.PROFILE_SHARING_0806]
             self._options |= {
                 "fp16": True,

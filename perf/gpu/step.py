@@ -2,7 +2,7 @@
 
 A step is one CUDA graph of a hundred kernels of a few microseconds; a profiler between them would cost more than they do. So the step is
 captured again without one kind of operation, and what it takes less is what that kind costs in its place; beside it, what it takes alone.
-Also the step whose products are all the engines'.
+Also the step whose gemms are all the engines'.
 Random questions of full length; the step is at position --position of every answer.
 """
 
@@ -21,7 +21,7 @@ from serving.contract.limits import Limits
 from serving.contract.manifest import Manifest
 from serving.engines.gpu.cuda_graph import Graph
 from serving.engines.gpu.decoder import LENGTHS, POSITIONS, SLOTS, GpuDecoder
-from serving.engines.gpu.weights import LoadedProduct
+from serving.engines.gpu.weights import LoadedGemm
 from serving.engines.load import load_decoder
 
 from .engines import fill, gpu_ms
@@ -30,10 +30,10 @@ ROUNDS = 30
 
 
 def kind_of(operation: Any) -> str:
-    """What an operation of a step's program is: a product by its shape, a kernel by its name."""
+    """What an operation of a step's program is: a gemm by its shape, a kernel by its name."""
     owner = getattr(operation.func, "__self__", None)
-    if isinstance(owner, LoadedProduct):
-        return "product " + " x ".join(map(str, owner.weight.shape))
+    if isinstance(owner, LoadedGemm):
+        return "gemm " + " x ".join(map(str, owner.weight.shape))
     return str(operation.func.__name__)
 
 
@@ -65,17 +65,17 @@ def profile(decoder: GpuDecoder, batch: int, tokens: int, position: int) -> dict
     state[POSITIONS], state[SLOTS, :batch], state[LENGTHS, :batch] = position, range(batch), tokens
     decoder._state.set(state, stream=decoder._stream)
     kinds = [kind_of(operation) for operation in program]
-    few_rows = next(iter(decoder._products.values())).few_rows
+    few_rows = next(iter(decoder._gemms.values())).few_rows
     in_turn, whole = graph_us(decoder, program, overlap=False), graph_us(decoder, program)
     found = {}
     for kind in dict.fromkeys(kinds):
         without = graph_us(decoder, [operation for operation, other in zip(program, kinds, strict=True) if other != kind])
         alone = graph_us(decoder, [operation for operation, other in zip(program, kinds, strict=True) if other == kind])
         found[kind] = {"times": kinds.count(kind), "less_without_us": round(whole - without, 1), "alone_us": round(alone, 1)}
-    for loaded in decoder._products.values():
+    for loaded in decoder._gemms.values():
         loaded.few_rows = None
     by_engines = graph_us(decoder, decoder._program(batch, False))
-    for loaded in decoder._products.values():
+    for loaded in decoder._gemms.values():
         loaded.few_rows = few_rows
     steps = {"step_us": whole, "step_in_turn_us": in_turn, "step_by_engines_us": by_engines}
     return {**{name: round(us, 1) for name, us in steps.items()}, "operations": found}

@@ -1,8 +1,8 @@
-"""How a reader is cut for a GPU: into its matrix products, with small kernels between them (cuda/).
+"""How a reader is cut for a GPU: into its GEMMs, with small kernels between them (cuda/).
 
-A product sees rows and nothing else: tokens of passages that lie one after the other, without padding, or one row a running answer. So it
+A gemm sees rows and nothing else: tokens of passages that lie one after the other, without padding, or one row a running answer. So it
 costs what its rows cost, and what a step's time goes into, the keys and values, is read once, where it lies, by an attention kernel. The
-weights are an input as well: one engine serves the products of a kind in all layers. Narrow products of a step are made in parts, each of
+weights are an input as well: one engine serves the gemms of a kind in all layers. Narrow gemms of a step are made in parts, each of
 some of the columns that go in: a row or two dozen give a card too few blocks otherwise. The kernel behind sums the parts. A step of few
 rows multiplies by a kernel as well (cuda/few_rows.cu), which takes and makes what the engine would.
 
@@ -10,7 +10,7 @@ rows multiplies by a kernel as well (cuda/few_rows.cu), which takes and makes wh
     decoder layer   the same; in the cross-attending ones, before wi: cross_q -> attention -> cross_o -> add, norm
     at the end      norm, and in the decoder the choice of the token, whose kernel multiplies by the head itself
 
-The one kernel between two products adds to the residual stream and norms it for the next.
+The one kernel between two gemms adds to the residual stream and norms it for the next.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .tensors import EngineSizes, GraphTensors, TensorSpec
 StackName = Literal["encoder", "decoder"]
 # Arrays that the kernels read; the files lie beside the engines.
 ARRAYS = EMBEDDING, NORMS, BIAS, CROSS_BIAS, HEAD = ("embedding", "norms", "bias", "cross_bias", "head")
-ENCODER_KINDS = ("qkv", "o", "wi", "wo")  # products of a layer, in order
-# Of a step's products: a block makes 32 columns, a card has a hundred and some multiprocessors, and shorter sums than these gain nothing
+ENCODER_KINDS = ("qkv", "o", "wi", "wo")  # gemms of a layer, in order
+# Of a step's gemms: a block makes 32 columns, a card has a hundred and some multiprocessors, and shorter sums than these gain nothing
 # (perf/results/h200/notes.md).
 MOST_PARTS, MOST_BLOCKS, LEAST_SUMMED, BLOCK_COLUMNS = 4, 132, 192, 32
 KINDS_IN_PARTS = ("qkv", "o", "cross_o", "wo")  # whose parts the kernels behind them sum
@@ -37,7 +37,7 @@ def array_file(stack: StackName, array: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class StackSizes:
-    """What the products and kernels of one stack depend on; travels in the manifest.
+    """What the gemms and kernels of one stack depend on; travels in the manifest.
 
     Attributes:
         gated: the feed-forward layer is gelu(a) * b, not relu.
@@ -55,8 +55,8 @@ class StackSizes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
-    """One product: its stack, its layer (0-based) and which it is of the layer's."""
+class Gemm:
+    """One gemm: its stack, its layer (0-based) and which it is of the layer's."""
 
     stack: StackName
     layer: int
@@ -73,21 +73,21 @@ class Product:
         return f"{self.stack}.{self.layer:02d}.{self.kind}.npy"
 
 
-def encoder_products(stack: StackSizes) -> tuple[Product, ...]:
-    """All products of the encoder in the order in which they run."""
-    return tuple(Product("encoder", layer, kind) for layer in range(stack.num_layers) for kind in ENCODER_KINDS)
+def encoder_gemms(stack: StackSizes) -> tuple[Gemm, ...]:
+    """All gemms of the encoder in the order in which they run."""
+    return tuple(Gemm("encoder", layer, kind) for layer in range(stack.num_layers) for kind in ENCODER_KINDS)
 
 
-def decoder_products(sizes: EngineSizes) -> tuple[Product, ...]:
-    """All products of a decoder step in the order in which they run."""
+def decoder_gemms(sizes: EngineSizes) -> tuple[Gemm, ...]:
+    """All gemms of a decoder step in the order in which they run."""
     found = []
     for layer in range(sizes.num_decoder_layers):
         across = ("cross_q", "cross_o") if layer in sizes.cross_attention_layers else ()
-        found += [Product("decoder", layer, kind) for kind in ("qkv", "o", *across, "wi", "wo")]
+        found += [Gemm("decoder", layer, kind) for kind in ("qkv", "o", *across, "wi", "wo")]
     return tuple(found)
 
 
-def product_widths(stack: StackSizes, kind: str) -> tuple[int, int]:
+def gemm_features(stack: StackSizes, kind: str) -> tuple[int, int]:
     """Columns in and out."""
     queries, keys = stack.num_heads * stack.d_kv, stack.num_kv_heads * stack.d_kv
     return {
@@ -100,27 +100,27 @@ def product_widths(stack: StackSizes, kind: str) -> tuple[int, int]:
     }[kind]
 
 
-def product_parts(stack: StackSizes, product: Product) -> int:
-    """In how many parts a product is made."""
-    if product.stack == "encoder" or product.kind not in KINDS_IN_PARTS:
+def split_k_of(stack: StackSizes, gemm: Gemm) -> int:
+    """In how many parts a gemm is made."""
+    if gemm.stack == "encoder" or gemm.kind not in KINDS_IN_PARTS:
         return 1
-    given, made = product_widths(stack, product.kind)
+    given, made = gemm_features(stack, gemm.kind)
     blocks, parts = -(-made // BLOCK_COLUMNS), 1
     while parts < MOST_PARTS and 2 * parts * blocks <= MOST_BLOCKS and given % (2 * parts * 64) == 0 and given >= 2 * parts * LEAST_SUMMED:
         parts *= 2
     return parts
 
 
-def product_tensors(stack: StackSizes, product: Product, precision: str) -> GraphTensors:
-    """Inputs and output of a product's engine: of one in parts, each part's columns of all rows, its rows of the weights, what it makes.
+def gemm_tensors(stack: StackSizes, gemm: Gemm, precision: str) -> GraphTensors:
+    """Inputs and output of a gemm's engine: of one in parts, each part's columns of all rows, its rows of the weights, what it makes.
 
     Args:
-        stack: the product's.
-        product: any of its kind.
+        stack: the gemm's.
+        gemm: any of its kind.
         precision: of the weights, "float16" or "bfloat16"; what is multiplied crosses the border as float16 with either.
     """
-    rows, parts = "tokens" if product.stack == "encoder" else "batch", product_parts(stack, product)
-    given, made = product_widths(stack, product.kind)
+    rows, parts = "tokens" if gemm.stack == "encoder" else "batch", split_k_of(stack, gemm)
+    given, made = gemm_features(stack, gemm.kind)
     lead: tuple[int, ...] = (parts,) if parts > 1 else ()
     inputs = (TensorSpec("x", "float16", (*lead, rows, given // parts)), TensorSpec("weight", precision, (*lead, given // parts, made)))
     return GraphTensors(inputs, (TensorSpec("y", "float16", (*lead, rows, made)),))

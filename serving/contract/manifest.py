@@ -100,7 +100,7 @@ class Manifest:
         files: name -> SHA-256 of every file that belongs to the engines.
         weights_sha256: of the checkpoint's weights: engines of one checkpoint share it.
         provenance: source, versions, opset; informative, not read by the server.
-        encoder, decoder: sizes of the stacks that are cut into products (products.py), as those of a GPU are; None for whole graphs.
+        encoder, decoder: sizes of the stacks that are cut into gemms (gemms.py), as those of a GPU are; None for whole graphs.
         build: of compiled engines, what they were built with and for: the server refuses them elsewhere.
     """
 
@@ -121,7 +121,7 @@ class Manifest:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the engines run on a GPU, with the decoder step in products (products.py)."""
+        """Whether the engines run on a GPU, with the decoder step in gemms (gemms.py)."""
         return self.engine != "onnxruntime"
 
     def engine_file(self, name: str) -> str:

@@ -122,12 +122,12 @@ def test_a_native_encoder_wants_tensorrt_engines(engines, tmp_path: Path):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_the_encoder_must_be_what_its_backend_runs(whole: bool, tmp_path: Path, tokenizer_json: str) -> None:
-    """A whole one for Triton's own backend, products for ours: the other is refused, and so are files of a build that never ran."""
+    """A whole one for Triton's own backend, gemms for ours: the other is refused, and so are files of a build that never ran."""
     checkpoint = Checkpoint(random_reader(wide(FIDO)), tokenizer_json, "test", "own")
     graphs = tmp_path / "graphs"
     manifest = export_gpu_reader(checkpoint, graphs, whole_encoder=whole)
     if whole:
-        with pytest.raises(ManifestError, match="wanted the encoder as its products; export without --whole-encoder"):
+        with pytest.raises(ManifestError, match="wanted the encoder as its gemms; export without --whole-encoder"):
             repository_from_engines(graphs, tmp_path / "repository", "fido", Limits())
         return
     (graphs / "manifest.json").write_text(dataclasses.replace(manifest, engine="tensorrt").to_json())

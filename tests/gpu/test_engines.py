@@ -74,10 +74,10 @@ def test_encoder_equals_fp32(gpu_reader: GpuReader, record_property) -> None:
         np.testing.assert_allclose(found, encoder.encode([passages])[0].get(), atol=2e-3 * np.abs(found).max())
 
 
-@pytest.mark.parametrize("products", ["by kernels", "by engines"])
-def test_decoder_equals_fp32(products: str, gpu_reader: GpuReader, record_property, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gemms", ["by kernels", "by engines"])
+def test_decoder_equals_fp32(gemms: str, gpu_reader: GpuReader, record_property, monkeypatch: pytest.MonkeyPatch) -> None:
     """Teacher-forced with fp32's tokens, so that a tie does not end the comparison; slots are admitted out of order and moved."""
-    if products == "by engines":
+    if gemms == "by engines":
         monkeypatch.setattr("serving.engines.gpu.decoder.FewRows", lambda: None)
     states = gpu_reader.states[:6]
     gpu = load_decoder(gpu_reader.engines, gpu_reader.manifest, gpu_reader.limits)
@@ -103,8 +103,8 @@ def test_decoder_equals_fp32(products: str, gpu_reader: GpuReader, record_proper
                 error = np.abs(wanted[2][row, : len(hidden)] - found[2][row, : len(hidden)]).max()
                 worst_evidence = max(worst_evidence, float(error))
         tokens = wanted[0]
-    report(record_property, f"{gpu_reader.name} log_prob against fp32, products {products}", worst_log_prob)
-    report(record_property, f"{gpu_reader.name} cross_attention against fp32, products {products}", worst_evidence)
+    report(record_property, f"{gpu_reader.name} log_prob against fp32, gemms {gemms}", worst_log_prob)
+    report(record_property, f"{gpu_reader.name} cross_attention against fp32, gemms {gemms}", worst_evidence)
     assert worst_log_prob < LOG_PROB and worst_evidence < RELATIVE
 
 

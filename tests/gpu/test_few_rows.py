@@ -1,4 +1,4 @@
-"""The product of a step's few rows against NumPy: shapes whole and in parts, and every row as if it were alone."""
+"""The gemm of a step's few rows against NumPy: shapes whole and in parts, and every row as if it were alone."""
 
 from __future__ import annotations
 

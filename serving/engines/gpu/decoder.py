@@ -1,4 +1,4 @@
-"""The decoder on a GPU: its products, by kernel or engine, with kernels between them, caches in fixed slots, CUDA graphs.
+"""The decoder on a GPU: its gemms, by kernel or engine, with kernels between them, caches in fixed slots, CUDA graphs.
 
 Each batch bucket has two graphs: of a step in which some answer gets its first token, which leaves evidence, and of one without.
 
@@ -22,9 +22,9 @@ from serving.contract.gemms import (
     HEAD,
     NORMS,
     array_file,
-    decoder_products,
+    decoder_gemms,
     packed_cross_kv_tensors,
-    product_parts,
+    split_k_of,
 )
 from serving.contract.gpu_profiles import GpuMemory, batch_buckets, bucket_of, decoder_memory
 from serving.contract.manifest import EngineError, Manifest
@@ -32,14 +32,14 @@ from serving.contract.manifest import EngineError, Manifest
 from .cuda_graph import Graph
 from .engine import LoadEngine, Scratch
 from .kernels import FewRows, HeadKernels, RowKernels, StepKernels
-from .weights import load_arrays, load_products, weight_bytes
+from .weights import load_arrays, load_gemms, weight_bytes
 
 TOKENS, POSITIONS, SLOTS, LENGTHS, PENALTY = range(5)  # rows of the state that every step uploads
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 
 
 class GpuDecoder:
-    """cross_kv and the step's products with their caches.
+    """cross_kv and the step's gemms with their caches.
 
     Args:
         directory: of the engines.
@@ -53,7 +53,7 @@ class GpuDecoder:
         sizes = self.sizes = manifest.sizes
         stack = manifest.decoder
         if stack is None:
-            raise EngineError(f"{directory}: the decoder is one graph, not the products that a GPU runs; `make export` makes it again")
+            raise EngineError(f"{directory}: the decoder is one graph, not the gemms that a GPU runs; `make export` makes it again")
         self._stack = stack
         self.slots = slots
         self._encoded, self._generated = capacities
@@ -64,12 +64,12 @@ class GpuDecoder:
         with self._stream:
             scratch = Scratch()
             self._cross_kv = load("cross_kv", packed_cross_kv_tensors(sizes), scratch)
-            self._products = load_products(directory, manifest, stack, decoder_products(sizes), load, scratch, FewRows())
+            self._gemms = load_gemms(directory, manifest, stack, decoder_gemms(sizes), load, scratch, FewRows())
             names = [EMBEDDING, NORMS, BIAS, HEAD] + [CROSS_BIAS] * (array_file("decoder", CROSS_BIAS) in manifest.files)
             arrays = load_arrays(directory, manifest, "decoder", names)
             self._embedding, self._norms, self._self_bias, self._head = arrays[:4]
             self._cross_bias = arrays[4] if len(arrays) > 4 else None
-            weights = weight_bytes(self._products) + self._cross_kv.weight_bytes + sum(array.nbytes for array in arrays)
+            weights = weight_bytes(self._gemms) + self._cross_kv.weight_bytes + sum(array.nbytes for array in arrays)
             self._rows, self._kernels = RowKernels(stack), StepKernels(sizes)
             self._choice = HeadKernels(sizes.d_model_decoder, sizes.vocab_size, manifest.eos_token_id)
             working = self._allocate_working()
@@ -87,7 +87,7 @@ class GpuDecoder:
         Graphs run one after the other, so all have the same; a buffer holds what no two kernels need at once.
         """
         sizes, slots = self.sizes, self.slots
-        widest = max(product_parts(self._stack, product) * loaded.weight.shape[-1] for product, loaded in self._products.items())
+        widest = max(split_k_of(self._stack, gemm) * loaded.weight.shape[-1] for gemm, loaded in self._gemms.items())
         self._residual = cp.empty((slots, sizes.d_model_decoder), cp.float32)
         self._normed = cp.empty((slots, sizes.d_model_decoder), cp.float16)
         self._attended = cp.empty((slots, sizes.num_heads * sizes.d_kv), cp.float16)
@@ -132,7 +132,7 @@ class GpuDecoder:
 
         run()
         self._stream.synchronize()
-        if not all(product.engine.capturable for product in self._products.values()):
+        if not all(gemm.engine.capturable for gemm in self._gemms.values()):
             return run
         graph = Graph(self._stream, run)
         return lambda: graph.launch(self._stream)
@@ -143,27 +143,27 @@ class GpuDecoder:
         positions, slots, lengths = (self._state[i, :bucket] for i in (POSITIONS, SLOTS, LENGTHS))
         residual, normed, activated = self._residual[:bucket], self._normed[:bucket], self._activated[:bucket]
         attended, partial, softmax = self._attended[:bucket], self._partial[:bucket], self._softmax[:bucket]
-        norms, products = iter(self._norms), list(self._products)
-        parts = [product_parts(self._stack, product) for product in products] + [1]  # the head takes its rows as they are
+        norms, gemms = iter(self._norms), list(self._gemms)
+        parts = [split_k_of(self._stack, gemm) for gemm in gemms] + [1]  # the head takes its rows as they are
         given = _in_parts(normed, parts[0])
         tokens = self._state[TOKENS, :bucket]
         program: list[Callable[[], None]] = [functools.partial(rows.embed, tokens, self._embedding, next(norms), residual, given)]
-        for product, own, next_parts in zip(products, parts, parts[1:], strict=False):
-            loaded = self._products[product]
+        for gemm, own, next_parts in zip(gemms, parts, parts[1:], strict=False):
+            loaded = self._gemms[gemm]
             width = loaded.weight.shape[-1]
             made = self._made[: own * bucket * width].reshape((own, bucket, width) if own > 1 else (bucket, width))
             program.append(functools.partial(loaded.enqueue, given, made, self._stream, context=bucket))
-            if product.kind == "qkv":
-                given, cache = _in_parts(attended, next_parts), self._self_cache[product.layer]
+            if gemm.kind == "qkv":
+                given, cache = _in_parts(attended, next_parts), self._self_cache[gemm.layer]
                 program.append(functools.partial(kernels.self_attention, made, cache, slots, positions, self._self_bias, given))
-            elif product.kind == "cross_q":
-                given, cache = _in_parts(attended, next_parts), self._cross_cache[product.layer]
+            elif gemm.kind == "cross_q":
+                given, cache = _in_parts(attended, next_parts), self._cross_cache[gemm.layer]
                 at = (made, cache, slots, lengths, positions, self._cross_bias, self._encoder_positions)
                 program.append(functools.partial(kernels.cross_attention, *at, partial, softmax, given))
                 if first:
-                    number = sizes.cross_attention_layers.index(product.layer)
+                    number = sizes.cross_attention_layers.index(gemm.layer)
                     program.append(functools.partial(kernels.evidence, *at, softmax, number, self._evidence[:bucket]))
-            elif product.kind == "wi":
+            elif gemm.kind == "wi":
                 given = _in_parts(activated, next_parts)
                 program.append(functools.partial(rows.activate, made, given))
             else:
@@ -265,7 +265,7 @@ class GpuDecoder:
 
 
 def _in_parts(rows: cp.ndarray, parts: int) -> cp.ndarray:
-    """Memory of [rows, columns] as a product in parts takes it: [parts, rows, columns / parts]."""
+    """Memory of [rows, columns] as a gemm in parts takes it: [parts, rows, columns / parts]."""
     return rows if parts == 1 else rows.reshape(parts, len(rows), -1)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import cupy as cp
 import numpy as np
 
-from serving.contract.gemms import BIAS, EMBEDDING, ENCODER_KINDS, NORMS, StackSizes, encoder_products, product_widths
+from serving.contract.gemms import BIAS, EMBEDDING, ENCODER_KINDS, NORMS, StackSizes, encoder_gemms, gemm_features
 from serving.contract.gpu_profiles import attention_tiles, calls_of_tokens, captured_calls, encoder_batch, encoder_tokens, most_tiles
 from serving.contract.limits import Limits
 from serving.contract.manifest import EngineError, Manifest
@@ -20,7 +20,7 @@ from serving.contract.manifest import EngineError, Manifest
 from .cuda_graph import Graph
 from .engine import LoadEngine, Scratch
 from .kernels import EncoderAttention, RowKernels
-from .weights import load_arrays, load_products, weight_bytes
+from .weights import load_arrays, load_gemms, weight_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class CapturedCall:
 
 
 class GpuEncoder:
-    """The encoder's products with the kernels between them; not to be called from two threads at once.
+    """The encoder's gemms with the kernels between them; not to be called from two threads at once.
 
     Raises:
         EngineError: if the encoder was exported as one graph.
@@ -54,22 +54,22 @@ class GpuEncoder:
         self._stream = cp.cuda.Stream(non_blocking=True)
         with self._stream:
             scratch = Scratch()
-            self._products = load_products(directory, manifest, sizes, encoder_products(sizes), load, scratch)
+            self._gemms = load_gemms(directory, manifest, sizes, encoder_gemms(sizes), load, scratch)
             self._embedding, self._norms, self._bias = load_arrays(directory, manifest, "encoder", (EMBEDDING, NORMS, BIAS))
             self._rows, self._attend = RowKernels(sizes), EncoderAttention(sizes, len(self._bias) // 2)
             self._allocate(sizes)
-            weights = weight_bytes(self._products) + self._embedding.nbytes
+            weights = weight_bytes(self._gemms) + self._embedding.nbytes
             self.bytes = weights + scratch.bytes + sum(array.nbytes for array in self._buffers)
             # what is set up on first use is set up now
             self._captured: list[CapturedCall] = []
             self.encode([(np.ones((1, self._passage_length), np.int32),) * 2])
-            if all(product.engine.capturable for product in self._products.values()):
+            if all(gemm.engine.capturable for gemm in self._gemms.values()):
                 self._captured = [self._capture(tokens, encoder_batch(limits)) for tokens in captured_calls(self.most_tokens)]
 
     def _allocate(self, sizes: StackSizes) -> None:
         """What a call works in. A buffer holds what no two steps need at once."""
         most = self.most_tokens
-        widths = {kind: product_widths(sizes, kind) for kind in ENCODER_KINDS}
+        widths = {kind: gemm_features(sizes, kind) for kind in ENCODER_KINDS}
         self._residual = cp.empty((most, sizes.d_model), cp.float32)
         self._normed, self._made = (cp.empty(most * sizes.d_model, cp.float16) for _ in range(2))
         self._wide_made = cp.empty(most * max(widths["qkv"][1], widths["wi"][1]), cp.float16)
@@ -131,7 +131,7 @@ class GpuEncoder:
         return CapturedCall(tokens, tiles, given, Graph(self._stream, run))
 
     def _enqueue(self, tokens: cp.ndarray, tiles: cp.ndarray, longest: int, context: int = 0) -> None:
-        """All layers, up to what the last product made and the residual stream before it."""
+        """All layers, up to what the last gemm made and the residual stream before it."""
         count, kernels = len(tokens), self._rows
 
         def rows(buffer: cp.ndarray, width: int) -> cp.ndarray:
@@ -141,16 +141,16 @@ class GpuEncoder:
         norms = iter(self._norms)
         kernels.embed(tokens, self._embedding, next(norms), residual, normed)
         given = normed
-        for product, loaded in self._products.items():
-            wide = product.kind in ("qkv", "wi")
-            made = rows(self._wide_made if wide else self._made, product_widths(self.sizes, product.kind)[1])
+        for gemm, loaded in self._gemms.items():
+            wide = gemm.kind in ("qkv", "wi")
+            made = rows(self._wide_made if wide else self._made, gemm_features(self.sizes, gemm.kind)[1])
             loaded.enqueue(given, made, self._stream, context=context)
-            if product.kind == "qkv":
-                given = rows(self._wide_given, product_widths(self.sizes, "o")[0])
+            if gemm.kind == "qkv":
+                given = rows(self._wide_given, gemm_features(self.sizes, "o")[0])
                 self._attend(made, tiles, longest, self._bias, given)
-            elif product.kind == "wi":
+            elif gemm.kind == "wi":
                 given = rows(self._wide_given, self.sizes.d_ff)
                 kernels.activate(made, given)
-            elif (product.kind, product.layer) != ("wo", self.sizes.num_layers - 1):
+            elif (gemm.kind, gemm.layer) != ("wo", self.sizes.num_layers - 1):
                 given = normed
                 kernels.add_and_norm(made, next(norms), residual, given)

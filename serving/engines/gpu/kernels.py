@@ -1,4 +1,4 @@
-"""The CUDA kernels between the products of a reader, compiled for its sizes, and how each is launched.
+"""The CUDA kernels between the gemms of a reader, compiled for its sizes, and how each is launched.
 
 The sources are in cuda/. All launches go to CuPy's current stream and may be captured into a graph.
 """
@@ -33,7 +33,7 @@ SUM_STRIDE = FEW_COLUMNS + 8  # of a row of its warps' sums in shared memory: ro
 
 
 def parts_of(array: cp.ndarray) -> int:
-    """In how many parts a product makes or wants an array: [parts, rows, columns], or [rows, columns]."""
+    """In how many parts a gemm makes or wants an array: [parts, rows, columns], or [rows, columns]."""
     return array.shape[0] if array.ndim == 3 else 1
 
 
@@ -51,7 +51,7 @@ def _compiled(defines: dict[str, Any], *sources: str) -> cp.RawModule:
 class RowKernels:
     """What is done to rows of one stack.
 
-    Shapes below: `residual` float32[rows, d_model], `normed` and `made` float16[rows, d_model], `weight` float32[d_model]. What a product
+    Shapes below: `residual` float32[rows, d_model], `normed` and `made` float16[rows, d_model], `weight` float32[d_model]. What a gemm
     in parts makes is float16[parts, rows, columns], and what it wants float16[parts, rows, columns / parts].
     """
 

@@ -1,4 +1,4 @@
-"""The products of a stack and the arrays of its kernels, loaded to the GPU from verified files."""
+"""The gemms of a stack and the arrays of its kernels, loaded to the GPU from verified files."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 import cupy as cp
 import numpy as np
 
-from serving.contract.gemms import Product, StackName, StackSizes, array_file, product_tensors
+from serving.contract.gemms import Gemm, StackName, StackSizes, array_file, gemm_tensors
 from serving.contract.manifest import Manifest
 
 from .engine import GpuEngine, LoadEngine, Scratch
 from .kernels import FewRows
 
 
-class LoadedProduct:
-    """One product: its kind's engine, its own weights, and what multiplies few rows in the engine's place."""
+class LoadedGemm:
+    """One gemm: its kind's engine, its own weights, and what multiplies few rows in the engine's place."""
 
     def __init__(self, engine: GpuEngine, weight: cp.ndarray, few_rows: FewRows | None = None):
         self.engine, self.weight, self.few_rows = engine, weight, few_rows
@@ -40,34 +40,34 @@ def load_arrays(directory: Path, manifest: Manifest, stack: StackName, names: Se
     return [cp.asarray(np.load(directory / file, allow_pickle=False)) for file in files]
 
 
-def load_products(
+def load_gemms(
     directory: Path,
     manifest: Manifest,
     stack: StackSizes,
-    products: Sequence[Product],
+    gemms: Sequence[Gemm],
     load: LoadEngine,
     scratch: Scratch,
     few_rows: FewRows | None = None,
-) -> dict[Product, LoadedProduct]:
+) -> dict[Gemm, LoadedGemm]:
     """Products of a stack with their weights on the GPU, in the order given; those of a kind share an engine, all share `few_rows`.
 
     Raises:
         ManifestError: if a file is missing or altered.
         EngineError: if an engine cannot be loaded here.
     """
-    manifest.verify(directory, tuple(product.weight for product in products))
+    manifest.verify(directory, tuple(gemm.weight for gemm in gemms))
     engines: dict[str, GpuEngine] = {}
     loaded = {}
-    for product in products:
-        if product.engine not in engines:
-            tensors = product_tensors(stack, product, manifest.precision)
-            engines[product.engine] = load(product.engine, tensors, scratch)
-        weight = cp.asarray(np.load(directory / product.weight, allow_pickle=False))
-        loaded[product] = LoadedProduct(engines[product.engine], weight, few_rows)
+    for gemm in gemms:
+        if gemm.engine not in engines:
+            tensors = gemm_tensors(stack, gemm, manifest.precision)
+            engines[gemm.engine] = load(gemm.engine, tensors, scratch)
+        weight = cp.asarray(np.load(directory / gemm.weight, allow_pickle=False))
+        loaded[gemm] = LoadedGemm(engines[gemm.engine], weight, few_rows)
     return loaded
 
 
-def weight_bytes(products: Mapping[Product, LoadedProduct]) -> int:
+def weight_bytes(gemms: Mapping[Gemm, LoadedGemm]) -> int:
     """Bytes of the weights, and of the engines that share them."""
-    engines = {id(loaded.engine): loaded.engine for loaded in products.values()}
-    return sum(loaded.weight.nbytes for loaded in products.values()) + sum(engine.weight_bytes for engine in engines.values())
+    engines = {id(loaded.engine): loaded.engine for loaded in gemms.values()}
+    return sum(loaded.weight.nbytes for loaded in gemms.values()) + sum(engine.weight_bytes for engine in engines.values())

@@ -111,7 +111,7 @@ def test_graphs_have_dynamic_axes_and_the_opset_asked_for(engines):
 
 
 def test_multi_query_keys_are_never_copied_once_per_head(engines):
-    """Expanding K or V to all heads would undo multi-query attention: no node but the two products may read the cross cache."""
+    """Expanding K or V to all heads would undo multi-query attention: no node but the two gemms may read the cross cache."""
     _, directory = engines["fido"]
     graph = onnx.load(str(directory / "decoder_step.onnx")).graph
     for name in ("past_key_values.1.encoder.key", "past_key_values.1.encoder.value"):

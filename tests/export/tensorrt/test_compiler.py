@@ -75,7 +75,7 @@ def test_only_what_has_changed_is_built_again(graphs: Path, tmp_path: Path, monk
         assert built.build is not None and built.build.gpu == "GPU" and len(built.build.seconds) == len(names)
         rounds[what] = list(CountingCompiler.compiled)
     assert rounds["nothing"] == [] and {"cross_kv", "encoder.wo", "decoder.wo"} <= set(rounds["all"]) <= set(names)
-    assert "decoder.cross_o" not in rounds["all"]  # the same product as decoder.o
+    assert "decoder.cross_o" not in rounds["all"]  # the same gemm as decoder.o
     assert rounds["the decoder's"] == [name for name in rounds["all"] if name.startswith("decoder.")]
     assert (tmp_path / "engines" / "encoder.wo.plan").read_bytes() == b"encoder.wo"
 

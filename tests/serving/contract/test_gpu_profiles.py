@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from serving.contract.gemms import StackSizes, decoder_products, encoder_products, packed_cross_kv_tensors, product_parts, product_tensors
+from serving.contract.gemms import StackSizes, decoder_gemms, encoder_gemms, gemm_tensors, packed_cross_kv_tensors, split_k_of
 from serving.contract.gpu_profiles import (
     TILE,
     attention_tiles,
@@ -56,16 +56,16 @@ def test_a_captured_call_has_room_for_all_tiles(lengths: list[int]) -> None:
 
 
 def test_every_projection_of_a_reader_is_one_product() -> None:
-    assert len(encoder_products(STACK)) == 12 * 4
+    assert len(encoder_gemms(STACK)) == 12 * 4
     for sizes, count in ((FID_BASE, 12 * 6), (FIDO_BASE, 12 * 4 + 2 * 2)):
-        products = decoder_products(sizes)
-        assert len(products) == count == len({p.weight for p in products}) and products[-1].kind == "wo"
-        assert sorted({p.layer for p in products if p.kind == "cross_q"}) == list(sizes.cross_attention_layers)
-    for given, made in zip(encoder_products(STACK), encoder_products(STACK)[1:], strict=False):
+        gemms = decoder_gemms(sizes)
+        assert len(gemms) == count == len({p.weight for p in gemms}) and gemms[-1].kind == "wo"
+        assert sorted({p.layer for p in gemms if p.kind == "cross_q"}) == list(sizes.cross_attention_layers)
+    for given, made in zip(encoder_gemms(STACK), encoder_gemms(STACK)[1:], strict=False):
         # what one makes is what the next takes, once attention and the gate have been there
         shrunk = {"qkv": 3, "wi": 2}.get(given.kind, 1)
-        wide = product_tensors(STACK, given, "float16").outputs[0]
-        narrow = product_tensors(STACK, made, "float16").inputs[0]
+        wide = gemm_tensors(STACK, given, "float16").outputs[0]
+        narrow = gemm_tensors(STACK, made, "float16").inputs[0]
         assert wide.axes[1] == shrunk * narrow.axes[1]
 
 
@@ -73,15 +73,15 @@ def test_profiles_cover_what_the_limits_allow_and_no_more() -> None:
     limits = Limits(slots=24, max_passages=40, encoder_batch=120)
     (whole,) = (profile_shapes(encoder_tensors(FID_BASE, "float16"), r) for r in profile_ranges("encoder", limits, 256))
     assert whole["input_ids"] == whole["attention_mask"] == ((1, 1), (120, 256), (120, 256))
-    (_, o, wi, _) = encoder_products(STACK)[4:8]
-    for product, columns in ((o, 768), (wi, 768)):
-        (shapes,) = (profile_shapes(product_tensors(STACK, product, "float16"), r) for r in profile_ranges(product.engine, limits, 256))
+    (_, o, wi, _) = encoder_gemms(STACK)[4:8]
+    for gemm, columns in ((o, 768), (wi, 768)):
+        (shapes,) = (profile_shapes(gemm_tensors(STACK, gemm, "float16"), r) for r in profile_ranges(gemm.engine, limits, 256))
         assert shapes["x"] == ((1, columns), (120 * 256, columns), (120 * 256, columns))
         assert len(set(shapes["weight"])) == 1  # of one shape, whatever the rows
     (cross_kv,) = (profile_shapes(packed_cross_kv_tensors(FID_BASE), r) for r in profile_ranges("cross_kv", limits, 256))
     assert cross_kv["encoder_hidden_states"] == ((1, 768), (10240, 768), (10240, 768))
-    wi = decoder_products(FID_BASE)[-2]
-    tensors = product_tensors(STACK, wi, "bfloat16")
+    wi = decoder_gemms(FID_BASE)[-2]
+    tensors = gemm_tensors(STACK, wi, "bfloat16")
     (step,) = (profile_shapes(tensors, r) for r in profile_ranges(wi.engine, limits, 256))
     assert all(fits((rows, 768), step["x"]) for rows in (1, 24))
     assert not fits((25, 768), step["x"])
@@ -98,13 +98,13 @@ def test_narrow_products_of_a_step_are_made_in_parts_that_fill_a_card() -> None:
         (multi_query, {"qkv": 4, "o": 4, "cross_q": 1, "cross_o": 4, "wi": 1, "wo": 4}),
         (xl, {"qkv": 1, "o": 2, "cross_q": 1, "cross_o": 2, "wi": 1, "wo": 2}),
     ):
-        products = {p.kind: p for p in decoder_products(FID_BASE)}
-        assert {kind: product_parts(stack, product) for kind, product in products.items()} == wanted
+        gemms = {p.kind: p for p in decoder_gemms(FID_BASE)}
+        assert {kind: split_k_of(stack, gemm) for kind, gemm in gemms.items()} == wanted
         for kind, parts in wanted.items():
-            x, weight = product_tensors(stack, products[kind], "float16").inputs
+            x, weight = gemm_tensors(stack, gemms[kind], "float16").inputs
             columns, rows_of_weight = x.shape({"batch": 5})[-1], weight.shape({})[-2]
             assert columns == rows_of_weight and len(x.axes) == len(weight.axes) == (3 if parts > 1 else 2)
-    assert {product_parts(STACK, product) for product in encoder_products(STACK)} == {1}  # thousands of rows fill a card as they are
+    assert {split_k_of(STACK, gemm) for gemm in encoder_gemms(STACK)} == {1}  # thousands of rows fill a card as they are
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -74,7 +74,7 @@ def modules() -> dict[str, types.ModuleType]:
 
 
 def put(out: Array, rows: np.ndarray) -> None:
-    """Write rows as the product behind wants them."""
+    """Write rows as the gemm behind wants them."""
     out[:] = in_parts(rows, out.shape[0] if out.ndim == 3 else 1)
 
 

@@ -1,4 +1,4 @@
-"""The encoder in products, on ONNX Runtime's CPU provider and NumPy: what the GPU runtime must equal, in plain fp32."""
+"""The encoder in gemms, on ONNX Runtime's CPU provider and NumPy: what the GPU runtime must equal, in plain fp32."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from serving.contract.gemms import BIAS, EMBEDDING, NORMS, array_file, encoder_products
+from serving.contract.gemms import BIAS, EMBEDDING, NORMS, array_file, encoder_gemms
 from serving.contract.manifest import Manifest
-from tests.serving.engines.numpy_rows import activate, attend_within_passages, load_products, norm
+from tests.serving.engines.numpy_rows import activate, attend_within_passages, load_gemms, norm
 
 
 class NumpyEncoder:
     def __init__(self, directory: Path, manifest: Manifest):
         assert manifest.encoder is not None
         self.stack = manifest.encoder
-        self.products = load_products(directory, encoder_products(self.stack))
+        self.gemms = load_gemms(directory, encoder_gemms(self.stack))
         names = (array_file("encoder", name) for name in (EMBEDDING, NORMS, BIAS))
         self.embedding, self.norms, self.bias = (np.load(directory / name, allow_pickle=False) for name in names)
 
@@ -26,11 +26,11 @@ class NumpyEncoder:
         residual = self.embedding[input_ids[valid]].astype(np.float32)
         norms = iter(self.norms)
         given = norm(residual, next(norms), self.stack.epsilon)
-        for product, multiply in self.products:
+        for gemm, multiply in self.gemms:
             made = multiply(given)
-            if product.kind == "qkv":
+            if gemm.kind == "qkv":
                 given = attend_within_passages(made, lengths, self.bias, self.stack)
-            elif product.kind == "wi":
+            elif gemm.kind == "wi":
                 given = activate(made, self.stack)
             else:
                 residual = residual + made

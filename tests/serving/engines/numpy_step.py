@@ -1,4 +1,4 @@
-"""The decoder step in products as a DecoderEngine, on ONNX Runtime's CPU provider and NumPy: what the GPU runtime must equal.
+"""The decoder step in gemms as a DecoderEngine, on ONNX Runtime's CPU provider and NumPy: what the GPU runtime must equal.
 
 It is written for plainness: attention is a loop over rows, in fp32.
 """
@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from serving.contract.gemms import BIAS, CROSS_BIAS, EMBEDDING, HEAD, NORMS, array_file, decoder_products
+from serving.contract.gemms import BIAS, CROSS_BIAS, EMBEDDING, HEAD, NORMS, array_file, decoder_gemms
 from serving.contract.manifest import Manifest
-from tests.serving.engines.numpy_rows import activate, load_products, norm
+from tests.serving.engines.numpy_rows import activate, load_gemms, norm
 
 
 class NumpyStep:
     def __init__(self, directory: Path, manifest: Manifest, slots: int, length: int = 64, self_length: int = 64):
         assert manifest.decoder is not None
         self.sizes, self.stack, self.slots = manifest.sizes, manifest.decoder, slots
-        self.products = load_products(directory, decoder_products(manifest.sizes))
+        self.gemms = load_gemms(directory, decoder_gemms(manifest.sizes))
         self.cross_kv = ort.InferenceSession(str(directory / "cross_kv.onnx"))
         files = {name: directory / array_file("decoder", name) for name in (EMBEDDING, NORMS, BIAS, CROSS_BIAS, HEAD)}
         arrays = {name: np.load(file, allow_pickle=False) for name, file in files.items() if file.exists()}
@@ -78,15 +78,15 @@ class NumpyStep:
         norms = iter(self.norms)
         residual = self.embedding[tokens].astype(np.float32)
         given = norm(residual, next(norms), self.stack.epsilon)
-        for product, multiply in self.products:
+        for gemm, multiply in self.gemms:
             made = multiply(given)
-            if product.kind == "qkv":
-                given, _ = self.attention("self", product.layer, made, positions)
-            elif product.kind == "cross_q":
-                given, weights = self.attention("cross", product.layer, made, positions)
+            if gemm.kind == "qkv":
+                given, _ = self.attention("self", gemm.layer, made, positions)
+            elif gemm.kind == "cross_q":
+                given, weights = self.attention("cross", gemm.layer, made, positions)
                 for row, total in enumerate(weights):
                     evidence[row, : len(total)] += total / len(self.sizes.cross_attention_layers)
-            elif product.kind == "wi":
+            elif gemm.kind == "wi":
                 given = activate(made, self.stack)
             else:
                 residual = residual + made

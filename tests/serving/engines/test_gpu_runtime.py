@@ -1,4 +1,4 @@
-"""What the GPU's encoder and decoder do with their products and kernels, on stand-ins for both: tests/gpu has the real ones."""
+"""What the GPU's encoder and decoder do with their gemms and kernels, on stand-ins for both: tests/gpu has the real ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from export.checkpoint.files import Checkpoint
 from export.graphs.gpu import export_gpu_reader
-from serving.contract.gemms import decoder_products, product_parts
+from serving.contract.gemms import decoder_gemms, split_k_of
 from serving.contract.limits import Limits
 from serving.contract.manifest import EngineError, Manifest, ManifestError
 from serving.launcher.installation import PROJECT
@@ -27,7 +27,7 @@ from tests.serving.engines.numpy_encoder import NumpyEncoder
 from tests.serving.engines.numpy_step import NumpyStep
 
 READERS = {"fid": FID, "fido": FIDO, "released_fid": RELEASED_FID}
-IN_PARTS = "fido_in_parts"  # fido, with products in parts, which those of its size have no need of
+IN_PARTS = "fido_in_parts"  # fido, with gemms in parts, which those of its size have no need of
 LIMITS = Limits(slots=3, max_passages=4)
 
 
@@ -155,7 +155,7 @@ def test_decoder_steps_as_the_products_say(name: str, graphs: dict[str, Path], r
     if name == IN_PARTS:
         monkeypatch.setattr("serving.contract.gemms.LEAST_SUMMED", 64)
         assert manifest.decoder is not None
-        parts = {p.kind: product_parts(manifest.decoder, p) for p in decoder_products(manifest.sizes)}
+        parts = {p.kind: split_k_of(manifest.decoder, p) for p in decoder_gemms(manifest.sizes)}
         assert parts == {"qkv": 2, "o": 2, "cross_q": 1, "cross_o": 2, "wi": 1, "wo": 4}
     decoder = runtime("decoder").GpuDecoder(directory, manifest, loader(directory), LIMITS.slots, (64, 16))
     reference = NumpyStep(directory, manifest, LIMITS.slots)

@@ -1,7 +1,7 @@
-// A product of a step's few rows.
+// A gemm of a step's few rows.
 //
 // Compiled by kernels.py for up to TILES * 16 rows, with WARPS warps and COLUMNS columns a block; a warp multiplies SUMMED columns of x
-// at a time, and SUM_STRIDE is of a row of its sums in shared memory. A step's products are so narrow that what they take is mostly waiting:
+// at a time, and SUM_STRIDE is of a row of its sums in shared memory. A step's gemms are so narrow that what they take is mostly waiting:
 // for the launch, for the first weights, for the rows. A block here has all of its weights on their way into shared memory before the kernel
 // before it has ended, and then needs its rows only.
 

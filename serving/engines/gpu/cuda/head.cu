@@ -1,7 +1,7 @@
 // The end of a decoder step: logits of the last hidden state, and of each row the likeliest token.
 //
 // Compiled for one reader by kernels.py, which defines D_MODEL, VOCAB, HEAD_WARPS and HEAD_ROWS (a block's) and PICK_THREADS. As a
-// product of its own the head would write all logits, for most of which nobody asks, and in fp32, since they may not be rounded to half.
+// gemm of its own the head would write all logits, for most of which nobody asks, and in fp32, since they may not be rounded to half.
 
 namespace {
 

@@ -1,7 +1,7 @@
-// What is done to rows between products, in either stack: embedding, residual and norm, the feed-forward gate.
+// What is done to rows between gemms, in either stack: embedding, residual and norm, the feed-forward gate.
 //
 // Compiled for one stack by kernels.py, which defines D_MODEL, D_FF, GATED and EPSILON. A row is a token. The residual stream is fp32,
-// what the products read and write is fp16; norms are fp32.
+// what the gemms read and write is fp16; norms are fp32.
 
 namespace {
 
@@ -44,7 +44,7 @@ __device__ void store_normed(const Vector& x, bool inside, const float* weight, 
 
 }  // namespace
 
-// Token ids to the residual stream, and its first norm, for a product of `parts` parts. Grid (rows), block WARPS_A_ROW * 32.
+// Token ids to the residual stream, and its first norm, for a gemm of `parts` parts. Grid (rows), block WARPS_A_ROW * 32.
 extern "C" __global__ void embed(
     const int* __restrict__ tokens, const __half* __restrict__ embedding, const float* __restrict__ weight, int parts,
     float* __restrict__ residual, __half* __restrict__ normed)
@@ -60,7 +60,7 @@ extern "C" __global__ void embed(
     store_normed(x, inside, weight + column, normed + place_in_parts(row, gridDim.x, column, D_MODEL, parts));
 }
 
-// Adds what a product made in `parts_made` to the residual stream, and norms it for a product of `parts`. With `destinations`, and then
+// Adds what a gemm made in `parts_made` to the residual stream, and norms it for a gemm of `parts`. With `destinations`, and then
 // in one part, the norm goes to that row of `normed`, and the residual stream, which nobody reads after that, is left as it is.
 // Grid (rows), block WARPS_A_ROW * 32.
 extern "C" __global__ void add_and_norm(
@@ -86,7 +86,7 @@ extern "C" __global__ void add_and_norm(
     store_normed(x, inside, weight + column, normed + place_in_parts(target, gridDim.x, column, D_MODEL, parts));
 }
 
-// The inner activation of the feed-forward layer, for a product of `parts` parts: gelu(first half) * second half, or relu. A thread a
+// The inner activation of the feed-forward layer, for a gemm of `parts` parts: gelu(first half) * second half, or relu. A thread a
 // vector.
 extern "C" __global__ void activate(const __half* __restrict__ inner, int rows, int parts, __half* __restrict__ out)
 {

@@ -1,4 +1,4 @@
-// Self-attention of one new token a row: its key and value are written to the cache, then it attends to all up to itself. The product
+// Self-attention of one new token a row: its key and value are written to the cache, then it attends to all up to itself. The gemm
 // before made its rows in `parts_made`, the one behind wants them in `parts`.
 // Grid (HEADS, batch), block WARPS * 32. Rows with a negative position are idle.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(

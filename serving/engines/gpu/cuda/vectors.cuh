@@ -1,4 +1,4 @@
-// Eight halves at a time, as all kernels load, store and compute. kernels.py defines MOST_PARTS, that a product is made in.
+// Eight halves at a time, as all kernels load, store and compute. kernels.py defines MOST_PARTS, that a gemm is made in.
 #include <cuda_fp16.h>
 
 namespace {
@@ -46,7 +46,7 @@ template <typename... Pointers> __device__ void await(Pointers&... pointers) {
     (hide(pointers), ...);
 }
 
-// What a product of several parts made: the sum of the parts, which lie `apart` halves from each other.
+// What a gemm of several parts made: the sum of the parts, which lie `apart` halves from each other.
 __device__ Vector sum_parts(const __half* first, int parts, size_t apart) {
     uint4 bits[MOST_PARTS];
 #pragma unroll
@@ -64,7 +64,7 @@ __device__ Vector sum_parts(const __half* first, int parts, size_t apart) {
     return sum;
 }
 
-// Where a vector of a row lies for a product of `parts` parts, each of which reads its share of the columns of all rows.
+// Where a vector of a row lies for a gemm of `parts` parts, each of which reads its share of the columns of all rows.
 __device__ size_t place_in_parts(size_t row, size_t rows, int column, int columns, int parts) {
     const int share = columns / parts;
     return (column / share * rows + row) * share + column % share;
