@@ -87,8 +87,8 @@ def export_gpu_reader(
             rescale(graph, scales["encoder"])
             write("encoder", graph, encoder_tensors(sizes, "float16"))
         write("cross_kv", PackedCrossKVGraph(reader), packed_cross_kv_tensors(sizes))
-        parts: list[EncoderGemms | DecoderGemms] = [decoder] if encoder is None else [encoder, decoder]
-        for part in parts:
+        k_splits: list[EncoderGemms | DecoderGemms] = [decoder] if encoder is None else [encoder, decoder]
+        for part in k_splits:
             for gemm, weight in part.gemms():
                 tensors = gemm_tensors(part.stack, gemm, precision)
                 _, of_weight = tensors.inputs

@@ -2,8 +2,8 @@
 
 A gemm sees rows and nothing else: tokens of passages that lie one after the other, without padding, or one row a running answer. So it
 costs what its rows cost, and what a step's time goes into, the keys and values, is read once, where it lies, by an attention kernel. The
-weights are an input as well: one engine serves the gemms of a kind in all layers. Narrow gemms of a step are made in parts, each of
-some of the columns that go in: a row or two dozen give a card too few blocks otherwise. The kernel behind sums the parts. A step of few
+weights are an input as well: one engine serves the gemms of a kind in all layers. Narrow gemms of a step are made in k_splits, each of
+some of the columns that go in: a row or two dozen give a card too few blocks otherwise. The kernel behind sums the k_splits. A step of few
 rows multiplies by a kernel as well (cuda/few_rows.cu), which takes and makes what the engine would.
 
     encoder layer   norm -> qkv -> attention -> o -> add, norm -> wi -> activate -> wo -> add
@@ -26,8 +26,8 @@ ARRAYS = EMBEDDING, NORMS, BIAS, CROSS_BIAS, HEAD = ("embedding", "norms", "bias
 ENCODER_KINDS = ("qkv", "o", "wi", "wo")  # gemms of a layer, in order
 # Of a step's gemms: a block makes 32 columns, a card has a hundred and some multiprocessors, and shorter sums than these gain nothing
 # (perf/results/h200/notes.md).
-MOST_PARTS, MOST_BLOCKS, LEAST_SUMMED, BLOCK_COLUMNS = 4, 132, 192, 32
-KINDS_IN_PARTS = ("qkv", "o", "cross_o", "wo")  # whose parts the kernels behind them sum
+MAX_SPLITS, MAX_BLOCKS, MIN_K_PER_SPLIT, BLOCK_COLUMNS = 4, 132, 192, 32
+SPLIT_K_KINDS = ("qkv", "o", "cross_o", "wo")  # whose k_splits the kernels behind them sum
 
 
 def array_file(stack: StackName, array: str) -> str:
@@ -101,28 +101,36 @@ def gemm_features(stack: StackSizes, kind: str) -> tuple[int, int]:
 
 
 def split_k_of(stack: StackSizes, gemm: Gemm) -> int:
-    """In how many parts a gemm is made."""
-    if gemm.stack == "encoder" or gemm.kind not in KINDS_IN_PARTS:
+    """In how many k_splits a gemm is made."""
+    if gemm.stack == "encoder" or gemm.kind not in SPLIT_K_KINDS:
         return 1
     given, made = gemm_features(stack, gemm.kind)
-    blocks, parts = -(-made // BLOCK_COLUMNS), 1
-    while parts < MOST_PARTS and 2 * parts * blocks <= MOST_BLOCKS and given % (2 * parts * 64) == 0 and given >= 2 * parts * LEAST_SUMMED:
-        parts *= 2
-    return parts
+    blocks, k_splits = -(-made // BLOCK_COLUMNS), 1
+    while (
+        k_splits < MAX_SPLITS
+        and 2 * k_splits * blocks <= MAX_BLOCKS
+        and given % (2 * k_splits * 64) == 0
+        and given >= 2 * k_splits * MIN_K_PER_SPLIT
+    ):
+        k_splits *= 2
+    return k_splits
 
 
 def gemm_tensors(stack: StackSizes, gemm: Gemm, precision: str) -> GraphTensors:
-    """Inputs and output of a gemm's engine: of one in parts, each part's columns of all rows, its rows of the weights, what it makes.
+    """Inputs and output of a gemm's engine: of one in k_splits, each part's columns of all rows, its rows of the weights, what it makes.
 
     Args:
         stack: the gemm's.
         gemm: any of its kind.
         precision: of the weights, "float16" or "bfloat16"; what is multiplied crosses the border as float16 with either.
     """
-    rows, parts = "tokens" if gemm.stack == "encoder" else "batch", split_k_of(stack, gemm)
+    rows, k_splits = "tokens" if gemm.stack == "encoder" else "batch", split_k_of(stack, gemm)
     given, made = gemm_features(stack, gemm.kind)
-    lead: tuple[int, ...] = (parts,) if parts > 1 else ()
-    inputs = (TensorSpec("x", "float16", (*lead, rows, given // parts)), TensorSpec("weight", precision, (*lead, given // parts, made)))
+    lead: tuple[int, ...] = (k_splits,) if k_splits > 1 else ()
+    inputs = (
+        TensorSpec("x", "float16", (*lead, rows, given // k_splits)),
+        TensorSpec("weight", precision, (*lead, given // k_splits, made)),
+    )
     return GraphTensors(inputs, (TensorSpec("y", "float16", (*lead, rows, made)),))
 
 

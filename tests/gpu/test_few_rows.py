@@ -1,4 +1,4 @@
-"""The gemm of a step's few rows against NumPy: shapes whole and in parts, and every row as if it were alone."""
+"""The gemm of a step's few rows against NumPy: shapes whole and in k_splits, and every row as if it were alone."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from serving.engines.gpu.kernels import MOST_SUMMED, MOST_TILES, TILE_ROWS, FewR
 
 pytestmark = pytest.mark.gpu
 MOST_ROWS = TILE_ROWS * MOST_TILES
-# parts, columns of a part that go in, columns that come out
+# k_splits, columns of a part that go in, columns that come out
 SHAPES = [(1, 768, 4096), (4, 192, 768), (4, 512, 768), (4, 192, 896), (1, 32, 32), (2, 352, 64), (1, MOST_SUMMED, 160)]
 
 
-def operands(parts: int, rows: int, given: int, made: int) -> tuple[np.ndarray, np.ndarray]:
+def operands(k_splits: int, rows: int, given: int, made: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(rows)
-    shapes = (parts, rows, given), (parts, given, made)
+    shapes = (k_splits, rows, given), (k_splits, given, made)
     x, weight = (rng.standard_normal(shape).astype(np.float16) for shape in shapes)
-    return (x, weight) if parts > 1 else (x[0], weight[0])
+    return (x, weight) if k_splits > 1 else (x[0], weight[0])
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 16, 17, 24, 32, 33, MOST_ROWS])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_as_numpy_multiplies(shape: tuple[int, int, int], rows: int) -> None:
-    parts, given, made = shape
-    x, weight = operands(parts, rows, given, made)
+    k_splits, given, made = shape
+    x, weight = operands(k_splits, rows, given, made)
     few = FewRows()
-    size = parts * rows * made
+    size = k_splits * rows * made
     memory = cp.full(size + TILE_ROWS * made, cp.nan, cp.float16)  # behind the result there is room for rows too many
     out, behind = memory[:size].reshape(*x.shape[:-1], made), memory[size:]
     assert few.takes(cp.asarray(x), cp.asarray(weight))

@@ -11,7 +11,7 @@ cp = pytest.importorskip("cupy")
 
 from serving.contract.tensors import EngineSizes  # noqa: E402
 from serving.engines.gpu.kernels import HeadKernels, StepKernels  # noqa: E402
-from tests.serving.engines.numpy_rows import in_parts  # noqa: E402
+from tests.serving.engines.numpy_rows import as_splits  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 CAPACITY, SLOTS, BATCH, REACH = 700, 6, 5, 20
@@ -90,28 +90,28 @@ def test_cross_attention_and_evidence(sizes: EngineSizes, with_bias: bool) -> No
             assert np.isnan(weights[row]).all()
 
 
-def split(array: np.ndarray, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """float16 parts whose sum is about `array`."""
-    shares = rng.dirichlet(np.ones(parts), array.shape).astype(np.float32)
+def split(array: np.ndarray, k_splits: int, rng: np.random.Generator) -> np.ndarray:
+    """float16 k_splits whose sum is about `array`."""
+    shares = rng.dirichlet(np.ones(k_splits), array.shape).astype(np.float32)
     return np.ascontiguousarray(np.moveaxis(shares * array[..., None], -1, 0)).astype(np.float16)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
-def test_self_attention(sizes: EngineSizes, parts: int) -> None:
+@pytest.mark.parametrize("k_splits", [1, 2, 4])
+def test_self_attention(sizes: EngineSizes, k_splits: int) -> None:
     rng = np.random.default_rng(1)
     heads, kv_heads, d_kv, capacity = sizes.num_heads, sizes.num_kv_heads, sizes.d_kv, 300
-    if heads * d_kv // parts % 8:
-        pytest.skip("parts are whole vectors")
+    if heads * d_kv // k_splits % 8:
+        pytest.skip("k_splits are whole vectors")
     cache = normal(rng, SLOTS, capacity, 2 * kv_heads * d_kv).astype(np.float16)
     made = normal(rng, BATCH, (heads + 2 * kv_heads) * d_kv)
     made[:, : heads * d_kv] *= d_kv**-0.5
-    given = split(made, parts, rng)
+    given = split(made, k_splits, rng)
     made = given.astype(np.float32).sum(0)
     positions = np.array([0, 299, 17, -1, 140], np.int32)
     bias = normal(rng, REACH + 1, heads)
     on_gpu, out = cp.asarray(cache), cp.full((BATCH, heads * d_kv), cp.nan, cp.float16)
-    out = out if parts == 1 else out.reshape(parts, BATCH, -1)
-    at = (cp.asarray(given if parts > 1 else given[0]), on_gpu, cp.asarray(PLACES), cp.asarray(positions), cp.asarray(bias))
+    out = out if k_splits == 1 else out.reshape(k_splits, BATCH, -1)
+    at = (cp.asarray(given if k_splits > 1 else given[0]), on_gpu, cp.asarray(PLACES), cp.asarray(positions), cp.asarray(bias))
     StepKernels(sizes).self_attention(*at, out)
     after, out = on_gpu.get(), out.get()
     expected, wanted = cache.copy(), np.zeros((BATCH, heads * d_kv))
@@ -122,12 +122,12 @@ def test_self_attention(sizes: EngineSizes, parts: int) -> None:
         behind = np.minimum(position - np.arange(position + 1), REACH)
         query = made[row, : heads * d_kv].reshape(heads, d_kv)
         wanted[row], _ = reference(sizes, query, expected[place, : position + 1], bias[behind])
-    np.testing.assert_allclose(out, in_parts(wanted, parts), atol=2e-5, rtol=6e-4)  # what rounding to half leaves
+    np.testing.assert_allclose(out, as_splits(wanted, k_splits), atol=2e-5, rtol=6e-4)  # what rounding to half leaves
     np.testing.assert_array_equal(after, expected)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_cross_attention_in_parts_is_that_in_one(parts: int) -> None:
+@pytest.mark.parametrize("k_splits", [2, 4])
+def test_cross_attention_in_parts_is_that_in_one(k_splits: int) -> None:
     rng = np.random.default_rng(4)
     sizes = sizes_of(12, 1, 64)
     kernels, batch, capacity = StepKernels(sizes), 48, 3000
@@ -138,15 +138,15 @@ def test_cross_attention_in_parts_is_that_in_one(parts: int) -> None:
     slots, of_rows, positions = numbers
     found = []
     for rows in (batch, 1):  # many rows have long chunks, one alone has short ones
-        for count in (1, parts):
+        for count in (1, k_splits):
             out = cp.full((rows, 12 * sizes.d_kv), cp.nan, cp.float16)
             out = out if count == 1 else out.reshape(count, rows, -1)
             partial = cp.full((rows, 12, kernels.most_splits(capacity), sizes.d_kv + 2), cp.nan, cp.float32)
             at = (query[:rows], cache, slots[:rows], of_rows[:rows], positions[:rows], None, cp.zeros((batch, 1), cp.int32))
             kernels.cross_attention(*at, partial, cp.empty((rows, 12, 2), cp.float32), out)
             found.append(out.get())
-    np.testing.assert_array_equal(found[1], in_parts(found[0], parts))
-    np.testing.assert_array_equal(found[3], in_parts(found[2], parts))
+    np.testing.assert_array_equal(found[1], as_splits(found[0], k_splits))
+    np.testing.assert_array_equal(found[3], as_splits(found[2], k_splits))
     assert kernels.chunk_of(batch, capacity) > kernels.chunk_of(1, capacity)
     for rows in range(1, 200):  # blocks of one wave
         assert rows * -(-10_240 // kernels.chunk_of(rows, 10_240)) <= 396

@@ -144,30 +144,30 @@ class GpuDecoder:
         residual, normed, activated = self._residual[:bucket], self._normed[:bucket], self._activated[:bucket]
         attended, partial, softmax = self._attended[:bucket], self._partial[:bucket], self._softmax[:bucket]
         norms, gemms = iter(self._norms), list(self._gemms)
-        parts = [split_k_of(self._stack, gemm) for gemm in gemms] + [1]  # the head takes its rows as they are
-        given = _in_parts(normed, parts[0])
+        k_splits = [split_k_of(self._stack, gemm) for gemm in gemms] + [1]  # the head takes its rows as they are
+        given = _as_splits(normed, k_splits[0])
         tokens = self._state[TOKENS, :bucket]
         program: list[Callable[[], None]] = [functools.partial(rows.embed, tokens, self._embedding, next(norms), residual, given)]
-        for gemm, own, next_parts in zip(gemms, parts, parts[1:], strict=False):
+        for gemm, own, next_splits in zip(gemms, k_splits, k_splits[1:], strict=False):
             loaded = self._gemms[gemm]
             width = loaded.weight.shape[-1]
             made = self._made[: own * bucket * width].reshape((own, bucket, width) if own > 1 else (bucket, width))
             program.append(functools.partial(loaded.enqueue, given, made, self._stream, context=bucket))
             if gemm.kind == "qkv":
-                given, cache = _in_parts(attended, next_parts), self._self_cache[gemm.layer]
+                given, cache = _as_splits(attended, next_splits), self._self_cache[gemm.layer]
                 program.append(functools.partial(kernels.self_attention, made, cache, slots, positions, self._self_bias, given))
             elif gemm.kind == "cross_q":
-                given, cache = _in_parts(attended, next_parts), self._cross_cache[gemm.layer]
+                given, cache = _as_splits(attended, next_splits), self._cross_cache[gemm.layer]
                 at = (made, cache, slots, lengths, positions, self._cross_bias, self._encoder_positions)
                 program.append(functools.partial(kernels.cross_attention, *at, partial, softmax, given))
                 if first:
                     number = sizes.cross_attention_layers.index(gemm.layer)
                     program.append(functools.partial(kernels.evidence, *at, softmax, number, self._evidence[:bucket]))
             elif gemm.kind == "wi":
-                given = _in_parts(activated, next_parts)
+                given = _as_splits(activated, next_splits)
                 program.append(functools.partial(rows.activate, made, given))
             else:
-                given = _in_parts(normed, next_parts)
+                given = _as_splits(normed, next_splits)
                 program.append(functools.partial(rows.add_and_norm, made, next(norms), residual, given))
         penalty, log_prob = self._state[PENALTY, :bucket].view(cp.float32), self._picked[1].view(cp.float32)
         chosen = (self._found, self._picked[0], log_prob)
@@ -264,9 +264,9 @@ class GpuDecoder:
         return picked[0, :batch].copy(), picked[1, :batch].view(np.float32).copy(), evidence
 
 
-def _in_parts(rows: cp.ndarray, parts: int) -> cp.ndarray:
-    """Memory of [rows, columns] as a gemm in parts takes it: [parts, rows, columns / parts]."""
-    return rows if parts == 1 else rows.reshape(parts, len(rows), -1)
+def _as_splits(rows: cp.ndarray, k_splits: int) -> cp.ndarray:
+    """Memory of [rows, columns] as a gemm in k_splits takes it: [k_splits, rows, columns / k_splits]."""
+    return rows if k_splits == 1 else rows.reshape(k_splits, len(rows), -1)
 
 
 def _require_room(memory: GpuMemory, slots: int, allocated: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import cupy as cp
 
-from serving.contract.gemms import MOST_BLOCKS, MOST_PARTS, StackSizes
+from serving.contract.gemms import MAX_BLOCKS, MAX_SPLITS, StackSizes
 from serving.contract.gpu_profiles import TILE
 from serving.contract.tensors import EngineSizes
 
@@ -21,7 +21,7 @@ WARPS = 4  # of an attention block
 CHUNK = 256
 # Where heads share keys, blocks of cross-attention that a card runs at once: three on a multiprocessor. Chunks are so long that
 # there are no more, unless there are more rows.
-SHARING_BLOCKS = 3 * MOST_BLOCKS
+SHARING_BLOCKS = 3 * MAX_BLOCKS
 THREADS = 256  # of the blocks of `activate`
 HEAD_WARPS, HEAD_ROWS, PICK_THREADS = 8, 48, 256  # of the blocks that choose the token
 TOKENS_A_WARP = 16  # whose logits a warp computes
@@ -32,8 +32,8 @@ SUMMED_AT_A_TIME = 32  # by one of its warps, so that sums of other lengths are 
 SUM_STRIDE = FEW_COLUMNS + 8  # of a row of its warps' sums in shared memory: rows eight banks apart
 
 
-def parts_of(array: cp.ndarray) -> int:
-    """In how many parts a gemm makes or wants an array: [parts, rows, columns], or [rows, columns]."""
+def split_k(array: cp.ndarray) -> int:
+    """In how many k_splits a gemm makes or wants an array: [k_splits, rows, columns], or [rows, columns]."""
     return array.shape[0] if array.ndim == 3 else 1
 
 
@@ -44,7 +44,7 @@ def keys_at_a_time(d_kv: int) -> int:
 
 def _compiled(defines: dict[str, Any], *sources: str) -> cp.RawModule:
     text = "".join((SOURCES / name).read_text(encoding="utf-8") for name in ("vectors.cuh", "tensor_cores.cuh", *sources))
-    defines = {**defines, "MOST_PARTS": MOST_PARTS}
+    defines = {**defines, "MAX_SPLITS": MAX_SPLITS}
     return cp.RawModule(code=text, options=("--std=c++17", *(f"-D{name}={value}" for name, value in defines.items())))
 
 
@@ -52,7 +52,7 @@ class RowKernels:
     """What is done to rows of one stack.
 
     Shapes below: `residual` float32[rows, d_model], `normed` and `made` float16[rows, d_model], `weight` float32[d_model]. What a gemm
-    in parts makes is float16[parts, rows, columns], and what it wants float16[parts, rows, columns / parts].
+    in k_splits makes is float16[k_splits, rows, columns], and what it wants float16[k_splits, rows, columns / k_splits].
     """
 
     def __init__(self, stack: StackSizes):
@@ -64,20 +64,20 @@ class RowKernels:
 
     def embed(self, tokens: cp.ndarray, embedding: cp.ndarray, weight: cp.ndarray, residual: cp.ndarray, normed: cp.ndarray) -> None:
         """int32[rows] by float16[vocab_size, d_model] to the residual stream and its norm."""
-        self._embed((len(tokens),), self._block, (tokens, embedding, weight, cp.int32(parts_of(normed)), residual, normed))
+        self._embed((len(tokens),), self._block, (tokens, embedding, weight, cp.int32(split_k(normed)), residual, normed))
 
     def add_and_norm(
         self, made: cp.ndarray, weight: cp.ndarray, residual: cp.ndarray, normed: cp.ndarray, destinations: cp.ndarray | None = None
     ) -> None:
         """Add `made` to the residual stream and norm it; with `destinations` int32[rows] into those rows of `normed`, at the very end."""
         address = cp.uint64(0) if destinations is None else destinations
-        arguments = (made, cp.int32(parts_of(made)), weight, address, cp.int32(parts_of(normed)), residual, normed)
+        arguments = (made, cp.int32(split_k(made)), weight, address, cp.int32(split_k(normed)), residual, normed)
         self._add_and_norm((len(residual),), self._block, arguments)
 
     def activate(self, inner: cp.ndarray, out: cp.ndarray) -> None:
         """float16[rows, 2 * d_ff] (relu: d_ff) to float16[rows, d_ff]."""
         rows = len(inner)
-        arguments = (inner, cp.int32(rows), cp.int32(parts_of(out)), out)
+        arguments = (inner, cp.int32(rows), cp.int32(split_k(out)), out)
         self._activate((-(-rows * self.d_ff // 8 // THREADS),), (THREADS,), arguments)
 
 
@@ -97,14 +97,14 @@ class FewRows:
         """Y = x @ weight, of every part, with sums in fp32; each row as if it were alone.
 
         Args:
-            x: float16[rows, given], or [parts, rows, given].
-            weight: float16[given, made], or [parts, given, made].
-            y: float16[rows, made], or [parts, rows, made].
+            x: float16[rows, given], or [k_splits, rows, given].
+            weight: float16[given, made], or [k_splits, given, made].
+            y: float16[rows, made], or [k_splits, rows, made].
         """
         rows, (given, made) = x.shape[-2], weight.shape[-2:]
         tiles = -(-rows // TILE_ROWS)
         of_sums = FEW_WARPS * tiles * TILE_ROWS * SUM_STRIDE * 4
-        grid, shared = (made // FEW_COLUMNS, parts_of(x)), max(given * FEW_COLUMNS * 2, of_sums)
+        grid, shared = (made // FEW_COLUMNS, split_k(x)), max(given * FEW_COLUMNS * 2, of_sums)
         arguments = (x, weight, cp.int32(rows), cp.int32(given), cp.int32(made), y)
         self._kernel(tiles)(grid, (FEW_WARPS * 32,), arguments, shared_mem=shared)
 
@@ -146,7 +146,7 @@ class StepKernels:
 
     Shapes below: `cache` float16[slots, capacity, 2 * num_kv_heads * d_kv], a token's keys of all heads and then its values; `slots`,
     `positions` and `lengths` int32[batch], a negative position marks an idle row; `bias` float32[reach + 1, num_heads] or None. What is
-    made or wanted in parts is as in RowKernels.
+    made or wanted in k_splits is as in RowKernels.
     """
 
     def __init__(self, sizes: EngineSizes):
@@ -188,11 +188,11 @@ class StepKernels:
         """Append each row's new key and value to its slot and attend to all up to it.
 
         Args:
-            query_key_value: float16[batch, (num_heads + 2 * num_kv_heads) * d_kv], may be made in parts.
-            out: float16[batch, num_heads * d_kv], may be wanted in parts.
+            query_key_value: float16[batch, (num_heads + 2 * num_kv_heads) * d_kv], may be made in k_splits.
+            out: float16[batch, num_heads * d_kv], may be wanted in k_splits.
         """
-        numbers = (cp.int32(len(bias) - 1), cp.int32(cache.shape[1]), cp.int32(parts_of(out)))
-        arguments = (query_key_value, cp.int32(parts_of(query_key_value)), cache, slots, positions, bias, *numbers, out)
+        numbers = (cp.int32(len(bias) - 1), cp.int32(cache.shape[1]), cp.int32(split_k(out)))
+        arguments = (query_key_value, cp.int32(split_k(query_key_value)), cache, slots, positions, bias, *numbers, out)
         self._self_attention((self.sizes.num_heads, len(positions)), (WARPS * 32,), arguments)
 
     def cross_attention(
@@ -215,7 +215,7 @@ class StepKernels:
             encoder_positions: int32[slots, capacity], read only where there is a bias.
             partial: float32[batch * num_heads * most_splits * (d_kv + 2)], scratch.
             softmax: float32[batch, num_heads, 2], for `evidence`.
-            out: float16[batch, num_heads * d_kv], may be wanted in parts.
+            out: float16[batch, num_heads * d_kv], may be wanted in k_splits.
         """
         batch, capacity = len(query), cache.shape[1]
         chunk = self.chunk_of(batch, capacity)
@@ -225,7 +225,7 @@ class StepKernels:
         address = cp.uint64(0) if bias is None else bias
         arguments = (query, cache, slots, lengths, positions, address, encoder_positions, *numbers, partial)
         self._cross_attention((splits, self._tiles, batch), (WARPS * 32,), arguments, shared_mem=self._shared_bytes)
-        join = (partial, lengths, cp.int32(splits), cp.int32(chunk), cp.int32(parts_of(out)), out, softmax)
+        join = (partial, lengths, cp.int32(splits), cp.int32(chunk), cp.int32(split_k(out)), out, softmax)
         self._cross_join((self.sizes.num_heads, batch), (max(32, self.sizes.d_kv),), join, shared_mem=splits * 4)
 
     def evidence(

@@ -100,10 +100,10 @@ def test_narrow_products_of_a_step_are_made_in_parts_that_fill_a_card() -> None:
     ):
         gemms = {p.kind: p for p in decoder_gemms(FID_BASE)}
         assert {kind: split_k_of(stack, gemm) for kind, gemm in gemms.items()} == wanted
-        for kind, parts in wanted.items():
+        for kind, k_splits in wanted.items():
             x, weight = gemm_tensors(stack, gemms[kind], "float16").inputs
             columns, rows_of_weight = x.shape({"batch": 5})[-1], weight.shape({})[-2]
-            assert columns == rows_of_weight and len(x.axes) == len(weight.axes) == (3 if parts > 1 else 2)
+            assert columns == rows_of_weight and len(x.axes) == len(weight.axes) == (3 if k_splits > 1 else 2)
     assert {split_k_of(STACK, gemm) for gemm in encoder_gemms(STACK)} == {1}  # thousands of rows fill a card as they are
 
 

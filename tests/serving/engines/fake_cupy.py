@@ -14,7 +14,7 @@ import numpy as np
 
 from serving.contract.gemms import StackSizes
 from serving.contract.tensors import EngineSizes
-from tests.serving.engines.numpy_rows import activate, attend_within_passages, in_parts, norm, whole
+from tests.serving.engines.numpy_rows import activate, as_splits, attend_within_passages, norm, whole
 
 
 class Array(np.ndarray):
@@ -75,7 +75,7 @@ def modules() -> dict[str, types.ModuleType]:
 
 def put(out: Array, rows: np.ndarray) -> None:
     """Write rows as the gemm behind wants them."""
-    out[:] = in_parts(rows, out.shape[0] if out.ndim == 3 else 1)
+    out[:] = as_splits(rows, out.shape[0] if out.ndim == 3 else 1)
 
 
 class RowKernels:

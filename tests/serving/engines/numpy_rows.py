@@ -39,26 +39,26 @@ def attend_within_passages(query_key_value: np.ndarray, lengths: list[int], bias
     return out
 
 
-def in_parts(rows: np.ndarray, parts: int) -> np.ndarray:
-    """[rows, columns] as a gemm in parts takes it: [parts, rows, columns / parts]."""
-    return rows if parts == 1 else np.ascontiguousarray(rows.reshape(len(rows), parts, -1).transpose(1, 0, 2))
+def as_splits(rows: np.ndarray, k_splits: int) -> np.ndarray:
+    """[rows, columns] as a gemm in k_splits takes it: [k_splits, rows, columns / k_splits]."""
+    return rows if k_splits == 1 else np.ascontiguousarray(rows.reshape(len(rows), k_splits, -1).transpose(1, 0, 2))
 
 
 def whole(made: np.ndarray) -> np.ndarray:
-    """What a gemm made, its parts summed."""
+    """What a gemm made, its k_splits summed."""
     return made.astype(np.float32).sum(0) if made.ndim == 3 else made
 
 
 def load_gemms(directory: Path, gemms: Sequence[Gemm]) -> list[tuple[Gemm, Callable[[np.ndarray], np.ndarray]]]:
     """Each gemm with what multiplies by its weights, as its exported graph does; takes any float, gives float32.
 
-    Of a gemm in parts the parts are summed.
+    Of a gemm in k_splits the k_splits are summed.
     """
     sessions = {p.engine: ort.InferenceSession(str(directory / f"{p.engine}.onnx")) for p in gemms}
 
     def multiply(session: ort.InferenceSession, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
-        parts = weight.shape[0] if weight.ndim == 3 else 1
-        (made,) = session.run(None, {"x": in_parts(x.astype(np.float16), parts), "weight": weight})
+        k_splits = weight.shape[0] if weight.ndim == 3 else 1
+        (made,) = session.run(None, {"x": as_splits(x.astype(np.float16), k_splits), "weight": weight})
         return whole(made.astype(np.float32))
 
     return [(p, functools.partial(multiply, sessions[p.engine], np.load(directory / p.weight, allow_pickle=False))) for p in gemms]

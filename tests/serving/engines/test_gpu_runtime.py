@@ -27,7 +27,7 @@ from tests.serving.engines.numpy_encoder import NumpyEncoder
 from tests.serving.engines.numpy_step import NumpyStep
 
 READERS = {"fid": FID, "fido": FIDO, "released_fid": RELEASED_FID}
-IN_PARTS = "fido_in_parts"  # fido, with gemms in parts, which those of its size have no need of
+SPLIT_K = "fido_in_parts"  # fido, with gemms in k_splits, which those of its size have no need of
 LIMITS = Limits(slots=3, max_passages=4)
 
 
@@ -38,18 +38,18 @@ def graphs(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> dic
         folders[name] = tmp_path_factory.mktemp("gpu") / name
         export_gpu_reader(Checkpoint(random_reader(wide(config)), tokenizer_json, name, "own"), folders[name])
     with shorter_sums():
-        folders[IN_PARTS] = tmp_path_factory.mktemp("gpu") / IN_PARTS
+        folders[SPLIT_K] = tmp_path_factory.mktemp("gpu") / SPLIT_K
         decoder = dataclasses.replace(wide(FIDO).decoder, d_model=128, d_ff=256, num_heads=8)
         config = dataclasses.replace(wide(FIDO), decoder=decoder)
-        export_gpu_reader(Checkpoint(random_reader(config), tokenizer_json, IN_PARTS, "own"), folders[IN_PARTS])
+        export_gpu_reader(Checkpoint(random_reader(config), tokenizer_json, SPLIT_K, "own"), folders[SPLIT_K])
     return folders
 
 
 @contextlib.contextmanager
 def shorter_sums() -> Iterator[None]:
-    """Products in parts for small readers as well."""
+    """Products in k_splits for small readers as well."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("serving.contract.gemms.LEAST_SUMMED", 64)
+        patch.setattr("serving.contract.gemms.MIN_K_PER_SPLIT", 64)
         yield
 
 
@@ -149,14 +149,14 @@ def test_foreign_ids_and_passages_that_are_too_long_reach_no_foreign_memory(grap
     assert found.shape[:2] == (2, 40) and np.isfinite(found).all() and found[:, :length].any() and not found[:, length:].any()
 
 
-@pytest.mark.parametrize("name", [*READERS, IN_PARTS])
+@pytest.mark.parametrize("name", [*READERS, SPLIT_K])
 def test_decoder_steps_as_the_products_say(name: str, graphs: dict[str, Path], runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, manifest = graphs[name], Manifest.load(graphs[name])
-    if name == IN_PARTS:
-        monkeypatch.setattr("serving.contract.gemms.LEAST_SUMMED", 64)
+    if name == SPLIT_K:
+        monkeypatch.setattr("serving.contract.gemms.MIN_K_PER_SPLIT", 64)
         assert manifest.decoder is not None
-        parts = {p.kind: split_k_of(manifest.decoder, p) for p in decoder_gemms(manifest.sizes)}
-        assert parts == {"qkv": 2, "o": 2, "cross_q": 1, "cross_o": 2, "wi": 1, "wo": 4}
+        k_splits = {p.kind: split_k_of(manifest.decoder, p) for p in decoder_gemms(manifest.sizes)}
+        assert k_splits == {"qkv": 2, "o": 2, "cross_q": 1, "cross_o": 2, "wi": 1, "wo": 4}
     decoder = runtime("decoder").GpuDecoder(directory, manifest, loader(directory), LIMITS.slots, (64, 16))
     reference = NumpyStep(directory, manifest, LIMITS.slots)
     rng = np.random.default_rng(1)

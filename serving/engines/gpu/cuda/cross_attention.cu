@@ -182,8 +182,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
 
 // Puts the chunks of cross_attention together. Grid (HEADS, batch), block max(32, D_KV), dynamic shared memory: a float a split.
 extern "C" __global__ void cross_join(
-    const float* __restrict__ partial, const int* __restrict__ lengths, int splits, int chunk, int parts,
-    __half* __restrict__ attended,  // [batch][HEADS * D_KV], in parts
+    const float* __restrict__ partial, const int* __restrict__ lengths, int splits, int chunk, int k_splits,
+    __half* __restrict__ attended,  // [batch][HEADS * D_KV], in k_splits
     float* __restrict__ softmax)   // [batch][HEADS][2]: largest score and sum of weights, for `evidence`
 {
     extern __shared__ float factors[];
@@ -203,7 +203,7 @@ extern "C" __global__ void cross_join(
         if (d < D_KV) value += chunk[d] * factor;
     }
     if (d < D_KV) {
-        const size_t place = place_in_parts(row, gridDim.y, head * D_KV + d, HEADS * D_KV, parts);
+        const size_t place = split_offset(row, gridDim.y, head * D_KV + d, HEADS * D_KV, k_splits);
         attended[place] = __float2half_rn(used == 0 ? 0.f : value / total);
     }
     if (d == 0) {

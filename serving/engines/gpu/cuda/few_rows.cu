@@ -15,12 +15,12 @@ __device__ int place(int row, int chunk) { return row * COLUMNS + (chunk ^ (row 
 
 }  // namespace
 
-// Grid (made / COLUMNS, parts), block THREADS; shared memory for given * COLUMNS weights, or for the warps' sums where they take more.
+// Grid (made / COLUMNS, k_splits), block THREADS; shared memory for given * COLUMNS weights, or for the warps' sums where they take more.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) multiply_few_rows(
-    const __half* __restrict__ x,       // [parts][rows][given]
-    const __half* __restrict__ weight,  // [parts][given][made]
+    const __half* __restrict__ x,       // [k_splits][rows][given]
+    const __half* __restrict__ weight,  // [k_splits][given][made]
     int rows, int given, int made,
-    __half* __restrict__ y)  // [parts][rows][made]
+    __half* __restrict__ y)  // [k_splits][rows][made]
 {
     extern __shared__ __align__(16) __half weights[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
@@ -93,9 +93,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) multiply_few_rows(
         for (int w = 0; w < WARPS; ++w) {
             const float4* of_warp = reinterpret_cast<const float4*>(of_warps + (w * TILES * 16 + row) * SUM_STRIDE + chunk * VECTOR);
             const float4 one = of_warp[0], two = of_warp[1];
-            const float parts[VECTOR] = {one.x, one.y, one.z, one.w, two.x, two.y, two.z, two.w};
+            const float k_splits[VECTOR] = {one.x, one.y, one.z, one.w, two.x, two.y, two.z, two.w};
 #pragma unroll
-            for (int c = 0; c < VECTOR; ++c) total.at[c] += parts[c];
+            for (int c = 0; c < VECTOR; ++c) total.at[c] += k_splits[c];
         }
         store(y + (part * rows + row) * made + first + chunk * VECTOR, narrow(total));
     }

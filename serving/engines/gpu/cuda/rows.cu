@@ -44,9 +44,9 @@ __device__ void store_normed(const Vector& x, bool inside, const float* weight, 
 
 }  // namespace
 
-// Token ids to the residual stream, and its first norm, for a gemm of `parts` parts. Grid (rows), block WARPS_A_ROW * 32.
+// Token ids to the residual stream, and its first norm, for a gemm of `k_splits` k_splits. Grid (rows), block WARPS_A_ROW * 32.
 extern "C" __global__ void embed(
-    const int* __restrict__ tokens, const __half* __restrict__ embedding, const float* __restrict__ weight, int parts,
+    const int* __restrict__ tokens, const __half* __restrict__ embedding, const float* __restrict__ weight, int k_splits,
     float* __restrict__ residual, __half* __restrict__ normed)
 {
     const size_t row = blockIdx.x;
@@ -57,14 +57,14 @@ extern "C" __global__ void embed(
         x = widen(load(embedding + static_cast<size_t>(tokens[row]) * D_MODEL + column));
         store_residual(x, residual + row * D_MODEL + column);
     }
-    store_normed(x, inside, weight + column, normed + place_in_parts(row, gridDim.x, column, D_MODEL, parts));
+    store_normed(x, inside, weight + column, normed + split_offset(row, gridDim.x, column, D_MODEL, k_splits));
 }
 
-// Adds what a gemm made in `parts_made` to the residual stream, and norms it for a gemm of `parts`. With `destinations`, and then
+// Adds what a gemm made in `splits_in` to the residual stream, and norms it for a gemm of `k_splits`. With `destinations`, and then
 // in one part, the norm goes to that row of `normed`, and the residual stream, which nobody reads after that, is left as it is.
 // Grid (rows), block WARPS_A_ROW * 32.
 extern "C" __global__ void add_and_norm(
-    const __half* __restrict__ made, int parts_made, const float* __restrict__ weight, const int* __restrict__ destinations, int parts,
+    const __half* __restrict__ made, int splits_in, const float* __restrict__ weight, const int* __restrict__ destinations, int k_splits,
     float* __restrict__ residual, __half* __restrict__ normed)
 {
     const size_t row = blockIdx.x;
@@ -77,18 +77,18 @@ extern "C" __global__ void add_and_norm(
         const float4* before = reinterpret_cast<const float4*>(residual + at);
         const float4 low = before[0], high = before[1];
         const float added[VECTOR] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        x = sum_parts(made + at, parts_made, static_cast<size_t>(gridDim.x) * D_MODEL);
+        x = sum_splits(made + at, splits_in, static_cast<size_t>(gridDim.x) * D_MODEL);
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) x.at[i] += added[i];
         if (destinations == nullptr) store_residual(x, residual + at);
     }
     const size_t target = destinations == nullptr ? row : destinations[row];
-    store_normed(x, inside, weight + column, normed + place_in_parts(target, gridDim.x, column, D_MODEL, parts));
+    store_normed(x, inside, weight + column, normed + split_offset(target, gridDim.x, column, D_MODEL, k_splits));
 }
 
-// The inner activation of the feed-forward layer, for a gemm of `parts` parts: gelu(first half) * second half, or relu. A thread a
+// The inner activation of the feed-forward layer, for a gemm of `k_splits` k_splits: gelu(first half) * second half, or relu. A thread a
 // vector.
-extern "C" __global__ void activate(const __half* __restrict__ inner, int rows, int parts, __half* __restrict__ out)
+extern "C" __global__ void activate(const __half* __restrict__ inner, int rows, int k_splits, __half* __restrict__ out)
 {
     constexpr int A_ROW = D_FF / VECTOR;
     static_assert(D_FF % VECTOR == 0, "rows must be made of whole vectors");
@@ -111,5 +111,5 @@ extern "C" __global__ void activate(const __half* __restrict__ inner, int rows, 
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) x.at[i] = fmaxf(x.at[i], 0.f);
 #endif
-    store(out + place_in_parts(row, rows, column, D_FF, parts), narrow(x));
+    store(out + split_offset(row, rows, column, D_FF, k_splits), narrow(x));
 }

@@ -1,17 +1,17 @@
 // Self-attention of one new token a row: its key and value are written to the cache, then it attends to all up to itself. The gemm
-// before made its rows in `parts_made`, the one behind wants them in `parts`.
+// before made its rows in `splits_in`, the one behind wants them in `k_splits`.
 // Grid (HEADS, batch), block WARPS * 32. Rows with a negative position are idle.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
-    const __half* __restrict__ query_key_value, int parts_made,  // [parts_made][batch][(HEADS + 2 * KV_HEADS) * D_KV]
+    const __half* __restrict__ query_key_value, int splits_in,  // [splits_in][batch][(HEADS + 2 * KV_HEADS) * D_KV]
     __half* __restrict__ cache, const int* __restrict__ slots, const int* __restrict__ positions,
     const float* __restrict__ bias,  // [reach + 1][HEADS], by how far a key lies behind
-    int reach, int capacity, int parts,
-    __half* __restrict__ attended)  // [batch][HEADS * D_KV], in parts
+    int reach, int capacity, int k_splits,
+    __half* __restrict__ attended)  // [batch][HEADS * D_KV], in k_splits
 {
     __shared__ float shared[WARPS][D_KV + 2];
     const int head = blockIdx.x, row = blockIdx.y, kv_head = head / GROUP;
     const int position = positions[row];
-    __half* out = attended + place_in_parts(row, gridDim.y, head * D_KV + threadIdx.x % D_KV, HEADS * D_KV, parts) - threadIdx.x % D_KV;
+    __half* out = attended + split_offset(row, gridDim.y, head * D_KV + threadIdx.x % D_KV, HEADS * D_KV, k_splits) - threadIdx.x % D_KV;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES;
     __half* past = cache + static_cast<size_t>(slots[row]) * capacity * STRIDE + kv_head * D_KV;
     // Tokens before this step's, of which the kernel before knows nothing.
@@ -36,9 +36,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
     const __half* new_key = made + (HEADS + kv_head) * D_KV;
     const __half* new_value = new_key + KV_HEADS * D_KV;
     const size_t apart = static_cast<size_t>(gridDim.y) * (HEADS + 2 * KV_HEADS) * D_KV;
-    const Vector query = sum_parts(made + head * D_KV + part * VECTOR, parts_made, apart);
-    const uint4 present_key = narrow(sum_parts(new_key + part * VECTOR, parts_made, apart));
-    const uint4 present_value = narrow(sum_parts(new_value + part * VECTOR, parts_made, apart));
+    const Vector query = sum_splits(made + head * D_KV + part * VECTOR, splits_in, apart);
+    const uint4 present_key = narrow(sum_splits(new_key + part * VECTOR, splits_in, apart));
+    const uint4 present_value = narrow(sum_splits(new_value + part * VECTOR, splits_in, apart));
     if (head % GROUP == 0 && threadIdx.x < LANES) {
         __half* present = past + static_cast<size_t>(position) * STRIDE + part * VECTOR;
         store(present, present_key);

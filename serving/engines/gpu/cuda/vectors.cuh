@@ -1,4 +1,4 @@
-// Eight halves at a time, as all kernels load, store and compute. kernels.py defines MOST_PARTS, that a gemm is made in.
+// Eight halves at a time, as all kernels load, store and compute. kernels.py defines MAX_SPLITS, that a gemm is made in.
 #include <cuda_fp16.h>
 
 namespace {
@@ -46,17 +46,17 @@ template <typename... Pointers> __device__ void await(Pointers&... pointers) {
     (hide(pointers), ...);
 }
 
-// What a gemm of several parts made: the sum of the parts, which lie `apart` halves from each other.
-__device__ Vector sum_parts(const __half* first, int parts, size_t apart) {
-    uint4 bits[MOST_PARTS];
+// What a gemm of several k_splits made: the sum of the k_splits, which lie `apart` halves from each other.
+__device__ Vector sum_splits(const __half* first, int k_splits, size_t apart) {
+    uint4 bits[MAX_SPLITS];
 #pragma unroll
-    for (int part = 0; part < MOST_PARTS; ++part) {
-        if (part < parts) bits[part] = load(first + part * apart);
+    for (int part = 0; part < MAX_SPLITS; ++part) {
+        if (part < k_splits) bits[part] = load(first + part * apart);
     }
     Vector sum = widen(bits[0]);
 #pragma unroll
-    for (int part = 1; part < MOST_PARTS; ++part) {
-        if (part >= parts) break;
+    for (int part = 1; part < MAX_SPLITS; ++part) {
+        if (part >= k_splits) break;
         const Vector more = widen(bits[part]);
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) sum.at[i] += more.at[i];
@@ -64,9 +64,9 @@ __device__ Vector sum_parts(const __half* first, int parts, size_t apart) {
     return sum;
 }
 
-// Where a vector of a row lies for a gemm of `parts` parts, each of which reads its share of the columns of all rows.
-__device__ size_t place_in_parts(size_t row, size_t rows, int column, int columns, int parts) {
-    const int share = columns / parts;
+// Where a vector of a row lies for a gemm of `k_splits` k_splits, each of which reads its share of the columns of all rows.
+__device__ size_t split_offset(size_t row, size_t rows, int column, int columns, int k_splits) {
+    const int share = columns / k_splits;
     return (column / share * rows + row) * share + column % share;
 }
 
