@@ -65,7 +65,7 @@ def profile(decoder: GpuDecoder, batch: int, tokens: int, position: int) -> dict
     state[POSITIONS], state[SLOTS, :batch], state[LENGTHS, :batch] = position, range(batch), tokens
     decoder._state.set(state, stream=decoder._stream)
     kinds = [kind_of(operation) for operation in program]
-    few_rows = next(iter(decoder._gemms.values())).few_rows
+    skinny_gemm = next(iter(decoder._gemms.values())).skinny_gemm
     in_turn, whole = graph_us(decoder, program, overlap=False), graph_us(decoder, program)
     found = {}
     for kind in dict.fromkeys(kinds):
@@ -73,10 +73,10 @@ def profile(decoder: GpuDecoder, batch: int, tokens: int, position: int) -> dict
         alone = graph_us(decoder, [operation for operation, other in zip(program, kinds, strict=True) if other == kind])
         found[kind] = {"times": kinds.count(kind), "less_without_us": round(whole - without, 1), "alone_us": round(alone, 1)}
     for loaded in decoder._gemms.values():
-        loaded.few_rows = None
+        loaded.skinny_gemm = None
     by_engines = graph_us(decoder, decoder._program(batch, False))
     for loaded in decoder._gemms.values():
-        loaded.few_rows = few_rows
+        loaded.skinny_gemm = skinny_gemm
     steps = {"step_us": whole, "step_in_turn_us": in_turn, "step_by_engines_us": by_engines}
     return {**{name: round(us, 1) for name, us in steps.items()}, "operations": found}
 

@@ -4,7 +4,7 @@ A gemm sees rows and nothing else: tokens of passages that lie one after the oth
 costs what its rows cost, and what a step's time goes into, the keys and values, is read once, where it lies, by an attention kernel. The
 weights are an input as well: one engine serves the gemms of a kind in all layers. Narrow gemms of a step are made in k_splits, each of
 some of the columns that go in: a row or two dozen give a card too few blocks otherwise. The kernel behind sums the k_splits. A step of few
-rows multiplies by a kernel as well (cuda/few_rows.cu), which takes and makes what the engine would.
+rows multiplies by a kernel as well (cuda/skinny_gemm.cu), which takes and makes what the engine would.
 
     encoder layer   norm -> qkv -> attention -> o -> add, norm -> wi -> activate -> wo -> add
     decoder layer   the same; in the cross-attending ones, before wi: cross_q -> attention -> cross_o -> add, norm

@@ -18,7 +18,7 @@ Shapes = tuple[tuple[int, ...], ...]
 HALF_BYTES = 2
 TILE = 64  # queries of a block of the encoder's attention
 SMALLEST_CAPTURED, CAPTURED_STEP, MOST_CAPTURED = (128, 256), 512, 10_240  # tokens of encoder calls that are captured
-FEW_ROWS = 32  # rows of one tile of a gemm: up to so many running answers a gemm takes the same time
+SKINNY_ROWS = 32  # rows of one tile of a gemm: up to so many running answers a gemm takes the same time
 
 
 def batch_buckets(slots: int) -> tuple[int, ...]:
@@ -101,7 +101,7 @@ def profile_ranges(name: str, limits: Limits, passage_length: int) -> list[dict[
         longest = limits.max_passages * passage_length
         return [{"encoder_sequence_length": (1, longest, longest)}]
     # of the decoder's gemms: what serves many rows is slower than it must be for few
-    return [{"batch": (1, most, most)} for most in sorted({min(limits.slots, FEW_ROWS), limits.slots})]
+    return [{"batch": (1, most, most)} for most in sorted({min(limits.slots, SKINNY_ROWS), limits.slots})]
 
 
 def profile_shapes(tensors: GraphTensors, ranges: Mapping[str, Range]) -> dict[str, Shapes]:

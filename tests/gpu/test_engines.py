@@ -78,7 +78,7 @@ def test_encoder_equals_fp32(gpu_reader: GpuReader, record_property) -> None:
 def test_decoder_equals_fp32(gemms: str, gpu_reader: GpuReader, record_property, monkeypatch: pytest.MonkeyPatch) -> None:
     """Teacher-forced with fp32's tokens, so that a tie does not end the comparison; slots are admitted out of order and moved."""
     if gemms == "by engines":
-        monkeypatch.setattr("serving.engines.gpu.decoder.FewRows", lambda: None)
+        monkeypatch.setattr("serving.engines.gpu.decoder.SkinnyGemm", lambda: None)
     states = gpu_reader.states[:6]
     gpu = load_decoder(gpu_reader.engines, gpu_reader.manifest, gpu_reader.limits)
     cpu = OnnxDecoder(gpu_reader.cpu, gpu_reader.cpu_manifest, len(states) + 1)

@@ -13,7 +13,7 @@ cp = pytest.importorskip("cupy")
 from serving.contract.gemms import StackSizes  # noqa: E402
 from serving.contract.tensors import EngineSizes  # noqa: E402
 from serving.engines.gpu.cuda_graph import AWAITING, Graph, can_overlap  # noqa: E402
-from serving.engines.gpu.kernels import FewRows, HeadKernels, RowKernels, StepKernels  # noqa: E402
+from serving.engines.gpu.kernels import HeadKernels, RowKernels, SkinnyGemm, StepKernels  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 ROWS, HEADS, D_KV, CAPACITY, VOCAB = 5, 12, 64, 700, 3072
@@ -85,14 +85,14 @@ def head_case() -> Case:
 
 
 def product_case() -> Case:
-    few, weight, out = FewRows(), halves(4, 4, WIDTH // 4, WIDTH), cp.empty((4, ROWS, WIDTH), cp.float16)
+    few, weight, out = SkinnyGemm(), halves(4, 4, WIDTH // 4, WIDTH), cp.empty((4, ROWS, WIDTH), cp.float16)
     return Case(halves(1, 4, ROWS, WIDTH // 4), (out,), lambda given: few.multiply(given, weight, out))
 
 
 CASES: dict[str, Callable[[], Case]] = {
     "activate": lambda: row_case("activate"),
     "add_and_norm": lambda: row_case("add_and_norm"),
-    "multiply_few_rows": product_case,
+    "skinny_gemm": product_case,
     "self_attention, 1 key head": lambda: step_case("self_attention", 1),
     "self_attention, 12 key heads": lambda: step_case("self_attention", 12),
     "cross_attention, cross_join and evidence, 1 key head": lambda: step_case("cross_attention", 1),
@@ -139,7 +139,7 @@ def test_what_the_kernel_before_writes_is_waited_for(name: str, stream: Any) -> 
 def test_what_an_earlier_kernel_writes_is_waited_for_as_well(stream: Any) -> None:
     """Several kernels may be up at once: the residual stream was written some kernels ago."""
     with stream:
-        few, rows, weight = FewRows(), RowKernels(STACK), halves(4, WIDTH, WIDTH)
+        few, rows, weight = SkinnyGemm(), RowKernels(STACK), halves(4, WIDTH, WIDTH)
         given, norm, normed = halves(1, ROWS, WIDTH), cp.ones(WIDTH, cp.float32), cp.empty((ROWS, WIDTH), cp.float16)
         made, written = cp.empty((2, ROWS, WIDTH), cp.float16), cp.asarray(halves(2, ROWS, WIDTH), cp.float32)
         residual = written.copy()

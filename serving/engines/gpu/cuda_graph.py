@@ -20,7 +20,7 @@ AWAITING = frozenset(
     (
         "add_and_norm",
         "activate",
-        "multiply_few_rows",
+        "skinny_gemm",
         "self_attention",
         "cross_attention",
         "cross_join",

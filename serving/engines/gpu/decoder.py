@@ -31,7 +31,7 @@ from serving.contract.manifest import EngineError, Manifest
 
 from .cuda_graph import Graph
 from .engine import LoadEngine, Scratch
-from .kernels import FewRows, HeadKernels, RowKernels, StepKernels
+from .kernels import HeadKernels, RowKernels, SkinnyGemm, StepKernels
 from .weights import load_arrays, load_gemms, weight_bytes
 
 TOKENS, POSITIONS, SLOTS, LENGTHS, PENALTY = range(5)  # rows of the state that every step uploads
@@ -64,7 +64,7 @@ class GpuDecoder:
         with self._stream:
             scratch = Scratch()
             self._cross_kv = load("cross_kv", packed_cross_kv_tensors(sizes), scratch)
-            self._gemms = load_gemms(directory, manifest, stack, decoder_gemms(sizes), load, scratch, FewRows())
+            self._gemms = load_gemms(directory, manifest, stack, decoder_gemms(sizes), load, scratch, SkinnyGemm())
             names = [EMBEDDING, NORMS, BIAS, HEAD] + [CROSS_BIAS] * (array_file("decoder", CROSS_BIAS) in manifest.files)
             arrays = load_arrays(directory, manifest, "decoder", names)
             self._embedding, self._norms, self._self_bias, self._head = arrays[:4]

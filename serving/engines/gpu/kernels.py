@@ -27,9 +27,9 @@ HEAD_WARPS, HEAD_ROWS, PICK_THREADS = 8, 48, 256  # of the blocks that choose th
 TOKENS_A_WARP = 16  # whose logits a warp computes
 # Of the blocks that multiply few rows. More tiles of rows would take more registers, and longer sums more shared memory, than two blocks
 # have on a multiprocessor: the next block could not come up before this one has ended.
-FEW_WARPS, FEW_COLUMNS, TILE_ROWS, MOST_TILES, MOST_SUMMED = 8, 32, 16, 3, 1024
-SUMMED_AT_A_TIME = 32  # by one of its warps, so that sums of other lengths are not its own
-SUM_STRIDE = FEW_COLUMNS + 8  # of a row of its warps' sums in shared memory: rows eight banks apart
+SKINNY_WARPS, SKINNY_COLUMNS, TILE_ROWS, MAX_TILES, MAX_K = 8, 32, 16, 3, 1024
+K_TILE = 32  # by one of its warps, so that sums of other lengths are not its own
+SUM_STRIDE = SKINNY_COLUMNS + 8  # of a row of its warps' sums in shared memory: rows eight banks apart
 
 
 def split_k(array: cp.ndarray) -> int:
@@ -81,7 +81,7 @@ class RowKernels:
         self._activate((-(-rows * self.d_ff // 8 // THREADS),), (THREADS,), arguments)
 
 
-class FewRows:
+class SkinnyGemm:
     """Products of the few rows of a step, compiled for every 16 rows as they are needed."""
 
     def __init__(self) -> None:
@@ -90,8 +90,8 @@ class FewRows:
     def takes(self, x: cp.ndarray, weight: cp.ndarray) -> bool:
         """Whether it multiplies these; everything else is left to the engines."""
         given, made = weight.shape[-2:]
-        rows, fits = x.shape[-2], given % SUMMED_AT_A_TIME == 0 and given <= MOST_SUMMED and made % FEW_COLUMNS == 0
-        return fits and rows <= TILE_ROWS * MOST_TILES and weight.dtype == cp.float16
+        rows, fits = x.shape[-2], given % K_TILE == 0 and given <= MAX_K and made % SKINNY_COLUMNS == 0
+        return fits and rows <= TILE_ROWS * MAX_TILES and weight.dtype == cp.float16
 
     def multiply(self, x: cp.ndarray, weight: cp.ndarray, y: cp.ndarray) -> None:
         """Y = x @ weight, of every part, with sums in fp32; each row as if it were alone.
@@ -103,17 +103,17 @@ class FewRows:
         """
         rows, (given, made) = x.shape[-2], weight.shape[-2:]
         tiles = -(-rows // TILE_ROWS)
-        of_sums = FEW_WARPS * tiles * TILE_ROWS * SUM_STRIDE * 4
-        grid, shared = (made // FEW_COLUMNS, split_k(x)), max(given * FEW_COLUMNS * 2, of_sums)
+        of_sums = SKINNY_WARPS * tiles * TILE_ROWS * SUM_STRIDE * 4
+        grid, shared = (made // SKINNY_COLUMNS, split_k(x)), max(given * SKINNY_COLUMNS * 2, of_sums)
         arguments = (x, weight, cp.int32(rows), cp.int32(given), cp.int32(made), y)
-        self._kernel(tiles)(grid, (FEW_WARPS * 32,), arguments, shared_mem=shared)
+        self._kernel(tiles)(grid, (SKINNY_WARPS * 32,), arguments, shared_mem=shared)
 
     def _kernel(self, tiles: int) -> Any:
         if tiles not in self._kernels:
-            sizes = {"WARPS": FEW_WARPS, "COLUMNS": FEW_COLUMNS, "SUMMED": SUMMED_AT_A_TIME, "SUM_STRIDE": SUM_STRIDE}
-            module = _compiled({"TILES": tiles, **sizes}, "few_rows.cu")
-            self._kernels[tiles] = kernel = module.get_function("multiply_few_rows")
-            kernel.max_dynamic_shared_size_bytes = MOST_SUMMED * FEW_COLUMNS * 2
+            sizes = {"WARPS": SKINNY_WARPS, "COLUMNS": SKINNY_COLUMNS, "K_TILE": K_TILE, "SUM_STRIDE": SUM_STRIDE}
+            module = _compiled({"TILES": tiles, **sizes}, "skinny_gemm.cu")
+            self._kernels[tiles] = kernel = module.get_function("skinny_gemm")
+            kernel.max_dynamic_shared_size_bytes = MAX_K * SKINNY_COLUMNS * 2
         return self._kernels[tiles]
 
 

@@ -12,19 +12,19 @@ from serving.contract.gemms import Gemm, StackName, StackSizes, array_file, gemm
 from serving.contract.manifest import Manifest
 
 from .engine import GpuEngine, LoadEngine, Scratch
-from .kernels import FewRows
+from .kernels import SkinnyGemm
 
 
 class LoadedGemm:
     """One gemm: its kind's engine, its own weights, and what multiplies few rows in the engine's place."""
 
-    def __init__(self, engine: GpuEngine, weight: cp.ndarray, few_rows: FewRows | None = None):
-        self.engine, self.weight, self.few_rows = engine, weight, few_rows
+    def __init__(self, engine: GpuEngine, weight: cp.ndarray, skinny_gemm: SkinnyGemm | None = None):
+        self.engine, self.weight, self.skinny_gemm = engine, weight, skinny_gemm
 
     def enqueue(self, x: cp.ndarray, y: cp.ndarray, stream: cp.cuda.Stream, context: int = 0) -> None:
         """Multiply: y = x @ weight, on `stream`, which is the current one, without waiting."""
-        if self.few_rows is not None and self.few_rows.takes(x, self.weight):
-            self.few_rows.multiply(x, self.weight, y)
+        if self.skinny_gemm is not None and self.skinny_gemm.takes(x, self.weight):
+            self.skinny_gemm.multiply(x, self.weight, y)
         else:
             self.engine.bind({"x": x, "weight": self.weight}, {"y": y}, context=context).enqueue(stream)
 
@@ -47,9 +47,9 @@ def load_gemms(
     gemms: Sequence[Gemm],
     load: LoadEngine,
     scratch: Scratch,
-    few_rows: FewRows | None = None,
+    skinny_gemm: SkinnyGemm | None = None,
 ) -> dict[Gemm, LoadedGemm]:
-    """Products of a stack with their weights on the GPU, in the order given; those of a kind share an engine, all share `few_rows`.
+    """Products of a stack with their weights on the GPU, in the order given; those of a kind share an engine, all share `skinny_gemm`.
 
     Raises:
         ManifestError: if a file is missing or altered.
@@ -63,7 +63,7 @@ def load_gemms(
             tensors = gemm_tensors(stack, gemm, manifest.precision)
             engines[gemm.engine] = load(gemm.engine, tensors, scratch)
         weight = cp.asarray(np.load(directory / gemm.weight, allow_pickle=False))
-        loaded[gemm] = LoadedGemm(engines[gemm.engine], weight, few_rows)
+        loaded[gemm] = LoadedGemm(engines[gemm.engine], weight, skinny_gemm)
     return loaded
 
 

@@ -68,7 +68,7 @@ def modules() -> dict[str, types.ModuleType]:
         setattr(cupy, name, value)
     cupyx.zeros_pinned = lambda shape, dtype: np.zeros(shape, dtype)  # type: ignore[attr-defined]
     kernels = types.ModuleType("serving.engines.gpu.kernels")
-    for made in (RowKernels, FewRows, EncoderAttention, StepKernels, HeadKernels):
+    for made in (RowKernels, SkinnyGemm, EncoderAttention, StepKernels, HeadKernels):
         setattr(kernels, made.__name__, made)
     return {"cupy": cupy, "cupyx": cupyx, "serving.engines.gpu.kernels": kernels}
 
@@ -98,7 +98,7 @@ class RowKernels:
         put(out, activate(inner.astype(np.float32), self.stack))
 
 
-class FewRows:
+class SkinnyGemm:
     """Leaves three rows and more to the engine, so that both have their turn."""
 
     def takes(self, x: Array, weight: Array) -> bool:

@@ -1,6 +1,6 @@
 // A gemm of a step's few rows.
 //
-// Compiled by kernels.py for up to TILES * 16 rows, with WARPS warps and COLUMNS columns a block; a warp multiplies SUMMED columns of x
+// Compiled by kernels.py for up to TILES * 16 rows, with WARPS warps and COLUMNS columns a block; a warp multiplies K_TILE columns of x
 // at a time, and SUM_STRIDE is of a row of its sums in shared memory. A step's gemms are so narrow that what they take is mostly waiting:
 // for the launch, for the first weights, for the rows. A block here has all of its weights on their way into shared memory before the kernel
 // before it has ended, and then needs its rows only.
@@ -8,27 +8,27 @@
 namespace {
 
 constexpr int THREADS = WARPS * 32, CHUNKS = COLUMNS / VECTOR;
-constexpr int AHEAD = TILES > 2 ? 2 : 3;  // times SUMMED columns of x are fetched at once: registers for two blocks a multiprocessor
+constexpr int AHEAD = TILES > 2 ? 2 : 3;  // times K_TILE columns of x are fetched at once: registers for two blocks a multiprocessor
 
 // Where a row of weights has a chunk of its columns: rows that are read at once are in banks of their own.
 __device__ int place(int row, int chunk) { return row * COLUMNS + (chunk ^ (row / 8 % CHUNKS)) * VECTOR; }
 
 }  // namespace
 
-// Grid (made / COLUMNS, k_splits), block THREADS; shared memory for given * COLUMNS weights, or for the warps' sums where they take more.
-extern "C" __global__ void __launch_bounds__(THREADS, 2) multiply_few_rows(
-    const __half* __restrict__ x,       // [k_splits][rows][given]
-    const __half* __restrict__ weight,  // [k_splits][given][made]
-    int rows, int given, int made,
-    __half* __restrict__ y)  // [k_splits][rows][made]
+// Grid (out_features / COLUMNS, k_splits), block THREADS; shared memory for in_features * COLUMNS weights, or for the warps' sums where they take more.
+extern "C" __global__ void __launch_bounds__(THREADS, 2) skinny_gemm(
+    const __half* __restrict__ x,       // [k_splits][rows][in_features]
+    const __half* __restrict__ weight,  // [k_splits][in_features][out_features]
+    int rows, int in_features, int out_features,
+    __half* __restrict__ y)  // [k_splits][rows][out_features]
 {
     extern __shared__ __align__(16) __half weights[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
-    const int first = blockIdx.x * COLUMNS, steps = given / SUMMED;
+    const int first = blockIdx.x * COLUMNS, steps = in_features / K_TILE;
     const size_t part = blockIdx.y;
-    for (int i = threadIdx.x; i < given * CHUNKS; i += THREADS) {
+    for (int i = threadIdx.x; i < in_features * CHUNKS; i += THREADS) {
         const int row = i / CHUNKS, chunk = i % CHUNKS;
-        copy_async(weights + place(row, chunk), weight + (part * given + row) * made + first + chunk * VECTOR);
+        copy_async(weights + place(row, chunk), weight + (part * in_features + row) * out_features + first + chunk * VECTOR);
     }
     commit_copies();
     await(x, y);
@@ -43,9 +43,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) multiply_few_rows(
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
                 const int row = tile * 16 + group;
-                const __half* from = x + (part * rows + row) * given + step * SUMMED + pair * VECTOR;
+                const __half* from = x + (part * rows + row) * in_features + step * K_TILE + pair * VECTOR;
                 low[a][tile] = step < steps && row < rows ? load(from) : uint4{};
-                high[a][tile] = step < steps && row + 8 < rows ? load(from + 8 * given) : uint4{};
+                high[a][tile] = step < steps && row + 8 < rows ? load(from + 8 * in_features) : uint4{};
             }
         }
     };
@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) multiply_few_rows(
             if (step >= steps) break;
 #pragma unroll
             for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-                const Fragments right = load_transposed(weights + place(step * SUMMED + own_row, chunk));
+                const Fragments right = load_transposed(weights + place(step * K_TILE + own_row, chunk));
 #pragma unroll
                 for (int tile = 0; tile < TILES; ++tile) {
                     const uint4 l = low[a][tile], h = high[a][tile];
@@ -97,6 +97,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) multiply_few_rows(
 #pragma unroll
             for (int c = 0; c < VECTOR; ++c) total.at[c] += k_splits[c];
         }
-        store(y + (part * rows + row) * made + first + chunk * VECTOR, narrow(total));
+        store(y + (part * rows + row) * out_features + first + chunk * VECTOR, narrow(total));
     }
 }

@@ -7,12 +7,12 @@ import pytest
 
 cp = pytest.importorskip("cupy")
 
-from serving.engines.gpu.kernels import MOST_SUMMED, MOST_TILES, TILE_ROWS, FewRows  # noqa: E402
+from serving.engines.gpu.kernels import MAX_K, MAX_TILES, TILE_ROWS, SkinnyGemm  # noqa: E402
 
 pytestmark = pytest.mark.gpu
-MOST_ROWS = TILE_ROWS * MOST_TILES
+MOST_ROWS = TILE_ROWS * MAX_TILES
 # k_splits, columns of a part that go in, columns that come out
-SHAPES = [(1, 768, 4096), (4, 192, 768), (4, 512, 768), (4, 192, 896), (1, 32, 32), (2, 352, 64), (1, MOST_SUMMED, 160)]
+SHAPES = [(1, 768, 4096), (4, 192, 768), (4, 512, 768), (4, 192, 896), (1, 32, 32), (2, 352, 64), (1, MAX_K, 160)]
 
 
 def operands(k_splits: int, rows: int, given: int, made: int) -> tuple[np.ndarray, np.ndarray]:
@@ -27,7 +27,7 @@ def operands(k_splits: int, rows: int, given: int, made: int) -> tuple[np.ndarra
 def test_as_numpy_multiplies(shape: tuple[int, int, int], rows: int) -> None:
     k_splits, given, made = shape
     x, weight = operands(k_splits, rows, given, made)
-    few = FewRows()
+    few = SkinnyGemm()
     size = k_splits * rows * made
     memory = cp.full(size + TILE_ROWS * made, cp.nan, cp.float16)  # behind the result there is room for rows too many
     out, behind = memory[:size].reshape(*x.shape[:-1], made), memory[size:]
@@ -40,7 +40,7 @@ def test_as_numpy_multiplies(shape: tuple[int, int, int], rows: int) -> None:
 
 def test_a_row_is_the_same_alone_and_among_others() -> None:
     x, weight = operands(4, MOST_ROWS, 192, 768)
-    few, found = FewRows(), {}
+    few, found = SkinnyGemm(), {}
     for rows in (MOST_ROWS, 24, 1):
         out = cp.empty((4, rows, 768), cp.float16)
         few.multiply(cp.asarray(np.ascontiguousarray(x[:, :rows])), cp.asarray(weight), out)
@@ -53,11 +53,11 @@ def test_a_row_is_the_same_alone_and_among_others() -> None:
     ("rows", "given", "made", "dtype"),
     [
         (MOST_ROWS + 1, 64, 64, "float16"),
-        (1, MOST_SUMMED + 32, 64, "float16"),
+        (1, MAX_K + 32, 64, "float16"),
         (1, 48, 64, "float16"),
         (1, 64, 48, "float16"),
         (1, 64, 64, "uint16"),
     ],
 )
 def test_what_it_does_not_take(rows: int, given: int, made: int, dtype: str) -> None:
-    assert not FewRows().takes(cp.empty((rows, given), cp.float16), cp.empty((given, made), dtype))
+    assert not SkinnyGemm().takes(cp.empty((rows, given), cp.float16), cp.empty((given, made), dtype))
