@@ -37,7 +37,7 @@ def kind_of(operation: Any) -> str:
     return str(operation.func.__name__)
 
 
-def graph_us(decoder: GpuDecoder, operations: Sequence[Callable[[], None]], *, overlap: bool = True) -> float:
+def graph_us(decoder: GpuDecoder, operations: Sequence[Callable[[], None]], *, dependent_launch: bool = True) -> float:
     """Least microseconds of a graph of these operations."""
     stream = decoder._stream
 
@@ -48,7 +48,7 @@ def graph_us(decoder: GpuDecoder, operations: Sequence[Callable[[], None]], *, o
     with stream:
         run()  # TensorRT wants shapes to have run before they are captured
         stream.synchronize()
-        graph = Graph(stream, run, overlap=overlap)
+        graph = Graph(stream, run, dependent_launch=dependent_launch)
         graph.launch(stream)
         stream.synchronize()
         return min(gpu_ms(stream, lambda: graph.launch(stream)) for _ in range(ROUNDS)) * 1e3
@@ -66,7 +66,7 @@ def profile(decoder: GpuDecoder, batch: int, tokens: int, position: int) -> dict
     decoder._state.set(state, stream=decoder._stream)
     kinds = [kind_of(operation) for operation in program]
     skinny_gemm = next(iter(decoder._gemms.values())).skinny_gemm
-    in_turn, whole = graph_us(decoder, program, overlap=False), graph_us(decoder, program)
+    in_turn, whole = graph_us(decoder, program, dependent_launch=False), graph_us(decoder, program)
     found = {}
     for kind in dict.fromkeys(kinds):
         without = graph_us(decoder, [operation for operation, other in zip(program, kinds, strict=True) if other != kind])

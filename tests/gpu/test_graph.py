@@ -12,7 +12,7 @@ cp = pytest.importorskip("cupy")
 
 from serving.contract.gemms import StackSizes  # noqa: E402
 from serving.contract.tensors import EngineSizes  # noqa: E402
-from serving.engines.gpu.cuda_graph import AWAITING, Graph, can_overlap  # noqa: E402
+from serving.engines.gpu.cuda_graph import DEPENDENT_KERNELS, Graph, supports_dependent_launch  # noqa: E402
 from serving.engines.gpu.kernels import HeadKernels, RowKernels, SkinnyGemm, StepKernels  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -113,7 +113,7 @@ def late_then(run: Callable[[Any], None], given: Any, stale: Any) -> Callable[[]
 
 @pytest.fixture
 def stream() -> Any:
-    if not can_overlap():
+    if not supports_dependent_launch():
         pytest.skip("kernels cannot wait for the one before on this GPU or driver")
     return cp.cuda.Stream(non_blocking=True)
 
@@ -133,7 +133,7 @@ def test_what_the_kernel_before_writes_is_waited_for(name: str, stream: Any) -> 
             graph.launch(stream)
             for made, want in zip(case.made, wanted, strict=True):
                 np.testing.assert_array_equal(made.get(), want.get())
-    assert graph.overlapped == case.kernels
+    assert graph.dependent_launches == case.kernels
 
 
 def test_what_an_earlier_kernel_writes_is_waited_for_as_well(stream: Any) -> None:
@@ -156,7 +156,7 @@ def test_what_an_earlier_kernel_writes_is_waited_for_as_well(stream: Any) -> Non
             residual.fill(7)
             graph.launch(stream)
             np.testing.assert_array_equal(residual.get(), wanted)
-    assert graph.overlapped == 3
+    assert graph.dependent_launches == 3
 
 
 def test_a_kernel_that_does_not_wait_reads_too_early(stream: Any) -> None:
@@ -168,7 +168,7 @@ def test_a_kernel_that_does_not_wait_reads_too_early(stream: Any) -> None:
         graph = Graph(stream, late_then(lambda x: HASTY((1,), (64,), (x, out, count)), given, stale))
         graph.launch(stream)
         assert (out.get() == 7).all()
-        assert "activate" in AWAITING
+        assert "activate" in DEPENDENT_KERNELS
 
 
 def test_other_kernels_wait_as_ever(stream: Any) -> None:
@@ -178,4 +178,4 @@ def test_other_kernels_wait_as_ever(stream: Any) -> None:
         graph = Graph(stream, late_then(lambda x: cp.copyto(out, x), given, stale))
         graph.launch(stream)
         assert (out.get() == 1).all()
-    assert graph.overlapped == 0
+    assert graph.dependent_launches == 0

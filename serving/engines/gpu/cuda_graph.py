@@ -2,7 +2,7 @@
 
 Between two kernels the card does nothing for about a microsecond: the second is launched when the first has ended and all that it wrote
 can be seen. From compute capability 9.0 on a kernel may be launched as soon as all blocks of the one before run, load what does not depend
-on it, and wait for its end by itself (`await` in cuda/vectors.cuh). That is a property of the edge between the two. A capture sets it only
+on it, and wait for its end by itself (`grid_dependency_wait` in cuda/vectors.cuh). That is a property of the edge between the two. A capture sets it only
 for pairs that were launched so, and an engine's kernels are not; hence the edges are changed between the capture and the graph's making.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import cupy as cp
 
 # Kernels of cuda/ that await the one before. Every one that does not begin a step does.
-AWAITING = frozenset(
+DEPENDENT_KERNELS = frozenset(
     (
         "add_and_norm",
         "activate",
@@ -29,11 +29,11 @@ AWAITING = frozenset(
         "pick_token",
     )
 )
-AWAIT_CAPABILITY = 90  # 10 * compute capability from which on kernels can wait for the one before
-EDGES_DRIVER = 12_030  # the driver's CUDA version from which on edges have properties
+PDL_CAPABILITY = 90  # 10 * compute capability from which on kernels can wait for the one before
+PDL_DRIVER = 12_030  # the driver's CUDA version from which on edges have properties
 ANY_THREAD_MAY_CALL = 2  # cudaStreamCaptureModeRelaxed: other threads load and pack meanwhile
 # Of CUDA's driver interface: CUgraphNodeType, CUgraphDependencyType, and the port of a kernel's node that opens when all its blocks run.
-KERNEL, PROGRAMMATIC, ALL_BLOCKS_RUN = 0, 1, 2
+KERNEL, PROGRAMMATIC, ALL_BLOCKS_STARTED = 0, 1, 2
 
 
 class GraphError(RuntimeError):
@@ -62,23 +62,23 @@ class Graph:
     Args:
         stream: what `run` enqueues on; nothing else is enqueued there meanwhile.
         run: has run before, so that nothing is loaded or set up any more.
-        overlap: False = every kernel waits for the end of the one before, to compare.
+        dependent_launch: False = every kernel waits for the end of the one before, to compare.
 
     Attributes:
-        overlapped: kernels that come up while the one before them still runs.
+        dependent_launches: kernels that come up while the one before them still runs.
 
     Raises:
         GraphError: if the driver refuses.
     """
 
-    def __init__(self, stream: cp.cuda.Stream, run: Callable[[], None], *, overlap: bool = True):
+    def __init__(self, stream: cp.cuda.Stream, run: Callable[[], None], *, dependent_launch: bool = True):
         runtime = cp.cuda.runtime
         runtime.streamBeginCapture(stream.ptr, ANY_THREAD_MAY_CALL)
         try:
             run()
         finally:
             graph = runtime.streamEndCapture(stream.ptr)
-        self.overlapped = _overlap(graph) if overlap and can_overlap() else 0
+        self.dependent_launches = _launch_dependents_early(graph) if dependent_launch and supports_dependent_launch() else 0
         self._launchable = runtime.graphInstantiate(graph)
         runtime.graphDestroy(graph)
         runtime.graphUpload(self._launchable, stream.ptr)
@@ -92,20 +92,20 @@ class Graph:
             cp.cuda.runtime.graphExecDestroy(launchable)
 
 
-def can_overlap() -> bool:
+def supports_dependent_launch() -> bool:
     """Whether this thread's GPU and its driver let a kernel come up before the one before it has ended."""
-    return int(cp.cuda.Device().compute_capability) >= AWAIT_CAPABILITY and cp.cuda.runtime.driverGetVersion() >= EDGES_DRIVER
+    return int(cp.cuda.Device().compute_capability) >= PDL_CAPABILITY and cp.cuda.runtime.driverGetVersion() >= PDL_DRIVER
 
 
-def _overlap(graph: int) -> int:
+def _launch_dependents_early(graph: int) -> int:
     """Let every kernel that awaits the one before start when all blocks of that one run; gives how many do."""
     changed = 0
     for source, target, edge in _edges(graph):
-        if _kernel_name(source) is None or _kernel_name(target) not in AWAITING:
+        if _kernel_name(source) is None or _kernel_name(target) not in DEPENDENT_KERNELS:
             continue
         ends = ((ctypes.c_void_p * 1)(source), (ctypes.c_void_p * 1)(target))
         _driver("cuGraphRemoveDependencies_v2", ctypes.c_void_p(graph), *ends, (_Edge * 1)(edge), ctypes.c_size_t(1))
-        early = (_Edge * 1)(_Edge(from_port=ALL_BLOCKS_RUN, type=PROGRAMMATIC))
+        early = (_Edge * 1)(_Edge(from_port=ALL_BLOCKS_STARTED, type=PROGRAMMATIC))
         _driver("cuGraphAddDependencies_v2", ctypes.c_void_p(graph), *ends, early, ctypes.c_size_t(1))
         changed += 1
     return changed

@@ -180,7 +180,7 @@ def test_decoder_steps_as_the_products_say(name: str, graphs: dict[str, Path], r
 
 
 def test_kernels_that_come_up_early_wait_before_they_write_or_end(runtime: Any) -> None:
-    awaiting = runtime("cuda_graph").AWAITING
+    awaiting = runtime("cuda_graph").DEPENDENT_KERNELS
     names = ("rows.cu", "skinny_gemm.cu", "self_attention.cu", "cross_attention.cu", "head.cu")
     sources = "".join((PROJECT / "serving/engines/gpu/cuda" / name).read_text("utf-8") for name in names)
     # __global__ void, bounds if any, and the name; then everything up to the brace that ends the kernel, at the line's start
@@ -191,9 +191,9 @@ def test_kernels_that_come_up_early_wait_before_they_write_or_end(runtime: Any) 
         if name == "cross_attention":  # two kernels under one name: where heads share keys, and where they do not
             branches = re.split(r"^#(?:if|else|endif).*$", kernels[name], flags=re.MULTILINE)[1:3]
         for branch in branches:
-            before, after = branch.split("await(", 1)
+            before, after = branch.split("grid_dependency_wait(", 1)
             assert not re.search(r"\breturn;|\bstore\(|\bout\[", before), name
-            assert "await(" not in after, name
+            assert "grid_dependency_wait(" not in after, name
 
 
 def test_what_cannot_run_is_refused_by_name(graphs: dict[str, Path], runtime: Any, tmp_path: Path, tokenizer_json: str) -> None:

@@ -18,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
 #if KV_HEADS == HEADS
     // Every head has keys of its own: they are read once, by lanes that hold a few tokens between them.
     __shared__ float shared[WARPS][D_KV + 2];
-    await(queries, partial);
+    grid_dependency_wait(queries, partial);
     if (start >= length) return;
     const int head = blockIdx.y, part = lane % LANES;
     const __half* keys = cache + slot * capacity * STRIDE + head * D_KV + part * VECTOR;
@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
         commit_copies();
     };
     fetch(start + warp * WARP_TOKENS, 0);
-    await(queries, partial);
+    grid_dependency_wait(queries, partial);
     if (start >= length) return;
     int heads[2];  // past the group's end the last head is computed again
     unsigned query[K_STEPS][4];
@@ -189,7 +189,7 @@ extern "C" __global__ void cross_join(
     extern __shared__ float factors[];
     const int head = blockIdx.x, row = blockIdx.y, d = threadIdx.x;
     const int used = (lengths[row] + chunk - 1) / chunk;
-    await(partial, attended, softmax);
+    grid_dependency_wait(partial, attended, softmax);
     const float* chunks = partial + static_cast<size_t>(row * HEADS + head) * splits * (D_KV + 2);
     for (int split = d; split < used; split += blockDim.x) factors[split] = chunks[split * (D_KV + 2) + D_KV];
     __syncthreads();
@@ -222,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) evidence(
 {
     __shared__ __align__(16) __half query[HEADS * D_KV];
     const int row = blockIdx.y, start = blockIdx.x * EVIDENCE_TOKENS, end = min(start + EVIDENCE_TOKENS, lengths[row]);
-    await(queries, softmax, weights);
+    grid_dependency_wait(queries, softmax, weights);
     if (positions[row] != 0 || start >= end) return;
     for (int i = threadIdx.x; i < HEADS * D_KV; i += blockDim.x) query[i] = queries[row * HEADS * D_KV + i];
     __syncthreads();

@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(HEAD_WARPS * 32, 2) score_tokens(
         }
     };
     fetch(0, a, b);
-    await(hidden, found);
+    grid_dependency_wait(hidden, found);
     stage(0, 0);
     float logits[TILES][4] = {};
     for (int start = 0, now = 0; start < D_MODEL; start += ROUND, now ^= 1) {
@@ -122,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(PICK_THREADS) pick_token(
     __shared__ Choice of_warp[PICK_THREADS / 32];
     const int row = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Choice choice = Choice::none();
-    await(found, token, log_prob);
+    grid_dependency_wait(found, token, log_prob);
     for (int block = threadIdx.x; block < blocks; block += PICK_THREADS) choice.join(found[block * gridDim.x + row]);
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) choice.join_lane(step);

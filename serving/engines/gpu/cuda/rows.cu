@@ -71,7 +71,7 @@ extern "C" __global__ void add_and_norm(
     const int column = threadIdx.x * VECTOR;
     const bool inside = threadIdx.x < VECTORS;
     const size_t at = row * D_MODEL + column;
-    await(made, normed, residual);
+    grid_dependency_wait(made, normed, residual);
     Vector x = {};
     if (inside) {
         const float4* before = reinterpret_cast<const float4*>(residual + at);
@@ -95,7 +95,7 @@ extern "C" __global__ void activate(const __half* __restrict__ inner, int rows, 
     const size_t index = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     const size_t row = index / A_ROW;
     const int column = index % A_ROW * VECTOR;
-    await(inner, out);
+    grid_dependency_wait(inner, out);
     if (row >= rows) return;
 #if GATED
     Vector x = widen(load(inner + row * 2 * D_FF + column));

@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
         }
     };
     fetch(warp * TOKENS);
-    await(query_key_value, out);
+    grid_dependency_wait(query_key_value, out);
     if (position < 0) {
         if (threadIdx.x < D_KV) out[threadIdx.x] = __half(0.f);
         return;

@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) skinny_gemm(
         copy_async(weights + place(row, chunk), weight + (part * in_features + row) * out_features + first + chunk * VECTOR);
     }
     commit_copies();
-    await(x, y);
+    grid_dependency_wait(x, y);
     // Of every 32 columns of x a thread has eight neighbouring ones: pair p has 8p to 8p + 7, where a tile of 16 wants 2p, 2p + 1, 2p + 8 and
     // 2p + 9 of it. So 8p and 8p + 1 count as 2p and 2p + 1, the next two as 2p + 8 and 2p + 9, and the last four are the second tile's;
     // `own_row` names rows of weights in that order.

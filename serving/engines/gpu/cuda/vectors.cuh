@@ -38,7 +38,7 @@ __device__ uint4 narrow(const Vector& v) {
 // the one before it and the one before that: every thread calls this before it writes anything or ends, and reads whatever any kernel of the
 // step writes through these pointers, behind this call. That they are passed keeps the compiler from reading earlier, as it may for
 // __restrict__ ones.
-template <typename... Pointers> __device__ void await(Pointers&... pointers) {
+template <typename... Pointers> __device__ void grid_dependency_wait(Pointers&... pointers) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
