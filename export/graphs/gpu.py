@@ -36,7 +36,7 @@ ONNX_TYPES = {
 HEAD_WIDTHS = (16, 32, 64, 128)  # that the attention kernels are written for: whole tiles, and a power of two of lanes
 
 
-class HalfBorders(torch.nn.Module):
+class Fp16Io(torch.nn.Module):
     """A graph whose half-precision tensors cross its border as float16 whatever they are inside."""
 
     def __init__(self, graph: GpuGraph, tensors: GraphTensors):
@@ -127,7 +127,7 @@ def _require_kernels(config: ReaderConfig, *, whole_encoder: bool) -> None:
 def export_half(graph: GpuGraph, tensors: GraphTensors, path: Path, precision: str, opset: int) -> None:
     """Cast one graph, export it, and bring it to the older opset where asked for."""
     to_half(graph, DTYPES[precision])
-    onnx_from_module(graph if precision == "float16" else HalfBorders(graph, tensors), tensors, path, max(opset, OPSET))
+    onnx_from_module(graph if precision == "float16" else Fp16Io(graph, tensors), tensors, path, max(opset, OPSET))
     if opset < OPSET:
         model = onnx.load(str(path))
         to_opset_17(model)

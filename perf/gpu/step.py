@@ -19,7 +19,7 @@ import cupy as cp
 from perf.bounds.statistics import publish
 from serving.contract.limits import Limits
 from serving.contract.manifest import Manifest
-from serving.engines.gpu.cuda_graph import Graph
+from serving.engines.gpu.cuda_graph import CudaGraph
 from serving.engines.gpu.decoder import LENGTHS, POSITIONS, SLOTS, GpuDecoder
 from serving.engines.gpu.weights import LoadedGemm
 from serving.engines.load import load_decoder
@@ -48,7 +48,7 @@ def graph_us(decoder: GpuDecoder, operations: Sequence[Callable[[], None]], *, d
     with stream:
         run()  # TensorRT wants shapes to have run before they are captured
         stream.synchronize()
-        graph = Graph(stream, run, dependent_launch=dependent_launch)
+        graph = CudaGraph(stream, run, dependent_launch=dependent_launch)
         graph.launch(stream)
         stream.synchronize()
         return min(gpu_ms(stream, lambda: graph.launch(stream)) for _ in range(ROUNDS)) * 1e3

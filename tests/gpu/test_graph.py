@@ -12,7 +12,7 @@ cp = pytest.importorskip("cupy")
 
 from serving.contract.gemms import StackSizes  # noqa: E402
 from serving.contract.tensors import EngineSizes  # noqa: E402
-from serving.engines.gpu.cuda_graph import DEPENDENT_KERNELS, Graph, supports_dependent_launch  # noqa: E402
+from serving.engines.gpu.cuda_graph import DEPENDENT_KERNELS, CudaGraph, supports_dependent_launch  # noqa: E402
 from serving.engines.gpu.kernels import HeadKernels, RowKernels, SkinnyGemm, StepKernels  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -125,7 +125,7 @@ def test_what_the_kernel_before_writes_is_waited_for(name: str, stream: Any) -> 
         case.run(case.given)
         wanted = [made.copy() for made in case.made]
         stale = cp.full(case.given.shape, 7, cp.float16)
-        graph = Graph(stream, late_then(case.run, case.given, stale))
+        graph = CudaGraph(stream, late_then(case.run, case.given, stale))
         for _ in range(3):
             stale.fill(7)
             for made in case.made[: -1 if "self" in name else None]:  # the cache is read as well
@@ -151,7 +151,7 @@ def test_what_an_earlier_kernel_writes_is_waited_for_as_well(stream: Any) -> Non
 
         behind()
         wanted = residual.get()
-        graph = Graph(stream, late_then(lambda _: behind(), written, residual))
+        graph = CudaGraph(stream, late_then(lambda _: behind(), written, residual))
         for _ in range(3):
             residual.fill(7)
             graph.launch(stream)
@@ -165,7 +165,7 @@ def test_a_kernel_that_does_not_wait_reads_too_early(stream: Any) -> None:
         given, stale, out = (cp.full(64, value, cp.int32) for value in (1, 7, 0))
         count = np.int32(len(given))
         HASTY((1,), (64,), (given, out, count))
-        graph = Graph(stream, late_then(lambda x: HASTY((1,), (64,), (x, out, count)), given, stale))
+        graph = CudaGraph(stream, late_then(lambda x: HASTY((1,), (64,), (x, out, count)), given, stale))
         graph.launch(stream)
         assert (out.get() == 7).all()
         assert "activate" in DEPENDENT_KERNELS
@@ -175,7 +175,7 @@ def test_other_kernels_wait_as_ever(stream: Any) -> None:
     with stream:
         given, stale, out = (cp.full(64, value, cp.int32) for value in (1, 7, 0))
         cp.copyto(out, given)
-        graph = Graph(stream, late_then(lambda x: cp.copyto(out, x), given, stale))
+        graph = CudaGraph(stream, late_then(lambda x: cp.copyto(out, x), given, stale))
         graph.launch(stream)
         assert (out.get() == 1).all()
     assert graph.dependent_launches == 0

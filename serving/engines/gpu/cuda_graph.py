@@ -36,7 +36,7 @@ ANY_THREAD_MAY_CALL = 2  # cudaStreamCaptureModeRelaxed: other threads load and 
 KERNEL, PROGRAMMATIC, ALL_BLOCKS_STARTED = 0, 1, 2
 
 
-class GraphError(RuntimeError):
+class CudaGraphError(RuntimeError):
     """The driver refused to read or change a graph."""
 
 
@@ -56,7 +56,7 @@ class _KernelNode(ctypes.Structure):
     ]
 
 
-class Graph:
+class CudaGraph:
     """Everything that `run` enqueues on a stream, as one launch.
 
     Args:
@@ -68,7 +68,7 @@ class Graph:
         dependent_launches: kernels that come up while the one before them still runs.
 
     Raises:
-        GraphError: if the driver refuses.
+        CudaGraphError: if the driver refuses.
     """
 
     def __init__(self, stream: cp.cuda.Stream, run: Callable[[], None], *, dependent_launch: bool = True):
@@ -145,4 +145,4 @@ def _library() -> Any:
 def _driver(function: str, *arguments: Any) -> None:
     """Call the driver, of whose interface CuPy has no part that knows edges."""
     if code := getattr(_library(), function)(*arguments):
-        raise GraphError(f"{function}: CUDA driver error {code}")
+        raise CudaGraphError(f"{function}: CUDA driver error {code}")

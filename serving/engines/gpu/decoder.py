@@ -29,7 +29,7 @@ from serving.contract.gemms import (
 from serving.contract.gpu_profiles import GpuMemory, batch_buckets, bucket_of, decoder_memory
 from serving.contract.manifest import EngineError, Manifest
 
-from .cuda_graph import Graph
+from .cuda_graph import CudaGraph
 from .engine import LoadEngine, Scratch
 from .kernels import HeadKernels, RowKernels, SkinnyGemm, StepKernels
 from .weights import load_arrays, load_gemms, weight_bytes
@@ -134,7 +134,7 @@ class GpuDecoder:
         self._stream.synchronize()
         if not all(gemm.engine.capturable for gemm in self._gemms.values()):
             return run
-        graph = Graph(self._stream, run)
+        graph = CudaGraph(self._stream, run)
         return lambda: graph.launch(self._stream)
 
     def _program(self, bucket: int, first: bool) -> list[Callable[[], None]]:

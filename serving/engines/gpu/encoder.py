@@ -17,7 +17,7 @@ from serving.contract.gpu_profiles import attention_tiles, calls_of_tokens, capt
 from serving.contract.limits import Limits
 from serving.contract.manifest import EngineError, Manifest
 
-from .cuda_graph import Graph
+from .cuda_graph import CudaGraph
 from .engine import LoadEngine, Scratch
 from .kernels import EncoderAttention, RowKernels
 from .weights import load_arrays, load_gemms, weight_bytes
@@ -35,7 +35,7 @@ class CapturedCall:
     tokens: int
     tiles: int
     given: cp.ndarray
-    graph: Graph
+    graph: CudaGraph
 
 
 class GpuEncoder:
@@ -128,7 +128,7 @@ class GpuEncoder:
 
         run()
         self._stream.synchronize()
-        return CapturedCall(tokens, tiles, given, Graph(self._stream, run))
+        return CapturedCall(tokens, tiles, given, CudaGraph(self._stream, run))
 
     def _enqueue(self, tokens: cp.ndarray, tiles: cp.ndarray, longest: int, context: int = 0) -> None:
         """All layers, up to what the last gemm made and the residual stream before it."""

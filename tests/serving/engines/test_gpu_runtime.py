@@ -112,7 +112,7 @@ def test_encoder_packs_passages_of_all_questions_and_puts_each_back(name: str, g
 def test_a_captured_call_has_room_for_any_passages_of_so_many_tokens(graphs: dict[str, Path], runtime: Any, monkeypatch: Any) -> None:
     launched = []
 
-    class Graph:
+    class CudaGraph:
         """What was captured is what runs at every launch."""
 
         def __init__(self, stream: object, run: Any):
@@ -124,7 +124,7 @@ def test_a_captured_call_has_room_for_any_passages_of_so_many_tokens(graphs: dic
 
     directory, manifest = graphs["fid"], Manifest.load(graphs["fid"])
     monkeypatch.setattr(Engine, "capturable", True)
-    monkeypatch.setattr(runtime("encoder"), "Graph", Graph)
+    monkeypatch.setattr(runtime("encoder"), "CudaGraph", CudaGraph)
     monkeypatch.setattr("serving.contract.gpu_profiles.SMALLEST_CAPTURED", (5, 64))
     encoder = runtime("encoder").GpuEncoder(directory, manifest, loader(directory), LIMITS)
     assert [(call.tokens, call.tiles) for call in encoder._captured] == [(5, 4), (64, 5)]
