@@ -38,11 +38,11 @@ def test_attention_stays_within_each_passage(stack: StackSizes) -> None:
     made = halves(rng, rows + 3, 3 * width)  # rows behind the last that nobody may read
     made[:rows, :width] *= np.float16(stack.d_kv**-0.5)
     made[rows:] = np.nan
-    reach = REACHES[SIZES.index(stack)]
-    bias = rng.standard_normal((2 * reach + 1, stack.num_heads)).astype(np.float32)
+    max_relative_distance = REACHES[SIZES.index(stack)]
+    bias = rng.standard_normal((2 * max_relative_distance + 1, stack.num_heads)).astype(np.float32)
     out = cp.full((rows, width), cp.nan, cp.float16)
     tiles = cp.asarray(attention_tiles(np.array(LENGTHS)))
-    EncoderAttention(stack, reach)(cp.asarray(made), tiles, max(LENGTHS), cp.asarray(bias), out)
+    EncoderAttention(stack, max_relative_distance)(cp.asarray(made), tiles, max(LENGTHS), cp.asarray(bias), out)
     wanted = attend_within_passages(made[:rows].astype(np.float64), LENGTHS, bias, stack)
     assert np.abs(out.get() - wanted).max() < 4e-3 * np.abs(wanted).max()
 

@@ -80,7 +80,7 @@ def step_case(name: str, kv_heads: int) -> Case:
 def head_case() -> Case:
     kernels, head, penalty = HeadKernels(WIDTH, VOCAB, 1), halves(3, VOCAB, WIDTH), cp.zeros(ROWS, cp.float32)
     found, token, log_prob = kernels.scratch(ROWS), cp.empty(ROWS, cp.int32), cp.empty(ROWS, cp.float32)
-    run = lambda given: kernels.pick_token(given, head, penalty, found, token, log_prob)  # noqa: E731
+    run = lambda given: kernels.combine_argmax(given, head, penalty, found, token, log_prob)  # noqa: E731
     return Case(halves(1, ROWS, WIDTH), (token, log_prob), run, kernels=2)
 
 
@@ -95,9 +95,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "skinny_gemm": product_case,
     "self_attention, 1 key head": lambda: step_case("self_attention", 1),
     "self_attention, 12 key heads": lambda: step_case("self_attention", 12),
-    "cross_attention, cross_join and evidence, 1 key head": lambda: step_case("cross_attention", 1),
-    "cross_attention, cross_join and evidence, 12 key heads": lambda: step_case("cross_attention", 12),
-    "score_tokens and pick_token": head_case,
+    "cross_attention, combine_split_kv and evidence, 1 key head": lambda: step_case("cross_attention", 1),
+    "cross_attention, combine_split_kv and evidence, 12 key heads": lambda: step_case("cross_attention", 12),
+    "head_argmax and combine_argmax": head_case,
 }
 
 

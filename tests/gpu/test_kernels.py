@@ -14,7 +14,7 @@ from serving.engines.gpu.kernels import HeadKernels, StepKernels  # noqa: E402
 from tests.serving.engines.numpy_rows import as_splits  # noqa: E402
 
 pytestmark = pytest.mark.gpu
-CAPACITY, SLOTS, BATCH, REACH = 700, 6, 5, 20
+CAPACITY, SLOTS, BATCH, MAX_RELATIVE_DISTANCE = 700, 6, 5, 20
 LENGTHS = np.array([700, 1, 256, 0, 513], np.int32)
 PLACES = np.array([4, 0, 5, 0, 2], np.int32)
 
@@ -65,7 +65,7 @@ def test_cross_attention_and_evidence(sizes: EngineSizes, with_bias: bool) -> No
     cache[1] = np.nan  # a slot that nobody may read
     query = (normal(rng, BATCH, heads * d_kv) * d_kv**-0.5).astype(np.float16)
     positions = np.array([0, 0, 7, -1, 0], np.int32)
-    bias = normal(rng, REACH + 1, heads) if with_bias else None
+    bias = normal(rng, MAX_RELATIVE_DISTANCE + 1, heads) if with_bias else None
     encoder_positions = rng.integers(0, 30, (SLOTS, CAPACITY)).astype(np.int32)
     kernels = StepKernels(sizes)
     arrays = (query, cache, PLACES, LENGTHS, positions, bias, encoder_positions)
@@ -81,7 +81,7 @@ def test_cross_attention_and_evidence(sizes: EngineSizes, with_bias: bool) -> No
         if not length:
             assert not out[row].any()
             continue
-        behind = np.clip(positions[row] - encoder_positions[place, :length], 0, REACH)
+        behind = np.clip(positions[row] - encoder_positions[place, :length], 0, MAX_RELATIVE_DISTANCE)
         mixed, wanted = reference(sizes, query[row].reshape(heads, d_kv), cache[place, :length], None if bias is None else bias[behind])
         assert np.abs(out[row] - mixed).max() < 2e-3 * np.abs(mixed).max()  # what rounding to half leaves
         if positions[row] == 0:
@@ -108,7 +108,7 @@ def test_self_attention(sizes: EngineSizes, k_splits: int) -> None:
     given = split(made, k_splits, rng)
     made = given.astype(np.float32).sum(0)
     positions = np.array([0, 299, 17, -1, 140], np.int32)
-    bias = normal(rng, REACH + 1, heads)
+    bias = normal(rng, MAX_RELATIVE_DISTANCE + 1, heads)
     on_gpu, out = cp.asarray(cache), cp.full((BATCH, heads * d_kv), cp.nan, cp.float16)
     out = out if k_splits == 1 else out.reshape(k_splits, BATCH, -1)
     at = (cp.asarray(given if k_splits > 1 else given[0]), on_gpu, cp.asarray(PLACES), cp.asarray(positions), cp.asarray(bias))
@@ -119,7 +119,7 @@ def test_self_attention(sizes: EngineSizes, k_splits: int) -> None:
         if position < 0:
             continue
         expected[place, position] = made[row, heads * d_kv :]
-        behind = np.minimum(position - np.arange(position + 1), REACH)
+        behind = np.minimum(position - np.arange(position + 1), MAX_RELATIVE_DISTANCE)
         query = made[row, : heads * d_kv].reshape(heads, d_kv)
         wanted[row], _ = reference(sizes, query, expected[place, : position + 1], bias[behind])
     np.testing.assert_allclose(out, as_splits(wanted, k_splits), atol=2e-5, rtol=6e-4)  # what rounding to half leaves
@@ -165,7 +165,7 @@ def test_pick_token(batch: int, d_model: int, vocab: int) -> None:
     penalty = np.zeros(batch, np.float32)
     penalty[-1] = -1e9
     kernels, (token, log_prob) = HeadKernels(d_model, vocab, 1), (cp.full(batch, -7, cp.int32), cp.full(batch, cp.nan, cp.float32))
-    kernels.pick_token(cp.asarray(hidden), cp.asarray(head), cp.asarray(penalty), kernels.scratch(batch), token, log_prob)
+    kernels.combine_argmax(cp.asarray(hidden), cp.asarray(head), cp.asarray(penalty), kernels.scratch(batch), token, log_prob)
     wide = hidden.astype(np.float64) @ head.astype(np.float64).T
     wide[:, 1] += penalty
     picked, found = token.get(), log_prob.get()

@@ -23,10 +23,10 @@ DEPENDENT_KERNELS = frozenset(
         "skinny_gemm",
         "self_attention",
         "cross_attention",
-        "cross_join",
+        "combine_split_kv",
         "evidence",
-        "score_tokens",
-        "pick_token",
+        "head_argmax",
+        "combine_argmax",
     )
 )
 PDL_CAPABILITY = 90  # 10 * compute capability from which on kernels can wait for the one before

@@ -71,7 +71,7 @@ class GpuDecoder:
             self._cross_bias = arrays[4] if len(arrays) > 4 else None
             weights = weight_bytes(self._gemms) + self._cross_kv.weight_bytes + sum(array.nbytes for array in arrays)
             self._rows, self._kernels = RowKernels(stack), StepKernels(sizes)
-            self._choice = HeadKernels(sizes.d_model_decoder, sizes.vocab_size, manifest.eos_token_id)
+            self._head_kernels = HeadKernels(sizes.d_model_decoder, sizes.vocab_size, manifest.eos_token_id)
             working = self._allocate_working()
             self.memory = decoder_memory(sizes, slots, capacities, weights, scratch.bytes + working)
             _require_room(self.memory, slots, allocated=weights + working)
@@ -96,7 +96,7 @@ class GpuDecoder:
         self._partial = cp.empty((slots, sizes.num_heads, self._kernels.most_splits(self._encoded), sizes.d_kv + 2), cp.float32)
         self._softmax = cp.empty((slots, sizes.num_heads, 2), cp.float32)
         self._evidence = cp.zeros((slots, self._encoded), cp.float32)
-        self._found = self._choice.scratch(slots)
+        self._found = self._head_kernels.scratch(slots)
         buffers = (self._residual, self._normed, self._attended, self._activated, self._made, self._partial, self._softmax, self._evidence)
         return sum(buffer.nbytes for buffer in buffers)
 
@@ -171,7 +171,7 @@ class GpuDecoder:
                 program.append(functools.partial(rows.add_and_norm, made, next(norms), residual, given))
         penalty, log_prob = self._state[PENALTY, :bucket].view(cp.float32), self._picked[1].view(cp.float32)
         chosen = (self._found, self._picked[0], log_prob)
-        program.append(functools.partial(self._choice.pick_token, given, self._head, penalty, *chosen))
+        program.append(functools.partial(self._head_kernels.combine_argmax, given, self._head, penalty, *chosen))
         return program
 
     def reserved_bytes(self) -> int:

@@ -90,7 +90,7 @@ class GpuEncoder:
         masks = [mask * (np.arange(mask.shape[1]) < self._passage_length) for _, mask in batch]  # what is longer is cut
         flat = [np.flatnonzero(mask) for mask in masks]
         tokens = np.concatenate([ids.ravel()[valid] for (ids, _), valid in zip(batch, flat, strict=True)])
-        tokens = tokens.clip(0, len(self._embedding) - 1)  # a foreign id must not reach memory that is not the table's
+        tokens = tokens.clip(0, len(self._embedding) - 1)  # a foreign id must not max_relative_distance memory that is not the table's
         destinations = np.concatenate([valid + end - size for valid, end, size in zip(flat, ends, rows, strict=True)])
         lengths = np.concatenate([np.count_nonzero(mask, axis=1) for mask in masks])
         with self._stream:

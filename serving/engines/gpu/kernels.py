@@ -23,8 +23,8 @@ CHUNK = 256
 # there are no more, unless there are more rows.
 SHARING_BLOCKS = 3 * MAX_BLOCKS
 THREADS = 256  # of the blocks of `activate`
-HEAD_WARPS, HEAD_ROWS, PICK_THREADS = 8, 48, 256  # of the blocks that choose the token
-TOKENS_A_WARP = 16  # whose logits a warp computes
+HEAD_WARPS, HEAD_ROWS, COMBINE_THREADS = 8, 48, 256  # of the blocks that choose the token
+TOKENS_PER_WARP = 16  # whose logits a warp computes
 # Of the blocks that multiply few rows. More tiles of rows would take more registers, and longer sums more shared memory, than two blocks
 # have on a multiprocessor: the next block could not come up before this one has ended.
 SKINNY_WARPS, SKINNY_COLUMNS, TILE_ROWS, MAX_TILES, MAX_K = 8, 32, 16, 3, 1024
@@ -120,10 +120,17 @@ class SkinnyGemm:
 class EncoderAttention:
     """Self-attention of tokens that lie passage after passage, for one reader's encoder."""
 
-    def __init__(self, stack: StackSizes, reach: int):
+    def __init__(self, stack: StackSizes, max_relative_distance: int):
         self._heads = stack.num_heads
         self._keys = keys_at_a_time(stack.d_kv)
-        defines = {"D_KV": stack.d_kv, "HEADS": stack.num_heads, "REACH": reach, "WARPS": WARPS, "TILE": TILE, "KEYS": self._keys}
+        defines = {
+            "D_KV": stack.d_kv,
+            "HEADS": stack.num_heads,
+            "MAX_RELATIVE_DISTANCE": max_relative_distance,
+            "WARPS": WARPS,
+            "TILE": TILE,
+            "KEYS": self._keys,
+        }
         module = _compiled(defines, "encoder_attention.cu")
         self._attention = module.get_function("attention")
 
@@ -134,7 +141,7 @@ class EncoderAttention:
             query_key_value: float16[tokens, 3 * num_heads * d_kv].
             tiles: of `attention_tiles`, on the GPU.
             longest: tokens of the longest passage.
-            bias: float32[2 * reach + 1, num_heads], by key minus query.
+            bias: float32[2 * max_relative_distance + 1, num_heads], by key minus query.
             out: float16[tokens, num_heads * d_kv].
         """
         near = -(-longest // self._keys) * self._keys + TILE  # distances that a tile can need
@@ -145,7 +152,7 @@ class StepKernels:
     """Attention over the caches of a decoder step, for one reader.
 
     Shapes below: `cache` float16[slots, capacity, 2 * num_kv_heads * d_kv], a token's keys of all heads and then its values; `slots`,
-    `positions` and `lengths` int32[batch], a negative position marks an idle row; `bias` float32[reach + 1, num_heads] or None. What is
+    `positions` and `lengths` int32[batch], a negative position marks an idle row; `bias` float32[max_relative_distance + 1, num_heads] or None. What is
     made or wanted in k_splits is as in RowKernels.
     """
 
@@ -170,7 +177,7 @@ class StepKernels:
         if self._shares:  # two stages of a warp's tokens, keys and values, each row eight halves apart from the next
             self._shared_bytes = 2 * WARPS * 2 * warp_tokens * (sizes.d_kv + 8) * 2
             self._cross_attention.max_dynamic_shared_size_bytes = self._shared_bytes
-        self._cross_join = module.get_function("cross_join")
+        self._combine_split_kv = module.get_function("combine_split_kv")
         self._evidence = module.get_function("evidence")
 
     def most_splits(self, capacity: int) -> int:
@@ -220,13 +227,13 @@ class StepKernels:
         batch, capacity = len(query), cache.shape[1]
         chunk = self.chunk_of(batch, capacity)
         splits = -(-capacity // chunk)
-        reach = 0 if bias is None else len(bias) - 1
-        numbers = (cp.int32(reach), cp.int32(capacity), cp.int32(chunk))
+        max_relative_distance = 0 if bias is None else len(bias) - 1
+        numbers = (cp.int32(max_relative_distance), cp.int32(capacity), cp.int32(chunk))
         address = cp.uint64(0) if bias is None else bias
         arguments = (query, cache, slots, lengths, positions, address, encoder_positions, *numbers, partial)
         self._cross_attention((splits, self._tiles, batch), (WARPS * 32,), arguments, shared_mem=self._shared_bytes)
         join = (partial, lengths, cp.int32(splits), cp.int32(chunk), cp.int32(split_k(out)), out, softmax)
-        self._cross_join((self.sizes.num_heads, batch), (max(32, self.sizes.d_kv),), join, shared_mem=splits * 4)
+        self._combine_split_kv((self.sizes.num_heads, batch), (max(32, self.sizes.d_kv),), join, shared_mem=splits * 4)
 
     def evidence(
         self,
@@ -247,9 +254,9 @@ class StepKernels:
             layer_index: of the cross-attending layers; 0 overwrites what is in `weights`.
             weights: float32[batch, capacity].
         """
-        reach = 0 if bias is None else len(bias) - 1
+        max_relative_distance = 0 if bias is None else len(bias) - 1
         share = cp.float32(1 / len(self.sizes.cross_attention_layers))
-        numbers = (cp.int32(reach), cp.int32(cache.shape[1]))
+        numbers = (cp.int32(max_relative_distance), cp.int32(cache.shape[1]))
         address = cp.uint64(0) if bias is None else bias
         grid = (-(-cache.shape[1] // CHUNK), len(query))
         arguments = (query, cache, slots, lengths, positions, address, encoder_positions, *numbers, softmax)
@@ -261,16 +268,16 @@ class HeadKernels:
 
     def __init__(self, d_model: int, vocab_size: int, eos_token_id: int):
         self._eos_token_id = eos_token_id
-        self._blocks = -(-vocab_size // (HEAD_WARPS * TOKENS_A_WARP))
-        sizes = {"HEAD_WARPS": HEAD_WARPS, "HEAD_ROWS": HEAD_ROWS, "PICK_THREADS": PICK_THREADS}
+        self._blocks = -(-vocab_size // (HEAD_WARPS * TOKENS_PER_WARP))
+        sizes = {"HEAD_WARPS": HEAD_WARPS, "HEAD_ROWS": HEAD_ROWS, "COMBINE_THREADS": COMBINE_THREADS}
         module = _compiled({"D_MODEL": d_model, "VOCAB": vocab_size, **sizes}, "head.cu")
-        self._score_tokens, self._pick_token = (module.get_function(n) for n in ("score_tokens", "pick_token"))
+        self._head_argmax, self._combine_argmax = (module.get_function(n) for n in ("head_argmax", "combine_argmax"))
 
     def scratch(self, batch: int) -> cp.ndarray:
         """For so many rows or fewer: what the blocks find."""
         return cp.empty((self._blocks, batch, 3), cp.int32)
 
-    def pick_token(
+    def combine_argmax(
         self, hidden: cp.ndarray, head: cp.ndarray, eos_penalty: cp.ndarray, found: cp.ndarray, token: cp.ndarray, log_prob: cp.ndarray
     ) -> None:
         """Greedy choice; of equal logits the lowest id.
@@ -285,5 +292,5 @@ class HeadKernels:
         """
         batch = len(hidden)
         arguments = (hidden, head, eos_penalty, cp.int32(self._eos_token_id), cp.int32(batch), found)
-        self._score_tokens((self._blocks, -(-batch // HEAD_ROWS)), (HEAD_WARPS * 32,), arguments)
-        self._pick_token((batch,), (PICK_THREADS,), (found, cp.int32(self._blocks), token, log_prob))
+        self._head_argmax((self._blocks, -(-batch // HEAD_ROWS)), (HEAD_WARPS * 32,), arguments)
+        self._combine_argmax((batch,), (COMBINE_THREADS,), (found, cp.int32(self._blocks), token, log_prob))

@@ -109,11 +109,11 @@ class SkinnyGemm:
 
 
 class EncoderAttention:
-    def __init__(self, stack: StackSizes, reach: int):
-        self.stack, self.reach = stack, reach
+    def __init__(self, stack: StackSizes, max_relative_distance: int):
+        self.stack, self.max_relative_distance = stack, max_relative_distance
 
     def __call__(self, query_key_value: Array, tiles: Array, longest: int, bias: Array, out: Array) -> None:
-        assert len(bias) == 2 * self.reach + 1
+        assert len(bias) == 2 * self.max_relative_distance + 1
         lengths = [int(length) for _, length, start in tiles if start == 0 and length > 0]
         assert max(lengths, default=0) <= longest
         rows = sum(lengths)  # behind them is what nobody reads
@@ -178,7 +178,7 @@ class HeadKernels:
     def scratch(self, batch: int) -> None:
         pass
 
-    def pick_token(self, hidden: Array, head: Array, eos_penalty: Array, found: None, token: Array, log_prob: Array) -> None:
+    def combine_argmax(self, hidden: Array, head: Array, eos_penalty: Array, found: None, token: Array, log_prob: Array) -> None:
         assert head.shape == self.shape
         wide = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
         wide[:, self.eos] += eos_penalty

@@ -24,13 +24,13 @@ def activate(inner: np.ndarray, stack: StackSizes) -> np.ndarray:
 
 
 def attend_within_passages(query_key_value: np.ndarray, lengths: list[int], bias: np.ndarray, stack: StackSizes) -> np.ndarray:
-    """[tokens, 3 * heads * d_kv] -> [tokens, heads * d_kv]; bias [2 * reach + 1, heads] by key minus query."""
+    """[tokens, 3 * heads * d_kv] -> [tokens, heads * d_kv]; bias [2 * max_relative_distance + 1, heads] by key minus query."""
     out = np.empty((len(query_key_value), stack.num_heads * stack.d_kv), query_key_value.dtype)
-    first, reach = 0, len(bias) // 2
+    first, max_relative_distance = 0, len(bias) // 2
     for length in lengths:
         rows = query_key_value[first : first + length].reshape(length, 3, stack.num_heads, stack.d_kv)
         distance = np.arange(length)[None, :] - np.arange(length)[:, None]
-        table = bias[distance.clip(-reach, reach) + reach]  # [queries, keys, heads]
+        table = bias[distance.clip(-max_relative_distance, max_relative_distance) + max_relative_distance]  # [queries, keys, heads]
         scores = np.einsum("qhd,khd->hqk", rows[:, 0], rows[:, 1]) + table.transpose(2, 0, 1)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)

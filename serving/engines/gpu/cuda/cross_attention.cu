@@ -1,12 +1,12 @@
-// Cross-attention of one token a row over one chunk of its question's keys; cross_join puts the chunks together.
+// Cross-attention of one token a row over one chunk of its question's keys; combine_split_kv puts the chunks together.
 // Grid (splits, KV_HEADS * HEAD_TILES, batch), block WARPS * 32; where heads share keys, dynamic shared memory for the keys and values.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
     const __half* __restrict__ queries,  // [batch][HEADS * D_KV]
     const __half* __restrict__ cache, const int* __restrict__ slots, const int* __restrict__ lengths,
     const int* __restrict__ positions,
-    const float* __restrict__ bias,            // [reach + 1][HEADS], or null where the reader has none
+    const float* __restrict__ bias,            // [max_relative_distance + 1][HEADS], or null where the reader has none
     const int* __restrict__ encoder_positions,  // [slots][capacity], read with the bias only
-    int reach, int capacity, int chunk,
+    int max_relative_distance, int capacity, int chunk,
     float* __restrict__ partial)  // [batch][HEADS][splits][D_KV + 2]
 {
     const int split = blockIdx.x, splits = gridDim.x, row = blockIdx.z;
@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
     const int head = blockIdx.y, part = lane % LANES;
     const __half* keys = cache + slot * capacity * STRIDE + head * D_KV + part * VECTOR;
     const Vector query = widen(load(queries + (row * HEADS + head) * D_KV + part * VECTOR));
-    Mix mix;
+    OnlineSoftmax state;
     for (int base = start + warp * TOKENS; base < end; base += WARPS * TOKENS * UNROLL) {
         uint4 key_bits[UNROLL], value_bits[UNROLL];
 #pragma unroll
@@ -33,25 +33,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
             key_bits[u] = load(row_of_token);
             value_bits[u] = load(row_of_token + KV_HEADS * D_KV);
         }
-        float scores[UNROLL], largest = mix.largest;
+        float scores[UNROLL], largest = state.largest;
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
             const int token = base + u * WARPS * TOKENS + lane / LANES;
             scores[u] = sum_of_token(dot(query, widen(key_bits[u])));
             if (token >= end) scores[u] = MASKED;
-            else if (bias != nullptr) scores[u] += bias[min(max(position - places[token], 0), reach) * HEADS + head];
+            else if (bias != nullptr) scores[u] += bias[min(max(position - places[token], 0), max_relative_distance) * HEADS + head];
             largest = fmaxf(largest, scores[u]);
         }
-        mix.rescale(largest);
+        state.rescale(largest);
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) mix.add(scores[u], widen(value_bits[u]));
+        for (int u = 0; u < UNROLL; ++u) state.add(scores[u], widen(value_bits[u]));
     }
-    const Joined joined = join_block(mix, shared);
+    const Combined combined = combine_block(state, shared);
     float* out = partial + (static_cast<size_t>(row * HEADS + head) * splits + split) * (D_KV + 2);
-    if (threadIdx.x < D_KV) out[threadIdx.x] = joined.value;
+    if (threadIdx.x < D_KV) out[threadIdx.x] = combined.value;
     if (threadIdx.x == 0) {
-        out[D_KV] = joined.largest;
-        out[D_KV + 1] = joined.total;
+        out[D_KV] = combined.largest;
+        out[D_KV + 1] = combined.total;
     }
 #else
     // Heads that share keys are the rows of a tile: a warp reads its tokens once and multiplies them with sixteen heads.
@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
             for (int i = 0; i < 4; ++i) {
                 const int token = from + n * 8 + pair * 2 + i % 2;
                 if (token >= end) score[n][i] = MASKED;
-                else if (bias != nullptr) score[n][i] += bias[min(max(position - places[token], 0), reach) * HEADS + heads[i / 2]];
+                else if (bias != nullptr) score[n][i] += bias[min(max(position - places[token], 0), max_relative_distance) * HEADS + heads[i / 2]];
                 most[i / 2] = fmaxf(most[i / 2], score[n][i]);
             }
         }
@@ -181,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
 }
 
 // Puts the chunks of cross_attention together. Grid (HEADS, batch), block max(32, D_KV), dynamic shared memory: a float a split.
-extern "C" __global__ void cross_join(
+extern "C" __global__ void combine_split_kv(
     const float* __restrict__ partial, const int* __restrict__ lengths, int splits, int chunk, int k_splits,
     __half* __restrict__ attended,  // [batch][HEADS * D_KV], in k_splits
     float* __restrict__ softmax)   // [batch][HEADS][2]: largest score and sum of weights, for `evidence`
@@ -216,7 +216,7 @@ extern "C" __global__ void cross_join(
 // Grid (splits, batch), block WARPS * 32. Rows that are past their first token, and idle ones, leave at once.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) evidence(
     const __half* __restrict__ queries, const __half* __restrict__ cache, const int* __restrict__ slots, const int* __restrict__ lengths,
-    const int* __restrict__ positions, const float* __restrict__ bias, const int* __restrict__ encoder_positions, int reach, int capacity,
+    const int* __restrict__ positions, const float* __restrict__ bias, const int* __restrict__ encoder_positions, int max_relative_distance, int capacity,
     const float* __restrict__ softmax, int is_first_layer, float share,
     float* __restrict__ weights)  // [batch][capacity]
 {
@@ -232,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) evidence(
         const int token = base + lane / LANES;
         const int read = min(token, end - 1);
         const __half* keys = cache + (slot * capacity + read) * STRIDE + part * VECTOR;
-        const int behind = bias == nullptr ? 0 : min(max(-encoder_positions[slot * capacity + read], 0), reach);
+        const int behind = bias == nullptr ? 0 : min(max(-encoder_positions[slot * capacity + read], 0), max_relative_distance);
         float weight = 0.f;
         for (int kv_head = 0; kv_head < KV_HEADS; ++kv_head) {
             const Vector key = widen(load(keys + kv_head * D_KV));

@@ -1,6 +1,6 @@
 // Self-attention within passages, on tensor cores, with T5's relative bias from its table.
 //
-// Compiled for one reader by kernels.py, which defines D_KV, HEADS, REACH, WARPS and TILE (queries a block) and KEYS (a stage). Tokens of
+// Compiled for one reader by kernels.py, which defines D_KV, HEADS, MAX_RELATIVE_DISTANCE, WARPS and TILE (queries a block) and KEYS (a stage). Tokens of
 // all passages lie one after the other, without padding. Scores and softmax are fp32.
 
 namespace {
@@ -18,7 +18,7 @@ static_assert(D_KV % 16 == 0, "a head must be made of whole tensor core tiles");
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 4) attention(
     const __half* __restrict__ query_key_value,  // [tokens][3][HEADS][D_KV]
     const int* __restrict__ tiles,               // [tiles][3]: first token of the passage, its length, first query of the tile in it
-    const float* __restrict__ bias,              // [2 * REACH + 1][HEADS], by how far the key lies after the query, plus REACH
+    const float* __restrict__ bias,              // [2 * MAX_RELATIVE_DISTANCE + 1][HEADS], by how far the key lies after the query, plus MAX_RELATIVE_DISTANCE
     __half* __restrict__ attended)               // [tokens][HEADS][D_KV]
 {
     constexpr int TOKEN = 3 * HEADS * D_KV, K_STEPS = D_KV / 16, N_TILES = KEYS / 8, D_TILES = D_KV / 8;
@@ -44,8 +44,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 4) attention(
 
     const int padded = (length + KEYS - 1) / KEYS * KEYS;
     for (int i = threadIdx.x; i < padded + QUERIES; i += WARPS * 32) {
-        const int distance = min(max(i - (QUERIES - 1) - start, -REACH), REACH);
-        near[i] = bias[(distance + REACH) * HEADS + head] * LOG2E;
+        const int distance = min(max(i - (QUERIES - 1) - start, -MAX_RELATIVE_DISTANCE), MAX_RELATIVE_DISTANCE);
+        near[i] = bias[(distance + MAX_RELATIVE_DISTANCE) * HEADS + head] * LOG2E;
     }
 
     const int row0 = warp * M_TILES * 16;  // of the tile

@@ -1,27 +1,27 @@
 // The end of a decoder step: logits of the last hidden state, and of each row the likeliest token.
 //
-// Compiled for one reader by kernels.py, which defines D_MODEL, VOCAB, HEAD_WARPS and HEAD_ROWS (a block's) and PICK_THREADS. As a
+// Compiled for one reader by kernels.py, which defines D_MODEL, VOCAB, HEAD_WARPS and HEAD_ROWS (a block's) and COMBINE_THREADS. As a
 // gemm of its own the head would write all logits, for most of which nobody asks, and in fp32, since they may not be rounded to half.
 
 namespace {
 
 // The best of some tokens: its logit, the sum of exponentials of all of them relative to that, and its id.
-struct Choice {
+struct ArgmaxLogSumExp {
     float largest, total;
     int token;
 
-    __device__ static Choice none() { return {LEAST, 0.f, VOCAB}; }
+    __device__ static ArgmaxLogSumExp none() { return {LEAST, 0.f, VOCAB}; }
 
     // Of equals the lowest id stays.
-    __device__ void join(const Choice& other) {
+    __device__ void combine(const ArgmaxLogSumExp& other) {
         const float joint = fmaxf(largest, other.largest);
         total = total * __expf(largest - joint) + other.total * __expf(other.largest - joint);
         if (other.largest > largest || (other.largest == largest && other.token < token)) token = other.token;
         largest = joint;
     }
 
-    __device__ void join_lane(int step) {
-        join({__shfl_xor_sync(ALL, largest, step), __shfl_xor_sync(ALL, total, step), __shfl_xor_sync(ALL, token, step)});
+    __device__ void combine_lane(int step) {
+        combine({__shfl_xor_sync(ALL, largest, step), __shfl_xor_sync(ALL, total, step), __shfl_xor_sync(ALL, token, step)});
     }
 };
 
@@ -31,14 +31,14 @@ struct Choice {
 // straight into the tensor cores' registers: of every 32 columns a thread has eight neighbouring ones. That numbers the columns of a tile
 // otherwise than they lie, but for weights and rows alike.
 // Grid (HEAD_BLOCKS, batch / HEAD_ROWS rounded up), block HEAD_WARPS * 32.
-extern "C" __global__ void __launch_bounds__(HEAD_WARPS * 32, 2) score_tokens(
+extern "C" __global__ void __launch_bounds__(HEAD_WARPS * 32, 2) head_argmax(
     const __half* __restrict__ hidden,  // [batch][D_MODEL]
     const __half* __restrict__ head,    // [VOCAB][D_MODEL]
     const float* __restrict__ eos_penalty, int eos, int batch,
-    Choice* __restrict__ found)  // [HEAD_BLOCKS][batch]
+    ArgmaxLogSumExp* __restrict__ found)  // [HEAD_BLOCKS][batch]
 {
     constexpr int TILES = HEAD_ROWS / 8, AHEAD = 4, ROUND = AHEAD * 4 * VECTOR;  // a round's columns
-    __shared__ Choice of_warp[HEAD_WARPS][HEAD_ROWS];
+    __shared__ ArgmaxLogSumExp of_warp[HEAD_WARPS][HEAD_ROWS];
     __shared__ __align__(16) __half staged[2][HEAD_ROWS][ROUND + 4 * VECTOR];  // this round's rows and the next one's, 16 banks apart
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
     const int first = blockIdx.y * HEAD_ROWS, rows = min(batch - first, HEAD_ROWS);
@@ -95,41 +95,41 @@ extern "C" __global__ void __launch_bounds__(HEAD_WARPS * 32, 2) score_tokens(
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int row = tile * 8 + pair * 2 + i;
-            Choice choice = Choice::none();
+            ArgmaxLogSumExp choice = ArgmaxLogSumExp::none();
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 if (tokens[half] >= VOCAB || row >= rows) continue;
                 const float logit = logits[tile][2 * half + i] + (tokens[half] == eos ? eos_penalty[first + row] : 0.f);
-                choice.join({logit, 1.f, tokens[half]});
+                choice.combine({logit, 1.f, tokens[half]});
             }
 #pragma unroll
-            for (int step = 4; step < 32; step *= 2) choice.join_lane(step);
+            for (int step = 4; step < 32; step *= 2) choice.combine_lane(step);
             if (group == 0) of_warp[warp][row] = choice;
         }
     }
     __syncthreads();
     for (int row = threadIdx.x; row < rows; row += HEAD_WARPS * 32) {
-        Choice choice = of_warp[0][row];
-        for (int w = 1; w < HEAD_WARPS; ++w) choice.join(of_warp[w][row]);
+        ArgmaxLogSumExp choice = of_warp[0][row];
+        for (int w = 1; w < HEAD_WARPS; ++w) choice.combine(of_warp[w][row]);
         found[blockIdx.x * batch + first + row] = choice;
     }
 }
 
-// The likeliest token of each row and its log-probability, from what the head's blocks found. Grid (batch), block PICK_THREADS.
-extern "C" __global__ void __launch_bounds__(PICK_THREADS) pick_token(
-    const Choice* __restrict__ found, int blocks, int* __restrict__ token, float* __restrict__ log_prob)
+// The likeliest token of each row and its log-probability, from what the head's blocks found. Grid (batch), block COMBINE_THREADS.
+extern "C" __global__ void __launch_bounds__(COMBINE_THREADS) combine_argmax(
+    const ArgmaxLogSumExp* __restrict__ found, int blocks, int* __restrict__ token, float* __restrict__ log_prob)
 {
-    __shared__ Choice of_warp[PICK_THREADS / 32];
+    __shared__ ArgmaxLogSumExp of_warp[COMBINE_THREADS / 32];
     const int row = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    Choice choice = Choice::none();
+    ArgmaxLogSumExp choice = ArgmaxLogSumExp::none();
     grid_dependency_wait(found, token, log_prob);
-    for (int block = threadIdx.x; block < blocks; block += PICK_THREADS) choice.join(found[block * gridDim.x + row]);
+    for (int block = threadIdx.x; block < blocks; block += COMBINE_THREADS) choice.combine(found[block * gridDim.x + row]);
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) choice.join_lane(step);
+    for (int step = 1; step < 32; step *= 2) choice.combine_lane(step);
     if (lane == 0) of_warp[warp] = choice;
     __syncthreads();
     if (threadIdx.x > 0) return;
-    for (int w = 1; w < PICK_THREADS / 32; ++w) choice.join(of_warp[w]);
+    for (int w = 1; w < COMBINE_THREADS / 32; ++w) choice.combine(of_warp[w]);
     token[row] = min(choice.token, VOCAB - 1);  // where all logits are NaN nothing was chosen, and the next step looks the token up
     log_prob[row] = -logf(choice.total);
 }

@@ -4,8 +4,8 @@
 extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
     const __half* __restrict__ query_key_value, int splits_in,  // [splits_in][batch][(HEADS + 2 * KV_HEADS) * D_KV]
     __half* __restrict__ cache, const int* __restrict__ slots, const int* __restrict__ positions,
-    const float* __restrict__ bias,  // [reach + 1][HEADS], by how far a key lies behind
-    int reach, int capacity, int k_splits,
+    const float* __restrict__ bias,  // [max_relative_distance + 1][HEADS], by how far a key lies behind
+    int max_relative_distance, int capacity, int k_splits,
     __half* __restrict__ attended)  // [batch][HEADS * D_KV], in k_splits
 {
     __shared__ float shared[WARPS][D_KV + 2];
@@ -44,13 +44,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
         store(present, present_key);
         store(present + KV_HEADS * D_KV, present_value);
     }
-    Mix mix;
+    OnlineSoftmax state;
     for (int base = warp * TOKENS; base <= position; base += WARPS * TOKENS * UNROLL) {
-        float scores[UNROLL], largest = mix.largest;
+        float scores[UNROLL], largest = state.largest;
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
             const int token = base + u * WARPS * TOKENS + lane / LANES;
-            scores[u] = token <= position ? bias[min(position - token, reach) * HEADS + head] : MASKED;
+            scores[u] = token <= position ? bias[min(position - token, max_relative_distance) * HEADS + head] : MASKED;
             if (token < position) continue;
             // the new token's may still be on its way to the cache
             keys[u] = present_key;
@@ -61,11 +61,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
             scores[u] += sum_of_token(dot(query, widen(keys[u])));
             largest = fmaxf(largest, scores[u]);
         }
-        mix.rescale(largest);
+        state.rescale(largest);
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) mix.add(scores[u], widen(values[u]));
+        for (int u = 0; u < UNROLL; ++u) state.add(scores[u], widen(values[u]));
         fetch(base + WARPS * TOKENS * UNROLL);
     }
-    const Joined joined = join_block(mix, shared);
-    if (threadIdx.x < D_KV) out[threadIdx.x] = __float2half_rn(joined.value / joined.total);
+    const Combined combined = combine_block(state, shared);
+    if (threadIdx.x < D_KV) out[threadIdx.x] = __float2half_rn(combined.value / combined.total);
 }

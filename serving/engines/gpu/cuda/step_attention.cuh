@@ -24,7 +24,7 @@ __device__ float sum_of_token(float x) {
 }
 
 // A softmax in progress: the largest score, the sum of weights relative to it, and the weighted sum of values of this lane's dimensions.
-struct Mix {
+struct OnlineSoftmax {
     float largest = LEAST, total = 0.f;
     Vector value = {};
 
@@ -44,7 +44,7 @@ struct Mix {
     }
 
     // Joins the mixes of all tokens of a warp; every lane then has the warp's.
-    __device__ void join_warp() {
+    __device__ void combine_warp() {
 #pragma unroll
         for (int step = LANES; step < 32; step *= 2) {
             rescale(fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, step)));
@@ -62,30 +62,30 @@ __device__ float dot(const Vector& a, const Vector& b) {
     return sum;
 }
 
-// The mixes of a block's warps, joined through shared memory. Thread d < D_KV gets the value of dimension d.
-struct Joined { float largest, total, value; };
+// The mixes of a block's warps, combined through shared memory. Thread d < D_KV gets the value of dimension d.
+struct Combined { float largest, total, value; };
 
-__device__ Joined join_block(Mix& mix, float (*shared)[D_KV + 2]) {
-    mix.join_warp();
+__device__ Combined combine_block(OnlineSoftmax& state, float (*shared)[D_KV + 2]) {
+    state.combine_warp();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     __syncthreads();
     if (lane < LANES) {
 #pragma unroll
-        for (int i = 0; i < VECTOR; ++i) shared[warp][lane * VECTOR + i] = mix.value.at[i];
+        for (int i = 0; i < VECTOR; ++i) shared[warp][lane * VECTOR + i] = state.value.at[i];
         if (lane == 0) {
-            shared[warp][D_KV] = mix.largest;
-            shared[warp][D_KV + 1] = mix.total;
+            shared[warp][D_KV] = state.largest;
+            shared[warp][D_KV + 1] = state.total;
         }
     }
     __syncthreads();
-    Joined joined = {LEAST, 0.f, 0.f};
-    for (int w = 0; w < WARPS; ++w) joined.largest = fmaxf(joined.largest, shared[w][D_KV]);
+    Combined combined = {LEAST, 0.f, 0.f};
+    for (int w = 0; w < WARPS; ++w) combined.largest = fmaxf(combined.largest, shared[w][D_KV]);
     for (int w = 0; w < WARPS; ++w) {
-        const float factor = __expf(shared[w][D_KV] - joined.largest);
-        joined.total += shared[w][D_KV + 1] * factor;
-        if (threadIdx.x < D_KV) joined.value += shared[w][threadIdx.x] * factor;
+        const float factor = __expf(shared[w][D_KV] - combined.largest);
+        combined.total += shared[w][D_KV + 1] * factor;
+        if (threadIdx.x < D_KV) combined.value += shared[w][threadIdx.x] * factor;
     }
-    return joined;
+    return combined;
 }
 
 }  // namespace
