@@ -61,7 +61,7 @@ class Question:
         encoder_positions: int32[encoder_sequence_length].
         on_token: called with each token and its log-probability, the end token included.
         on_end: called once, last: with None, or with the reason why the answer did not reach its end.
-        on_evidence: called once, with the first token's cross-attention, float32[encoder_sequence_length].
+        on_attribution: called once, with the first token's cross-attention, float32[encoder_sequence_length].
         given_up: asked between steps: None, or why the answer is no longer wanted. The slot is freed then.
     """
 
@@ -71,7 +71,7 @@ class Question:
     min_new_tokens: int
     on_token: Callable[[int, float], None]
     on_end: Callable[[Exception | None], None]
-    on_evidence: Callable[[np.ndarray], None] = lambda attention: None
+    on_attribution: Callable[[np.ndarray], None] = lambda attention: None
     given_up: Callable[[], str | None] = lambda: None
     generated: int = 0
     last_token: int = 0
@@ -214,7 +214,7 @@ class DecodeLoop:
         self._counts.tokens += len(running)
         for slot, (question, token, log_prob) in enumerate(zip(running, next_tokens.tolist(), log_probs.tolist(), strict=True)):
             if not question.generated:
-                question.on_evidence(attention[slot, : len(question.encoder_positions)])
+                question.on_attribution(attention[slot, : len(question.encoder_positions)])
             question.last_token = token
             question.generated += 1
             question.on_token(token, log_prob)

@@ -166,7 +166,7 @@ class ReaderModel:
                     asked.min_new_tokens,
                     on_token=lambda token, log_prob: reply.token(token, log_prob, self._responding.submit),
                     on_end=lambda error: self._end_later(reply, error),
-                    on_evidence=reply.evidence,
+                    on_attribution=reply.attribution,
                     given_up=reply.caller.given_up,
                 )
             )

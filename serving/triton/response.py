@@ -69,7 +69,7 @@ class Times:
 
 
 class Reply:
-    """Collects one answer and sends it. `token` and `evidence` come from the loop's thread, `end` once at last."""
+    """Collects one answer and sends it. `token` and `attribution` come from the loop's thread, `end` once at last."""
 
     def __init__(self, caller: Caller, asked: ReaderRequest, prompt: PromptEncoder, outputs: set[str], on_end: Callable[[Reply], None]):
         self.caller, self.asked, self.times = caller, asked, Times()
@@ -92,7 +92,7 @@ class Reply:
         """Its hidden states are there, packed."""
         self.times.encoded = time.monotonic()
 
-    def evidence(self, cross_attention: np.ndarray) -> None:
+    def attribution(self, cross_attention: np.ndarray) -> None:
         """float32[encoder_sequence_length], packed as the passages lie one after the other -> a score for each passage."""
         starts = np.concatenate([[0], np.cumsum(self._passage_lengths)[:-1]])
         self._passage_scores = np.add.reduceat(cross_attention, starts).astype(np.float32)

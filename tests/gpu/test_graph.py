@@ -72,7 +72,7 @@ def step_case(name: str, kv_heads: int) -> Case:
     def run(given: Any) -> None:
         at = (given, cache, slots, lengths, positions, None, places)
         kernels.cross_attention(*at, partial, softmax, out)
-        kernels.evidence(*at, softmax, 0, weights)
+        kernels.attribution(*at, softmax, 0, weights)
 
     return Case(halves(1, ROWS, WIDTH), (out, softmax, weights), run, kernels=3)
 
@@ -95,8 +95,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "skinny_gemm": product_case,
     "self_attention, 1 key head": lambda: step_case("self_attention", 1),
     "self_attention, 12 key heads": lambda: step_case("self_attention", 12),
-    "cross_attention, combine_split_kv and evidence, 1 key head": lambda: step_case("cross_attention", 1),
-    "cross_attention, combine_split_kv and evidence, 12 key heads": lambda: step_case("cross_attention", 12),
+    "cross_attention, combine_split_kv and attribution, 1 key head": lambda: step_case("cross_attention", 1),
+    "cross_attention, combine_split_kv and attribution, 12 key heads": lambda: step_case("cross_attention", 12),
     "head_argmax and combine_argmax": head_case,
 }
 

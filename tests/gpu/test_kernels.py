@@ -74,8 +74,8 @@ def test_cross_attention_and_evidence(sizes: EngineSizes, with_bias: bool) -> No
     softmax, out = cp.empty((BATCH, heads, 2), cp.float32), cp.full((BATCH, heads * d_kv), cp.nan, cp.float16)
     weights = cp.full((BATCH, CAPACITY), cp.nan, cp.float32)
     kernels.cross_attention(*at, partial, softmax, out)  # type: ignore[call-arg]
-    kernels.evidence(*at, softmax, 0, weights)  # type: ignore[call-arg]
-    kernels.evidence(*at, softmax, 1, weights)  # type: ignore[call-arg]  # both layers the same here: the mean is one layer's
+    kernels.attribution(*at, softmax, 0, weights)  # type: ignore[call-arg]
+    kernels.attribution(*at, softmax, 1, weights)  # type: ignore[call-arg]  # both layers the same here: the mean is one layer's
     out, weights = out.get(), weights.get()
     for row, (length, place) in enumerate(zip(LENGTHS, PLACES, strict=True)):
         if not length:

@@ -24,7 +24,7 @@ DEPENDENT_KERNELS = frozenset(
         "self_attention",
         "cross_attention",
         "combine_split_kv",
-        "evidence",
+        "attribution",
         "head_argmax",
         "combine_argmax",
     )

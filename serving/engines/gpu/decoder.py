@@ -1,6 +1,6 @@
 """The decoder on a GPU: its gemms, by kernel or engine, with kernels between them, caches in fixed slots, CUDA graphs.
 
-Each batch bucket has two graphs: of a step in which some answer gets its first token, which leaves evidence, and of one without.
+Each batch bucket has two graphs: of a step in which some answer gets its first token, which leaves attribution, and of one without.
 
 It is a `DecoderEngine` (pipeline/scheduler.py). All of its work goes to one stream; a step costs the host one graph launch and one wait.
 """
@@ -95,9 +95,18 @@ class GpuDecoder:
         self._made = cp.empty(slots * widest, cp.float16)
         self._partial = cp.empty((slots, sizes.num_heads, self._kernels.most_splits(self._encoded), sizes.d_kv + 2), cp.float32)
         self._softmax = cp.empty((slots, sizes.num_heads, 2), cp.float32)
-        self._evidence = cp.zeros((slots, self._encoded), cp.float32)
+        self._attribution = cp.zeros((slots, self._encoded), cp.float32)
         self._found = self._head_kernels.scratch(slots)
-        buffers = (self._residual, self._normed, self._attended, self._activated, self._made, self._partial, self._softmax, self._evidence)
+        buffers = (
+            self._residual,
+            self._normed,
+            self._attended,
+            self._activated,
+            self._made,
+            self._partial,
+            self._softmax,
+            self._attribution,
+        )
         return sum(buffer.nbytes for buffer in buffers)
 
     def _allocate_caches(self) -> None:
@@ -162,7 +171,7 @@ class GpuDecoder:
                 program.append(functools.partial(kernels.cross_attention, *at, partial, softmax, given))
                 if first:
                     number = sizes.cross_attention_layers.index(gemm.layer)
-                    program.append(functools.partial(kernels.evidence, *at, softmax, number, self._evidence[:bucket]))
+                    program.append(functools.partial(kernels.attribution, *at, softmax, number, self._attribution[:bucket]))
             elif gemm.kind == "wi":
                 given = _as_splits(activated, next_splits)
                 program.append(functools.partial(rows.activate, made, given))
@@ -256,12 +265,12 @@ class GpuDecoder:
             self._stream.synchronize()
         self._reading.clear()
         longest = int(state[LENGTHS, fresh].max()) if len(fresh) else 0
-        evidence = np.zeros((batch, longest), np.float32)
+        attribution = np.zeros((batch, longest), np.float32)
         if longest:
             with self._device, self._stream:
-                evidence[fresh] = cp.asnumpy(self._evidence[cp.asarray(fresh), :longest])
+                attribution[fresh] = cp.asnumpy(self._attribution[cp.asarray(fresh), :longest])
         picked = self._host_picked
-        return picked[0, :batch].copy(), picked[1, :batch].view(np.float32).copy(), evidence
+        return picked[0, :batch].copy(), picked[1, :batch].view(np.float32).copy(), attribution
 
 
 def _as_splits(rows: cp.ndarray, k_splits: int) -> cp.ndarray:

@@ -17,7 +17,7 @@ from serving.contract.tensors import EngineSizes
 
 SOURCES = Path(__file__).with_name("cuda")
 WARPS = 4  # of an attention block
-# Encoded tokens that a block reads: of `evidence`, and of cross-attention where every head has keys of its own, elsewhere at least.
+# Encoded tokens that a block reads: of `attribution`, and of cross-attention where every head has keys of its own, elsewhere at least.
 CHUNK = 256
 # Where heads share keys, blocks of cross-attention that a card runs at once: three on a multiprocessor. Chunks are so long that
 # there are no more, unless there are more rows.
@@ -166,7 +166,7 @@ class StepKernels:
             "KV_HEADS": sizes.num_kv_heads,
             "WARPS": WARPS,
             "WARP_TOKENS": warp_tokens,
-            "EVIDENCE_TOKENS": CHUNK,
+            "ATTRIBUTION_TOKENS": CHUNK,
         }
         module = _compiled(defines, "step_attention.cuh", "self_attention.cu", "cross_attention.cu")
         self._self_attention = module.get_function("self_attention")
@@ -178,7 +178,7 @@ class StepKernels:
             self._shared_bytes = 2 * WARPS * 2 * warp_tokens * (sizes.d_kv + 8) * 2
             self._cross_attention.max_dynamic_shared_size_bytes = self._shared_bytes
         self._combine_split_kv = module.get_function("combine_split_kv")
-        self._evidence = module.get_function("evidence")
+        self._attribution = module.get_function("attribution")
 
     def most_splits(self, capacity: int) -> int:
         """Chunks that a cache of `capacity` tokens falls into at most."""
@@ -221,7 +221,7 @@ class StepKernels:
             query: float16[batch, num_heads * d_kv].
             encoder_positions: int32[slots, capacity], read only where there is a bias.
             partial: float32[batch * num_heads * most_splits * (d_kv + 2)], scratch.
-            softmax: float32[batch, num_heads, 2], for `evidence`.
+            softmax: float32[batch, num_heads, 2], for `attribution`.
             out: float16[batch, num_heads * d_kv], may be wanted in k_splits.
         """
         batch, capacity = len(query), cache.shape[1]
@@ -235,7 +235,7 @@ class StepKernels:
         join = (partial, lengths, cp.int32(splits), cp.int32(chunk), cp.int32(split_k(out)), out, softmax)
         self._combine_split_kv((self.sizes.num_heads, batch), (max(32, self.sizes.d_kv),), join, shared_mem=splits * 4)
 
-    def evidence(
+    def attribution(
         self,
         query: cp.ndarray,
         cache: cp.ndarray,
@@ -260,7 +260,7 @@ class StepKernels:
         address = cp.uint64(0) if bias is None else bias
         grid = (-(-cache.shape[1] // CHUNK), len(query))
         arguments = (query, cache, slots, lengths, positions, address, encoder_positions, *numbers, softmax)
-        self._evidence(grid, (WARPS * 32,), (*arguments, cp.int32(layer_index == 0), share, weights))
+        self._attribution(grid, (WARPS * 32,), (*arguments, cp.int32(layer_index == 0), share, weights))
 
 
 class HeadKernels:

@@ -65,7 +65,7 @@ def test_evidence_equals_the_first_tokens_attention_in_numpy(engines, name):
     ids, mask = random_passages(4, config.passage_length, 3)
     seen: list[np.ndarray] = []
     start = torch.tensor([[config.decoder_start_token_id]])
-    numpy_reader.logits(*numpy_arguments(checkpoint.reader, ids, mask, start), **numpy_sizes(config), evidence=seen)
+    numpy_reader.logits(*numpy_arguments(checkpoint.reader, ids, mask, start), **numpy_sizes(config), attribution=seen)
     wanted = np.sum(seen, axis=0) / len(config.cross_attention_layers)
     decoder = OnnxDecoder(directory, manifest, slots=2)
     decoder.admit(0, 0, *packed(OnnxEncoder(directory, manifest), ids[0], mask[0], config.passage_length))

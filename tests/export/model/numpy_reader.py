@@ -100,13 +100,13 @@ def logits(
     period,
     scale,
     passage_length,
-    evidence: list | None = None,
+    attribution: list | None = None,
 ) -> np.ndarray:
     """float[target_length, vocab] of one question.
 
     Args:
         passages: one list of token ids each, without padding.
-        evidence: takes the cross-attention weights of the first target position: an array a head and cross-attending layer.
+        attribution: takes the cross-attention weights of the first target position: an array a head and cross-attending layer.
         passage_length: to which facebookresearch/FiD would have padded each passage; places the keys for its cross-attention bias.
     """
     hidden = np.concatenate([encode_passage(ids, w, layers, d_kv) for ids in passages])
@@ -135,7 +135,7 @@ def logits(
                 decoder_d_kv,
                 lambda i, j: True,
                 lambda h, i, j: 0.0 if cross_table is None else cross_table[bucket(places[j] - i, bidirectional=False), h],
-                evidence,
+                attribution,
             )
         y = y + feed_forward(norm(y, w[f"{block}.2.layer_norm.weight"]), w, f"{block}.2.DenseReluDense")
     y = norm(y, w["decoder.final_layer_norm.weight"])

@@ -162,7 +162,7 @@ class StepKernels:
             attended[row], _ = self._across(row, position, slot, at)
         put(out, attended)
 
-    def evidence(self, *arguments: Any) -> None:
+    def attribution(self, *arguments: Any) -> None:
         at, layer, weights = arguments[:7], arguments[8], arguments[9]
         for row, position, slot in self._rows(at[4], at[2]):
             if position == 0:

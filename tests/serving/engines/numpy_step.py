@@ -74,7 +74,7 @@ class NumpyStep:
         return np.array(out, np.float32), weights
 
     def step(self, tokens: np.ndarray, positions: np.ndarray, eos_penalty: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        evidence = np.zeros((len(tokens), max(len(self.positions[row]) for row in range(len(tokens)))), np.float32)
+        attribution = np.zeros((len(tokens), max(len(self.positions[row]) for row in range(len(tokens)))), np.float32)
         norms = iter(self.norms)
         residual = self.embedding[tokens].astype(np.float32)
         given = norm(residual, next(norms), self.stack.epsilon)
@@ -85,7 +85,7 @@ class NumpyStep:
             elif gemm.kind == "cross_q":
                 given, weights = self.attention("cross", gemm.layer, made, positions)
                 for row, total in enumerate(weights):
-                    evidence[row, : len(total)] += total / len(self.sizes.cross_attention_layers)
+                    attribution[row, : len(total)] += total / len(self.sizes.cross_attention_layers)
             elif gemm.kind == "wi":
                 given = activate(made, self.stack)
             else:
@@ -94,4 +94,4 @@ class NumpyStep:
         logits = given.astype(np.float16) @ self.head.T
         logits[:, 1] += eos_penalty  # the readers of the tests and the demo end with token 1
         log_probs = logits.max(1) - logits.max(1, keepdims=True)[:, 0] - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1))
-        return logits.argmax(1).astype(np.int32), log_probs.astype(np.float32), evidence
+        return logits.argmax(1).astype(np.int32), log_probs.astype(np.float32), attribution

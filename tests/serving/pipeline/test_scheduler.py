@@ -80,7 +80,7 @@ class Client:
     ends: list[Exception | None] = dataclasses.field(default_factory=list)
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
     cancelled: bool = False
-    evidence: list[np.ndarray] = dataclasses.field(default_factory=list)
+    attribution: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     def question(self) -> Question:
         def end(error: Exception | None) -> None:
@@ -95,7 +95,7 @@ class Client:
             self.least,
             lambda token, _: self.tokens.append(token),
             end,
-            self.evidence.append,
+            self.attribution.append,
             lambda: "cancelled" if self.cancelled else None,
         )
 
@@ -122,7 +122,7 @@ def test_every_answer_is_what_it_would_be_alone_whoever_comes_and_goes(clients, 
         assert client.done.wait(10)
         assert client.ends == [None]
         assert client.tokens == expected(client.key, client.most, client.least)
-        assert [e.tolist() for e in client.evidence] == [[client.key]]
+        assert [e.tolist() for e in client.attribution] == [[client.key]]
     loop.stop()
     assert (loop.counts().running, loop.counts().waiting) == (0, 0)
 

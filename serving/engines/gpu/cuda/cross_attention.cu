@@ -184,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
 extern "C" __global__ void combine_split_kv(
     const float* __restrict__ partial, const int* __restrict__ lengths, int splits, int chunk, int k_splits,
     __half* __restrict__ attended,  // [batch][HEADS * D_KV], in k_splits
-    float* __restrict__ softmax)   // [batch][HEADS][2]: largest score and sum of weights, for `evidence`
+    float* __restrict__ softmax)   // [batch][HEADS][2]: largest score and sum of weights, for `attribution`
 {
     extern __shared__ float factors[];
     const int head = blockIdx.x, row = blockIdx.y, d = threadIdx.x;
@@ -214,14 +214,14 @@ extern "C" __global__ void combine_split_kv(
 
 // The weight that each encoded token got from a row's first decoded token, summed over heads and averaged over layers.
 // Grid (splits, batch), block WARPS * 32. Rows that are past their first token, and idle ones, leave at once.
-extern "C" __global__ void __launch_bounds__(WARPS * 32) evidence(
+extern "C" __global__ void __launch_bounds__(WARPS * 32) attribution(
     const __half* __restrict__ queries, const __half* __restrict__ cache, const int* __restrict__ slots, const int* __restrict__ lengths,
     const int* __restrict__ positions, const float* __restrict__ bias, const int* __restrict__ encoder_positions, int max_relative_distance, int capacity,
     const float* __restrict__ softmax, int is_first_layer, float share,
     float* __restrict__ weights)  // [batch][capacity]
 {
     __shared__ __align__(16) __half query[HEADS * D_KV];
-    const int row = blockIdx.y, start = blockIdx.x * EVIDENCE_TOKENS, end = min(start + EVIDENCE_TOKENS, lengths[row]);
+    const int row = blockIdx.y, start = blockIdx.x * ATTRIBUTION_TOKENS, end = min(start + ATTRIBUTION_TOKENS, lengths[row]);
     grid_dependency_wait(queries, softmax, weights);
     if (positions[row] != 0 || start >= end) return;
     for (int i = threadIdx.x; i < HEADS * D_KV; i += blockDim.x) query[i] = queries[row * HEADS * D_KV + i];

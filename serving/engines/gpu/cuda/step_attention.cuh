@@ -1,7 +1,7 @@
 // Attention of a decoder step over the caches, what self_attention.cu and cross_attention.cu share.
 //
 // Compiled with both for one reader by kernels.py, which defines D_KV, HEADS, KV_HEADS, WARPS (a block), WARP_TOKENS (that a warp has
-// at a time where heads share keys) and EVIDENCE_TOKENS (a block).
+// at a time where heads share keys) and ATTRIBUTION_TOKENS (a block).
 //
 // A cache is half[slots][capacity][2 * KV_HEADS * D_KV]: of each token the keys of all heads, then the values. A step reads each valid token
 // once, so memory bounds these kernels: they must ask for enough of it at a time. Sums and softmax are fp32.
