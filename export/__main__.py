@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch is imported only by the command that needs it, so tha
     from serving.contract.manifest import Manifest
 
 
-FAULTS = ("CheckpointError", "ConfigError", "EngineError", "ExportError", "LimitsError", "ManifestError", "PassError")
+USER_ERRORS = ("CheckpointError", "ConfigError", "EngineError", "ExportError", "LimitsError", "ManifestError", "PassError")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,7 +109,7 @@ def main() -> int:
         return int(command(arguments))
     except (ValueError, RuntimeError) as error:
         # by name, since some of their modules import torch, which not every command needs
-        if type(error).__name__ not in FAULTS:
+        if type(error).__name__ not in USER_ERRORS:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -148,9 +148,9 @@ def _engine(arguments: argparse.Namespace) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from export.tensorrt.compiler import fitting_engine
+    from export.tensorrt.compiler import default_backend
 
-    engine = fitting_engine() if arguments.engine == "auto" else arguments.engine
+    engine = default_backend() if arguments.engine == "auto" else arguments.engine
     arguments.gpu = engine != "onnxruntime"
     arguments.whole_encoder &= arguments.gpu
     if engine != "tensorrt":
@@ -163,9 +163,9 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _detect(arguments: argparse.Namespace) -> int:
-    from export.tensorrt.compiler import fitting_engine
+    from export.tensorrt.compiler import default_backend
 
-    print(fitting_engine())
+    print(default_backend())
     return 0
 
 

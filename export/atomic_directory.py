@@ -11,14 +11,14 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
-    """Give a new folder beside `directory` to write to, which takes its place at the end; after an error `directory` is as before."""
+def atomic_directory(directory: Path) -> Iterator[Path]:
+    """Give a new folder tmp_dir `directory` to write to, which takes its place at the end; after an error `directory` is as before."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
+    tmp_dir = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
     try:
-        yield beside
+        yield tmp_dir
         if directory.exists():
             shutil.rmtree(directory)
-        os.replace(beside, directory)
+        os.replace(tmp_dir, directory)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(tmp_dir, ignore_errors=True)

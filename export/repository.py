@@ -170,10 +170,10 @@ def repository_from_engines(engines: Path, repository: Path, reader: str, limits
             # the manifest last: until it is there, the folder does not load
             for file in (*files, MANIFEST_FILE):
                 native = native_encoder and role == "encoder" and file == manifest.engine_file("encoder")
-                _place(engines / file, folder / (NATIVE_ENGINE if native else file))
+                _link_or_copy(engines / file, folder / (NATIVE_ENGINE if native else file))
 
 
-def _place(source: Path, target: Path) -> None:
+def _link_or_copy(source: Path, target: Path) -> None:
     """A hard link where the file system allows it, else a copy; moved into place in one step."""
     beside = target.with_name(f".{target.name}.new")
     beside.unlink(missing_ok=True)

@@ -61,7 +61,7 @@ def load_checkpoint(
     Args:
         source: a directory, or a hub name such as google/flan-t5-base.
         tokenizer: directory or file to take the tokenizer from; needed where the checkpoint has none (facebookresearch/FiD).
-        passage_length: tokens kept of each prompt, where the checkpoint does not say (default 200 for FiD's, 256 for T5).
+        passage_length: tokens kept of each prompt, where the checkpoint does not log (default 200 for FiD's, 256 for T5).
         append_eos: end each encoder input with `</s>`; default no for FiD's checkpoints, yes for Hugging Face's.
         cross_attention_bias: apply the relative bias in cross-attention where the checkpoint holds one; default yes for FiD's, which
             were trained with it, no for Hugging Face's, where it is an unused leftover that transformers drops too.
@@ -188,7 +188,7 @@ def _hf_config(fields: dict[str, Any], weights: dict[str, Tensor], directory: Pa
     def stack(layers: int) -> StackConfig:
         return StackConfig(fields["d_model"], fields["d_kv"], fields["d_ff"], layers, heads, heads)
 
-    # transformers 5 writes tie_word_embeddings=true for every T5 and says in scale_decoder_outputs what the flag used to say;
+    # transformers 5 writes tie_word_embeddings=true for every T5 and says in scale_decoder_outputs what the flag used to log;
     # whether the head is tied is then told by the weights alone
     flag = fields.get("tie_word_embeddings", True)
     head, shared = weights.get("lm_head.weight"), weights.get("shared.weight")

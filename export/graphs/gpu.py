@@ -15,7 +15,7 @@ import onnx
 import torch
 from onnx import helper
 
-from export.atomic_directory import replacing
+from export.atomic_directory import atomic_directory
 from export.checkpoint.config import ReaderConfig
 from export.checkpoint.files import Checkpoint
 from serving.contract.gemms import gemm_tensors, packed_cross_kv_tensors
@@ -71,7 +71,7 @@ def export_gpu_reader(
     require_fitting_tokenizer(checkpoint)
     reader = checkpoint.reader
     _require_kernels(reader.config, whole_encoder=whole_encoder)
-    with replacing(directory) as beside:
+    with atomic_directory(directory) as tmp_dir:
         scales, seconds = measured_scales(reader), {}
         encoder = None if whole_encoder else EncoderGemms(reader, scales["encoder"])
         decoder = DecoderGemms(reader, scales["decoder"])
@@ -79,7 +79,7 @@ def export_gpu_reader(
 
         def write(name: str, graph: GpuGraph, tensors: GraphTensors) -> None:
             started = time.perf_counter()
-            export_half(graph, tensors, beside / f"{name}.onnx", precision, opset)
+            export_half(graph, tensors, tmp_dir / f"{name}.onnx", precision, opset)
             seconds[name] = round(time.perf_counter() - started, 2)
 
         if whole_encoder:
@@ -92,12 +92,12 @@ def export_gpu_reader(
             for gemm, weight in part.gemms():
                 tensors = gemm_tensors(part.stack, gemm, precision)
                 _, of_weight = tensors.inputs
-                np.save(beside / gemm.weight, _bits(weight, precision).reshape(of_weight.shape({})), allow_pickle=False)
-                onnx.save(gemm_model(tensors, opset), beside / f"{gemm.engine}.onnx")
-        (beside / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
+                np.save(tmp_dir / gemm.weight, _bits(weight, precision).reshape(of_weight.shape({})), allow_pickle=False)
+                onnx.save(gemm_model(tensors, opset), tmp_dir / f"{gemm.engine}.onnx")
+        (tmp_dir / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
         for file, array in (decoder.arrays | (encoder.arrays if encoder else {})).items():
-            np.save(beside / file, array, allow_pickle=False)
-        manifest = describe_reader(checkpoint, beside, opset, seconds)
+            np.save(tmp_dir / file, array, allow_pickle=False)
+        manifest = describe_reader(checkpoint, tmp_dir, opset, seconds)
         notes = {"scales": {stack: dataclasses.asdict(scale) for stack, scale in scales.items()}}
         manifest = dataclasses.replace(
             manifest,
@@ -107,7 +107,7 @@ def export_gpu_reader(
             decoder=decoder.stack,
             provenance=manifest.provenance | notes,
         )
-        (beside / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        (tmp_dir / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 

@@ -1,4 +1,4 @@
-"""torch -> ONNX: a reader's three graphs, their tokenizer and the manifest, built beside and moved into place.
+"""torch -> ONNX: a reader's three graphs, their tokenizer and the manifest, built tmp_dir and moved into place.
 
 Input and output names, dtypes and dynamic axes are those of serving/contract/tensors.py. Numbers are checked by compare.py.
 """
@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from export.atomic_directory import replacing
+from export.atomic_directory import atomic_directory
 from export.checkpoint.files import Checkpoint
 from export.checkpoint.weights import CheckpointError
 from export.model.reader import Reader
@@ -30,7 +30,7 @@ from serving.contract.tensors import EngineSizes, GraphTensors, cross_kv_tensors
 from .cpu import CrossKVGraph, DecoderStepGraph, EncoderGraph, engine_sizes
 
 OPSET = 18
-# One protobuf message holds at most 2 GiB; graphs whose weights come near that keep them in a file beside the graph.
+# One protobuf message holds at most 2 GiB; graphs whose weights come near that keep them in a file tmp_dir the graph.
 EXTERNAL_DATA_BYTES = 1_500_000_000
 PROMPT_TEMPLATE = "question: {question} title: {title} context: {context}"
 # Any lengths serve to trace a graph whose axes are dynamic, but equal ones or 1 could be taken for constants.
@@ -115,16 +115,16 @@ def export_reader(checkpoint: Checkpoint, directory: Path, opset: int = OPSET) -
         CheckpointError: if the tokenizer has tokens without an embedding. `directory` is as before in either case.
     """
     require_fitting_tokenizer(checkpoint)
-    with replacing(directory) as beside:
+    with atomic_directory(directory) as tmp_dir:
         sizes = engine_sizes(checkpoint.reader.config)
         seconds = {}
         for name, (module_of, tensors_of) in GRAPHS.items():
             started = time.perf_counter()
-            onnx_from_module(module_of(checkpoint.reader), tensors_of(sizes), beside / f"{name}.onnx", opset)
+            onnx_from_module(module_of(checkpoint.reader), tensors_of(sizes), tmp_dir / f"{name}.onnx", opset)
             seconds[name] = round(time.perf_counter() - started, 2)
-        (beside / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
-        manifest = describe_reader(checkpoint, beside, opset, seconds)
-        (beside / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        (tmp_dir / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
+        manifest = describe_reader(checkpoint, tmp_dir, opset, seconds)
+        (tmp_dir / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 

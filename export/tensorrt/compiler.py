@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from export.atomic_directory import replacing
+from export.atomic_directory import atomic_directory
 from serving.contract.gemms import decoder_gemms, encoder_gemms, gemm_tensors, packed_cross_kv_tensors
 from serving.contract.gpu_profiles import Shapes, profile_ranges, profile_shapes
 from serving.contract.limits import Limits
@@ -67,7 +67,7 @@ def tasks_of(manifest: Manifest, limits: Limits) -> list[Task]:
 
 
 def build_engines(
-    graphs: Path, directory: Path, limits: Limits, timing_cache: Path, jobs: int = 1, say: Callable[[str], None] = print
+    graphs: Path, directory: Path, limits: Limits, timing_cache: Path, jobs: int = 1, log: Callable[[str], None] = print
 ) -> Manifest:
     """Compile all graphs of a reader.
 
@@ -78,7 +78,7 @@ def build_engines(
         timing_cache: file that keeps kernel timings from build to build; made if missing. Beside it, in `plans`, lie the engines
             built so far.
         jobs: processes that build. Builds time kernels, and two on one GPU disturb each other: once it cost a step a tenth.
-        say: told about progress.
+        log: told about progress.
 
     Raises:
         ManifestError: if the graphs are damaged.
@@ -86,27 +86,27 @@ def build_engines(
     """
     manifest = Manifest.load(graphs)
     manifest.verify(graphs, tuple(manifest.files))
-    with replacing(directory) as beside:
+    with atomic_directory(directory) as tmp_dir:
         gpu, compute_capability, version = describe_gpu()
         tasks = tasks_of(manifest, limits)
-        say(f"{graphs}: {len(tasks)} engines with TensorRT {version} for {gpu}")
+        log(f"{graphs}: {len(tasks)} engines with TensorRT {version} for {gpu}")
         seconds: dict[str, float] = {}
-        shares = [tasks[i::jobs] for i in range(min(jobs, len(tasks)))]
-        work = [(graphs, beside, manifest.precision, timing_cache, share) for share in shares]
-        for done in _in_processes(work, jobs) if jobs > 1 else map(_compile_share, work):
+        shards = [tasks[i::jobs] for i in range(min(jobs, len(tasks)))]
+        work = [(graphs, tmp_dir, manifest.precision, timing_cache, shard) for shard in shards]
+        for done in _in_processes(work, jobs) if jobs > 1 else map(_compile_shard, work):
             seconds |= done
             for file, spent in done.items():
-                say(f"  {file}: {spent:.1f} s, {(beside / file).stat().st_size / 1e6:.1f} MB")
+                log(f"  {file}: {spent:.1f} s, {(tmp_dir / file).stat().st_size / 1e6:.1f} MB")
         for name in manifest.files:
             if not name.endswith((".onnx", ".onnx.data")):
-                shutil.copyfile(graphs / name, beside / name)
+                shutil.copyfile(graphs / name, tmp_dir / name)
         built = dataclasses.replace(
             manifest,
             engine="tensorrt",
-            files={file.name: sha256_of_file(file) for file in sorted(beside.iterdir())},
+            files={file.name: sha256_of_file(file) for file in sorted(tmp_dir.iterdir())},
             build=EngineBuild(gpu, compute_capability, version, {f"{task.name}.plan": task.profiles for task in tasks}, seconds),
         )
-        (beside / MANIFEST_FILE).write_text(built.to_json(), encoding="utf-8")
+        (tmp_dir / MANIFEST_FILE).write_text(built.to_json(), encoding="utf-8")
     return built
 
 
@@ -116,11 +116,11 @@ Work = tuple[Path, Path, str, Path, list[Task]]
 def _in_processes(work: list[Work], jobs: int) -> Iterator[dict[str, float]]:
     # spawned, not forked: CUDA does not live through a fork
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(_compile_share, item) for item in work]):
+        for future in as_completed([pool.submit(_compile_shard, item) for item in work]):
             yield future.result()
 
 
-def _compile_share(work: Work) -> dict[str, float]:
+def _compile_shard(work: Work) -> dict[str, float]:
     """Compile engines with one compiler; gives file -> seconds."""
     graphs, directory, precision, timing_cache, tasks = work
     compiler = Compiler(precision, timing_cache)
@@ -132,9 +132,9 @@ def _compile_share(work: Work) -> dict[str, float]:
         file, graph = f"{task.name}.plan", graphs / f"{task.name}.onnx"
         kept = built_before / f"{_fingerprint(graph, task, precision)}.plan"
         if not kept.exists():
-            beside = kept.with_suffix(f".{os.getpid()}")
-            beside.write_bytes(compiler.compile(graph, task.profiles))
-            beside.replace(kept)
+            tmp_dir = kept.with_suffix(f".{os.getpid()}")
+            tmp_dir.write_bytes(compiler.compile(graph, task.profiles))
+            tmp_dir.replace(kept)
         shutil.copyfile(kept, directory / file)
         seconds[file] = round(time.perf_counter() - started, 1)
     compiler.save_timings()
@@ -142,7 +142,7 @@ def _compile_share(work: Work) -> dict[str, float]:
 
 
 def _fingerprint(graph: Path, task: Task, precision: str) -> str:
-    """Of everything that an engine depends on: two readers with one encoder share its engines, and other slots leave it as it is."""
+    """Of everything that an engine depends on: two readers with one encoder shard its engines, and other slots leave it as it is."""
     files = [sha256_of_file(file) for file in (graph, graph.with_name(f"{graph.name}.data")) if file.exists()]
     return hashlib.sha256(repr((files, task.profiles, precision, TIMINGS, describe_gpu())).encode()).hexdigest()[:32]
 
@@ -165,7 +165,7 @@ def describe_gpu() -> tuple[str, str, str]:
     return properties["name"].decode(), f"{properties['major']}.{properties['minor']}", tensorrt.__version__
 
 
-def fitting_engine() -> str:
+def default_backend() -> str:
     """What `make export` makes where nobody says: "tensorrt" if a GPU and TensorRT are here, else "onnxruntime-gpu" or "onnxruntime"."""
     try:
         describe_gpu()

@@ -12,7 +12,7 @@ import pytest
 
 from export.checkpoint.files import Checkpoint
 from export.graphs.gpu import export_gpu_reader
-from export.tensorrt.compiler import build_engines, describe_gpu, fitting_engine, graphs_of, tasks_of
+from export.tensorrt.compiler import build_engines, default_backend, describe_gpu, graphs_of, tasks_of
 from serving.contract.limits import Limits
 from serving.contract.manifest import EngineError, Manifest, ManifestError
 from serving.engines.load import load_decoder, load_encoder
@@ -81,7 +81,7 @@ def test_only_what_has_changed_is_built_again(graphs: Path, tmp_path: Path, monk
 
 
 def test_without_a_gpu_the_cpu_is_what_fits(no_cupy: None) -> None:
-    assert fitting_engine() == "onnxruntime"
+    assert default_backend() == "onnxruntime"
     with pytest.raises(EngineError, match=r"TensorRT engines cannot be built here: .*requirements-gpu.txt"):
         describe_gpu()
 
