@@ -19,10 +19,10 @@ from serving.contract.manifest import Manifest, ManifestError
 # Encoder rows are padded to a multiple of this, so that questions meet in one batch of the dynamic batcher more often.
 LENGTH_MULTIPLE = 16
 # Passages that one thread tokenizes at least: some hundred microseconds a passage, so that a question of many is spread over the cores.
-PASSAGES_A_TASK = 2
+PASSAGES_PER_TASK = 2
 # A question that has the reader to itself is encoded in pieces of so many passages: one is on the GPU while the next become tokens.
-PASSAGES_A_PIECE = 20
-MOST_CUTTERS = 12  # each holds a vocabulary: 5 MB of 3,000 pieces, 36 MB of T5's 32,000
+PASSAGES_PER_CHUNK = 20
+MAX_TOKENIZERS = 12  # each holds a vocabulary: 5 MB of 3,000 pieces, 36 MB of T5's 32,000
 
 
 class PromptError(ValueError):
@@ -45,7 +45,7 @@ class EncoderInput:
     encoder_positions: np.ndarray
 
 
-class Cutters:
+class TokenizerPool:
     """Texts to token ids, cut at a length, on threads that have a tokenizer each.
 
     The tokenizer has threads of its own, but they share one cache of words and its lock: on 16 cores questions that were tokenized at the
@@ -56,8 +56,8 @@ class Cutters:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._serialized, self._length = tokenizer.to_str(), length
         self._own = threading.local()
-        self._threads = threads = threads or min(len(os.sched_getaffinity(0)), MOST_CUTTERS)
-        self._cutting, self._lock = 0, threading.Lock()
+        self._threads = threads = threads or min(len(os.sched_getaffinity(0)), MAX_TOKENIZERS)
+        self._busy, self._lock = 0, threading.Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize", initializer=self._make)
         # all threads start now and make their tokenizers, so that no question waits for that
         everyone = threading.Barrier(threads)
@@ -68,20 +68,20 @@ class Cutters:
         # cuts in the tokenizer's own code: turning the tokens of a long text into Python's numbers would hold up all other threads
         tokenizer.enable_truncation(self._length)
 
-    def cut(self, texts: Sequence[str]) -> list[list[int]]:
+    def truncated_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, no special ones added, the first `length` of them."""
         with self._lock:
-            self._cutting += 1
-            threads = max(self._threads // self._cutting, 1)  # each task costs Python's lock some turns: under load a question is one
+            self._busy += 1
+            threads = max(self._threads // self._busy, 1)  # each task costs Python's lock some turns: under load a question is one
         try:
-            size = max(PASSAGES_A_TASK, -(-len(texts) // threads))
+            size = max(PASSAGES_PER_TASK, -(-len(texts) // threads))
             tasks = [texts[i : i + size] for i in range(0, len(texts), size)]
-            return [ids for part in self._pool.map(self._cut, tasks) for ids in part]
+            return [ids for part in self._pool.map(self._truncated_ids, tasks) for ids in part]
         finally:
             with self._lock:
-                self._cutting -= 1
+                self._busy -= 1
 
-    def _cut(self, texts: Sequence[str]) -> list[list[int]]:
+    def _truncated_ids(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._own.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
@@ -102,13 +102,13 @@ class PromptEncoder:
         tokenizer.no_truncation()  # tokenizer.json files carry such settings; the manifest's count here
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self._cutters = Cutters(tokenizer, manifest.prompt.passage_length)
+        self._tokenizers = TokenizerPool(tokenizer, manifest.prompt.passage_length)
         self._prompt = manifest.prompt
         self._pad, self._eos = manifest.pad_token_id, manifest.eos_token_id
         # single bytes, from which a tokenizer with byte fallback spells characters that it has no piece for
         bytes_ = {token for token in (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)) if token is not None}
         # special tokens are left out of the text, so that the bytes on both sides of one still make one run
-        self.unsettled_tokens = bytes_ | {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+        self.incomplete_byte_tokens = bytes_ | {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
 
     def encode(self, question: str, passages: Sequence[str], titles: Sequence[str] | None = None) -> EncoderInput:
         """Tokenize one question with its passages.
@@ -121,10 +121,10 @@ class PromptEncoder:
         Raises:
             PromptError: if the question alone fills a prompt.
         """
-        (whole,) = self.encode_in_pieces(question, passages, titles, len(passages))
+        (whole,) = self.encode_in_chunks(question, passages, titles, len(passages))
         return whole
 
-    def encode_in_pieces(self, question: str, passages: Sequence[str], titles: Sequence[str] | None, size: int) -> Iterator[EncoderInput]:
+    def encode_in_chunks(self, question: str, passages: Sequence[str], titles: Sequence[str] | None, size: int) -> Iterator[EncoderInput]:
         """As `encode`, in pieces of `size` passages: the first can be encoded while the next become tokens.
 
         The pieces' positions are those in the whole question.
@@ -138,7 +138,7 @@ class PromptEncoder:
         titles = titles if titles is not None else [""] * len(passages)
         texts = [prompt.template.format(question=question, title=t, context=p) for p, t in zip(passages, titles, strict=True)]
         for first in range(0, len(texts), size):
-            rows = [ids[:room] + end for ids in self._cutters.cut(texts[first : first + size])]
+            rows = [ids[:room] + end for ids in self._tokenizers.truncated_ids(texts[first : first + size])]
             yield self._padded(rows, first)
 
     def _padded(self, rows: list[list[int]], first: int) -> EncoderInput:
@@ -158,7 +158,7 @@ class PromptEncoder:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
-class TextPieces:
+class IncrementalDetokenizer:
     """Turns tokens into text as they come: the pieces, joined, are exactly the text of all tokens, and no character is split."""
 
     def __init__(self, prompt_encoder: PromptEncoder):
@@ -169,7 +169,7 @@ class TextPieces:
     def add(self, token: int) -> str:
         """The text that is certain now and was not before; may be empty."""
         self._tokens.append(token)
-        if token in self._encoder.unsettled_tokens:  # a run of bytes is text only once it is whole
+        if token in self._encoder.incomplete_byte_tokens:  # a run of bytes is text only once it is whole
             return ""
         return self._send(self._encoder.text(self._tokens))
 

@@ -23,7 +23,7 @@ from serving.contract.limits import Limits
 from serving.contract.manifest import TOKENIZER_FILE, Manifest, ManifestError
 from serving.contract.tensors import READER_TENSORS
 from serving.engines.load import bytes_per_element, kv_budget, load_decoder
-from serving.pipeline.prompt import PASSAGES_A_PIECE, EncoderInput, PromptEncoder
+from serving.pipeline.prompt import PASSAGES_PER_CHUNK, EncoderInput, PromptEncoder
 from serving.pipeline.request import PULSE_ID, read_request
 from serving.pipeline.scheduler import DecodeLoop, GivenUpError, LoopCounts, LoopStoppedError, Question, QueueFullError
 
@@ -147,10 +147,10 @@ class ReaderModel:
             if reason := reply.caller.given_up():
                 raise GivenUpError(reason)
             asked = reply.asked
-            size = PASSAGES_A_PIECE if len(self._in_hand) == 1 else len(asked.passages)
+            size = PASSAGES_PER_CHUNK if len(self._in_hand) == 1 else len(asked.passages)
             pieces: list[EncoderInput] = []
             calls: list[Future[Any]] = []
-            for piece in self._prompt.encode_in_pieces(asked.question, asked.passages, asked.titles, size):
+            for piece in self._prompt.encode_in_chunks(asked.question, asked.passages, asked.titles, size):
                 pieces.append(piece)
                 if len(pieces) * size < len(asked.passages):
                     calls.append(self._calling.submit(self._call_encoder, piece))

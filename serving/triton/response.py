@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from serving.pipeline.prompt import PromptEncoder, PromptError, TextPieces
+from serving.pipeline.prompt import IncrementalDetokenizer, PromptEncoder, PromptError
 from serving.pipeline.request import ReaderRequest, RequestError
 from serving.pipeline.scheduler import GivenUpError, LoopError
 
@@ -174,7 +174,7 @@ class StreamReply(Reply):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self._pieces = TextPieces(self._prompt)
+        self._pieces = IncrementalDetokenizer(self._prompt)
 
     def token(self, token: int, log_prob: float, submit: Callable[..., Any]) -> None:
         """Take one more token and send the text it completes."""

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from export.graphs.onnx_export import PROMPT_TEMPLATE
 from serving.contract.manifest import Manifest, ManifestError, Prompt
 from serving.contract.tensors import EngineSizes
-from serving.pipeline.prompt import PromptEncoder, PromptError, TextPieces
+from serving.pipeline.prompt import IncrementalDetokenizer, PromptEncoder, PromptError
 from tests.conftest import word_tokenizer
 
 MANIFEST = Manifest(
@@ -68,7 +68,7 @@ def test_many_passages_are_tokenized_on_several_threads_and_stay_in_order():
 
 def test_pieces_are_the_whole_in_turn():
     passages = [" ".join(f"w{(i * j) % 90}" for j in range(i % 13 + 1)) for i in range(11)]
-    whole, pieces = encoder().encode("w1 w2", passages), list(encoder().encode_in_pieces("w1 w2", passages, None, 4))
+    whole, pieces = encoder().encode("w1 w2", passages), list(encoder().encode_in_chunks("w1 w2", passages, None, 4))
     assert [len(piece.input_ids) for piece in pieces] == [4, 4, 3]
     assert np.array_equal(np.concatenate([piece.encoder_positions for piece in pieces]), whole.encoder_positions)
     tokens = [piece.input_ids[piece.attention_mask.astype(bool)] for piece in pieces]
@@ -128,11 +128,11 @@ BYTE_PROMPT = PromptEncoder(byte_tokenizer(), dataclasses.replace(MANIFEST, size
 )
 def test_pieces_join_to_exactly_the_text_whatever_the_tokens(chunks):
     tokens = [token for chunk in chunks for token in chunk]
-    pieces = TextPieces(BYTE_PROMPT)
+    pieces = IncrementalDetokenizer(BYTE_PROMPT)
     sent = [pieces.add(token) for token in tokens]
     assert "".join([*sent, pieces.rest()]) == BYTE_PROMPT.text(tokens)
 
 
 def test_a_character_of_three_bytes_comes_whole():
-    pieces = TextPieces(BYTE_PROMPT)
+    pieces = IncrementalDetokenizer(BYTE_PROMPT)
     assert [pieces.add(token) for token in [259, *(3 + b for b in "€".encode()), 260]] == ["a", "", "", "", "€b"]

@@ -26,11 +26,11 @@ from serving.contract.limits import Limits
 from serving.contract.manifest import Manifest
 from serving.launcher.installation import ServerError
 from serving.launcher.server import SHM, TritonServer, models_of, tls_arguments
-from serving.pipeline.prompt import PASSAGES_A_PIECE, PromptEncoder
+from serving.pipeline.prompt import PASSAGES_PER_CHUNK, PromptEncoder
 
 pytestmark = pytest.mark.server
 
-MANY = 2 * PASSAGES_A_PIECE + 5  # of a question that is encoded in pieces when it comes alone
+MANY = 2 * PASSAGES_PER_CHUNK + 5  # of a question that is encoded in pieces when it comes alone
 LIMITS = Limits(max_passages=MANY, max_question_characters=200, max_new_tokens=40, default_max_new_tokens=12, slots=3)
 
 
