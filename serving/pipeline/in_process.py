@@ -14,7 +14,7 @@ from serving.contract.manifest import TOKENIZER_FILE, Manifest
 from serving.engines.load import load_decoder, load_encoder
 
 from .prompt import PromptEncoder
-from .scheduler import DecodeLoop, Question
+from .scheduler import DecodeSequence, Scheduler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class InProcessReader:
         self._encoding = threading.Lock()  # one call at a time keeps all cores busy; two would share them
         decoder = load_decoder(engines, manifest, limits)
         self._pack = decoder.pack
-        self._loop = DecodeLoop(
+        self._loop = Scheduler(
             decoder,
             start_token=manifest.decoder_start_token_id,
             eos_token=manifest.eos_token_id,
@@ -70,7 +70,7 @@ class InProcessReader:
 
         most = max_new_tokens or self._default_max_new_tokens
         hidden = self._pack(states, tokens.attention_mask)
-        self._loop.submit(Question(hidden, tokens.encoder_positions, most, min_new_tokens, on_token, on_end))
+        self._loop.submit(DecodeSequence(hidden, tokens.encoder_positions, most, min_new_tokens, on_token, on_end))
         done.wait()
         if errors[0] is not None:
             raise errors[0]

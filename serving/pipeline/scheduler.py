@@ -36,24 +36,24 @@ class DecoderEngine(Protocol):
         ...
 
 
-class LoopError(RuntimeError):
+class SchedulerError(RuntimeError):
     """A question that was not taken, or not answered to its end."""
 
 
-class GivenUpError(LoopError):
+class CancelledError(SchedulerError):
     """The client no longer wants the answer, or its time is over."""
 
 
-class QueueFullError(LoopError):
+class QueueFullError(SchedulerError):
     """More questions wait than may."""
 
 
-class LoopStoppedError(LoopError):
+class SchedulerStoppedError(SchedulerError):
     """The loop was stopped before the answer ended."""
 
 
 @dataclasses.dataclass(eq=False)
-class Question:
+class DecodeSequence:
     """An encoded question and who wants to know.
 
     Attributes:
@@ -62,7 +62,7 @@ class Question:
         on_token: called with each token and its log-probability, the end token included.
         on_end: called once, last: with None, or with the reason why the answer did not reach its end.
         on_attribution: called once, with the first token's cross-attention, float32[encoder_sequence_length].
-        given_up: asked between steps: None, or why the answer is no longer wanted. The slot is freed then.
+        cancel_reason: asked between steps: None, or why the answer is no longer wanted. The slot is freed then.
     """
 
     hidden: np.ndarray | None
@@ -72,13 +72,13 @@ class Question:
     on_token: Callable[[int, float], None]
     on_end: Callable[[Exception | None], None]
     on_attribution: Callable[[np.ndarray], None] = lambda attention: None
-    given_up: Callable[[], str | None] = lambda: None
+    cancel_reason: Callable[[], str | None] = lambda: None
     generated: int = 0
     last_token: int = 0
 
 
 @dataclasses.dataclass
-class LoopCounts:
+class SchedulerCounts:
     """What the loop has done and is doing; read by the metrics."""
 
     steps: int = 0
@@ -89,37 +89,37 @@ class LoopCounts:
     encoder_tokens: int = 0
 
 
-class DecodeLoop:
+class Scheduler:
     """Runs a decoder engine on a thread of its own."""
 
     def __init__(self, engine: DecoderEngine, *, start_token: int, eos_token: int, max_waiting: int):
         self._engine, self._start_token, self._eos_token, self._max_waiting = engine, start_token, eos_token, max_waiting
-        self._waiting: collections.deque[Question] = collections.deque()
-        self._slots: list[Question | None] = []  # the question in each slot; None where one has just left
+        self._waiting: collections.deque[DecodeSequence] = collections.deque()
+        self._slots: list[DecodeSequence | None] = []  # the question in each slot; None where one has just left
         self._changed = threading.Condition()
-        self._counts = LoopCounts()
+        self._counts = SchedulerCounts()
         self._checked = 0  # how far into the queue we have looked for questions given up
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="decode-loop", daemon=True)
         self._thread.start()
 
-    def submit(self, question: Question) -> None:
+    def submit(self, question: DecodeSequence) -> None:
         """Queue a question, first come first served.
 
         Raises:
             QueueFullError: if as many wait as may.
-            LoopStoppedError: after `stop`.
+            SchedulerStoppedError: after `stop`.
         """
         with self._changed:
             if self._stopping:
-                raise LoopStoppedError("the server is shutting down")
+                raise SchedulerStoppedError("the server is shutting down")
             if len(self._waiting) >= self._max_waiting:
                 raise QueueFullError(f"{len(self._waiting)} questions are waiting and no more may; try again later")
             self._waiting.append(question)
             self._changed.notify()
 
     def stop(self) -> None:
-        """End the loop; whatever has not ended is told LoopStoppedError."""
+        """End the loop; whatever has not ended is told SchedulerStoppedError."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -127,51 +127,51 @@ class DecodeLoop:
 
     def _run(self) -> None:
         while self._wait_for_work():
-            self._drop_given_up()
-            self._admit_waiting()
-            self._close_gaps()
+            self._drop_cancelled()
+            self._admit()
+            self._compact_slots()
             if self._slots:
                 self._step()
         with self._changed:
             left = [question for question in (*self._slots, *self._waiting) if question is not None]
             self._waiting.clear()
         for question in left:
-            question.on_end(LoopStoppedError("the server is shutting down"))
+            question.on_end(SchedulerStoppedError("the server is shutting down"))
 
     def _wait_for_work(self) -> bool:
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._waiting or self._slots)
             return not self._stopping
 
-    def counts(self) -> LoopCounts:
+    def counts(self) -> SchedulerCounts:
         """A copy of the counts; running and waiting are those of this moment."""
         running = [question for question in list(self._slots) if question is not None]
         tokens = sum(len(question.encoder_positions) for question in running)
         return dataclasses.replace(self._counts, running=len(running), waiting=len(self._waiting), encoder_tokens=tokens)
 
-    def _drop_given_up(self) -> None:
+    def _drop_cancelled(self) -> None:
         """Free the slots of answers nobody wants, and look through part of the queue, so that the dead do not hold its places."""
         for slot, question in enumerate(self._slots):
-            if question is not None and (reason := question.given_up()):
-                self._leave(slot, GivenUpError(reason))
+            if question is not None and (reason := question.cancel_reason()):
+                self._release_slot(slot, CancelledError(reason))
         with self._changed:
             self._checked = self._checked % len(self._waiting) if self._waiting else 0
             some = list(itertools.islice(self._waiting, self._checked, self._checked + WAITING_CHECKED))
         self._checked += len(some)
         for question in some:
-            if reason := question.given_up():
+            if reason := question.cancel_reason():
                 with self._changed:
                     self._waiting.remove(question)
-                question.on_end(GivenUpError(reason))
+                question.on_end(CancelledError(reason))
 
-    def _admit_waiting(self) -> None:
+    def _admit(self) -> None:
         while (slot := self._free_slot()) is not None:
             with self._changed:
                 if not self._waiting:
                     return
                 question = self._waiting.popleft()
-            if reason := question.given_up():
-                question.on_end(GivenUpError(reason))
+            if reason := question.cancel_reason():
+                question.on_end(CancelledError(reason))
                 continue
             hidden, question.hidden = question.hidden, None
             question.last_token = self._start_token
@@ -188,7 +188,7 @@ class DecodeLoop:
             return self._slots.index(None)
         return len(self._slots) if len(self._slots) < self._engine.slots else None
 
-    def _close_gaps(self) -> None:
+    def _compact_slots(self) -> None:
         """Move the last answers into slots that nobody took over: a step works on one block of slots."""
         while None in self._slots:
             gap, last = self._slots.index(None), len(self._slots) - 1
@@ -207,7 +207,7 @@ class DecodeLoop:
             next_tokens, log_probs, attention = self._engine.step(tokens, positions, eos_penalty)
         except Exception as error:  # the engine is shared: every answer in this step is lost, the loop is not
             for slot in range(len(self._slots)):
-                self._leave(slot, error)
+                self._release_slot(slot, error)
             return
         self._counts.steps += 1
         self._counts.step_s += time.perf_counter() - started
@@ -219,9 +219,9 @@ class DecodeLoop:
             question.generated += 1
             question.on_token(token, log_prob)
             if token == self._eos_token or question.generated >= question.max_new_tokens:
-                self._leave(slot, None)
+                self._release_slot(slot, None)
 
-    def _leave(self, slot: int, error: Exception | None) -> None:
+    def _release_slot(self, slot: int, error: Exception | None) -> None:
         question = self._slots[slot]
         self._slots[slot] = None
         if question is not None:

@@ -19,7 +19,7 @@ from serving.contract.tensors import ShapeError, encoder_tensors
 from serving.engines.load import load_encoder
 
 from .metrics import EncoderMetrics
-from .shutdown import leave
+from .shutdown import exit_soon
 
 
 class EncoderModel:
@@ -66,4 +66,4 @@ class EncoderModel:
         """Let the engine go while the process is whole, as ReaderModel does."""
         del self._encoder
         gc.collect()
-        leave(on_gpu=self._on_gpu)
+        exit_soon(on_gpu=self._on_gpu)

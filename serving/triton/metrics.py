@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import triton_python_backend_utils as pb_utils
 
-from serving.pipeline.scheduler import LoopCounts
+from serving.pipeline.scheduler import SchedulerCounts
 
-from .response import OUTCOMES, Reply
+from .response import OUTCOMES, ResponseWriter
 
 PERIOD_S = 0.25
 
@@ -57,7 +57,9 @@ class EncoderMetrics:
 class Metrics:
     """Publishes what `counts` tells and what replies report, until closed."""
 
-    def __init__(self, model: str, counts: Callable[[], LoopCounts], in_hand: Callable[[], int], kv_bytes: Callable[[LoopCounts], int]):
+    def __init__(
+        self, model: str, counts: Callable[[], SchedulerCounts], in_hand: Callable[[], int], kv_bytes: Callable[[SchedulerCounts], int]
+    ):
         self._counts, self._in_hand, self._kv_bytes = counts, in_hand, kv_bytes
         labels = {"model": model}
         # a family must live as long as its metrics
@@ -82,12 +84,12 @@ class Metrics:
         with self._lock:
             self._ended["refused"] += 1
 
-    def ended(self, reply: Reply) -> None:
+    def ended(self, writer: ResponseWriter) -> None:
         """Count a question that has ended."""
         with self._lock:
-            self._ended[reply.outcome] += 1
-            if reply.outcome == "answered":
-                self._first_token_s += reply.times.first_token - reply.caller.arrived_s
+            self._ended[writer.outcome] += 1
+            if writer.outcome == "answered":
+                self._first_token_s += writer.times.first_token - writer.caller.arrived_s
 
     def close(self) -> None:
         """Publish once more and stop."""

@@ -25,13 +25,13 @@ from serving.contract.tensors import READER_TENSORS
 from serving.engines.load import bytes_per_element, kv_budget, load_decoder
 from serving.pipeline.prompt import PASSAGES_PER_CHUNK, EncoderInput, PromptEncoder
 from serving.pipeline.request import PULSE_ID, read_request
-from serving.pipeline.scheduler import DecodeLoop, GivenUpError, LoopCounts, LoopStoppedError, Question, QueueFullError
+from serving.pipeline.scheduler import CancelledError, DecodeSequence, QueueFullError, Scheduler, SchedulerCounts, SchedulerStoppedError
 
 from .metrics import Metrics
-from .response import Caller, Reply, StreamReply, UnaryReply, send_error
-from .shutdown import TELLING_S, end_within, leave
+from .response import Caller, ResponseWriter, StreamWriter, UnaryWriter, send_error
+from .shutdown import DRAIN_TIMEOUT_S, arm_watchdog, exit_soon
 
-# How often some questions in hand are asked whether they were cancelled, and how many: each asking costs Triton a message, and every
+# How often some questions in hand are parsed whether they were cancelled, and how many: each asking costs Triton a message, and every
 # thread here a turn of Python's lock.
 CANCEL_POLL_S, CANCEL_ASKED = 0.01, 16
 CALLS_AT_ONCE = 4  # pieces of questions in hand at the encoder model
@@ -71,28 +71,28 @@ class ReaderModel:
         self._where_to_put_states = {"preferred_memory": gpu} if gpu else {}
         memory = f", {engine.memory}" if hasattr(engine, "memory") else ""
         pb_utils.Logger.log_info(f"{self._name}: {manifest.engine} {manifest.precision}, {kv_budget(manifest, limits)}{memory}")
-        self._loop = DecodeLoop(
+        self._loop = Scheduler(
             engine, start_token=manifest.decoder_start_token_id, eos_token=manifest.eos_token_id, max_waiting=limits.max_in_hand
         )
         self._encoding = ThreadPoolExecutor(limits.encode_threads, thread_name_prefix="encode")
         self._calling = ThreadPoolExecutor(CALLS_AT_ONCE, thread_name_prefix="call")
-        # one thread, so that the pieces of a stream leave in order; not the loop's own, which should be stepping
+        # one thread, so that the pieces of a stream exit_soon in order; not the loop's own, which should be stepping
         self._responding = ThreadPoolExecutor(1, thread_name_prefix="respond")
         self._stopping = threading.Event()
-        self._in_hand: set[Reply] = set()
+        self._in_hand: set[ResponseWriter] = set()
         threading.Thread(target=self._watch, name="cancellations", daemon=True).start()
         self._metrics = Metrics(self._name, self._loop.counts, lambda: len(self._in_hand), self._kv_bytes)
 
     def _watch(self) -> None:
         """See which questions were cancelled, beside the loop: a step must not wait for Triton's word on each of them."""
-        to_ask: list[Reply] = []
+        to_ask: list[ResponseWriter] = []
         while not self._stopping.wait(CANCEL_POLL_S):
             to_ask = to_ask or list(self._in_hand)
-            for reply in to_ask[:CANCEL_ASKED]:
-                reply.caller.look()
+            for writer in to_ask[:CANCEL_ASKED]:
+                writer.caller.poll_cancelled()
             del to_ask[:CANCEL_ASKED]
 
-    def _kv_bytes(self, counts: LoopCounts) -> int:
+    def _kv_bytes(self, counts: SchedulerCounts) -> int:
         return counts.encoder_tokens * self._sizes.cross_kv_bytes_per_token(self._bytes_per_element)
 
     def execute(self, requests: list[Any]) -> None:
@@ -100,78 +100,78 @@ class ReaderModel:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                reply = self._take(request, sender)
+                writer = self._accept(request, sender)
             except Exception as error:
                 if request.request_id() != PULSE_ID:
                     self._metrics.refused()
                 send_error(sender, error)
                 continue
-            self._in_hand.add(reply)
-            self._encoding.submit(self._encode, reply)
+            self._in_hand.add(writer)
+            self._encoding.submit(self._encode, writer)
 
-    def _take(self, request: Any, sender: Any) -> Reply:
+    def _accept(self, request: Any, sender: Any) -> ResponseWriter:
         arrays = {}
         for spec in READER_TENSORS.inputs:
             tensor = pb_utils.get_input_tensor_by_name(request, spec.name)
             arrays[spec.name] = None if tensor is None else tensor.as_numpy()
-        asked = read_request(arrays, self._limits)
+        parsed = read_request(arrays, self._limits)
         if len(self._in_hand) >= self._limits.max_in_hand:
             raise QueueFullError(f"{self._limits.max_in_hand} questions are in hand and no more may; try again later")
-        kind = StreamReply if self._streams else UnaryReply
-        return kind(Caller(request, sender), asked, self._prompt, set(request.requested_output_names()), self._ended)
+        kind = StreamWriter if self._streams else UnaryWriter
+        return kind(Caller(request, sender), parsed, self._prompt, set(request.requested_output_names()), self._ended)
 
-    def _ended(self, reply: Reply) -> None:
-        self._in_hand.discard(reply)
-        self._metrics.ended(reply)
-        pb_utils.Logger.log_info(reply.log_line(self._name, with_text=bool(self._limits.log_text)))
+    def _ended(self, writer: ResponseWriter) -> None:
+        self._in_hand.discard(writer)
+        self._metrics.ended(writer)
+        pb_utils.Logger.log_info(writer.log_line(self._name, with_text=bool(self._limits.log_text)))
 
     def finalize(self) -> None:
         """Stop taking questions, tell those that wait, and end all threads."""
-        end_within(TELLING_S)
+        arm_watchdog(DRAIN_TIMEOUT_S)
         self._stopping.set()
         self._encoding.shutdown()
         self._calling.shutdown()
         self._loop.stop()
         self._responding.shutdown()
         self._metrics.close()
-        leave(on_gpu=self._on_gpu)
+        exit_soon(on_gpu=self._on_gpu)
         # engines and their memory go while the process is whole: left to its end, a GPU's library may be gone before what needs it
         del self._pack, self._join, self._loop
         gc.collect()
 
-    def _encode(self, reply: Reply) -> None:
+    def _encode(self, writer: ResponseWriter) -> None:
         """Tokenize and encode one question, and hand it to the decode loop. Runs on an encoding thread."""
         try:
             if self._stopping.is_set():
-                raise LoopStoppedError("the server is shutting down")
-            if reason := reply.caller.given_up():
-                raise GivenUpError(reason)
-            asked = reply.asked
-            size = PASSAGES_PER_CHUNK if len(self._in_hand) == 1 else len(asked.passages)
+                raise SchedulerStoppedError("the server is shutting down")
+            if reason := writer.caller.cancel_reason():
+                raise CancelledError(reason)
+            parsed = writer.parsed
+            size = PASSAGES_PER_CHUNK if len(self._in_hand) == 1 else len(parsed.passages)
             pieces: list[EncoderInput] = []
             calls: list[Future[Any]] = []
-            for piece in self._prompt.encode_in_chunks(asked.question, asked.passages, asked.titles, size):
+            for piece in self._prompt.encode_in_chunks(parsed.question, parsed.passages, parsed.titles, size):
                 pieces.append(piece)
-                if len(pieces) * size < len(asked.passages):
+                if len(pieces) * size < len(parsed.passages):
                     calls.append(self._calling.submit(self._call_encoder, piece))
-            reply.tokenized(np.concatenate([piece.attention_mask.sum(1) for piece in pieces]))
+            writer.tokenized(np.concatenate([piece.attention_mask.sum(1) for piece in pieces]))
             last = self._call_encoder(pieces[-1])
             hidden = self._join([*(call.result() for call in calls), last])
-            reply.encoded()
+            writer.encoded()
             self._loop.submit(
-                Question(
+                DecodeSequence(
                     hidden,
                     np.concatenate([piece.encoder_positions for piece in pieces]),
-                    asked.max_new_tokens,
-                    asked.min_new_tokens,
-                    on_token=lambda token, log_prob: reply.token(token, log_prob, self._responding.submit),
-                    on_end=lambda error: self._end_later(reply, error),
-                    on_attribution=reply.attribution,
-                    given_up=reply.caller.given_up,
+                    parsed.max_new_tokens,
+                    parsed.min_new_tokens,
+                    on_token=lambda token, log_prob: writer.token(token, log_prob, self._responding.submit),
+                    on_end=lambda error: self._finish_later(writer, error),
+                    on_attribution=writer.attribution,
+                    cancel_reason=writer.caller.cancel_reason,
                 )
             )
         except Exception as error:
-            self._end_later(reply, error)
+            self._finish_later(writer, error)
 
     def _call_encoder(self, tokens: EncoderInput) -> Any:
         """The valid hidden states of some passages, packed."""
@@ -189,8 +189,8 @@ class ReaderModel:
         states = _array(pb_utils.get_output_tensor_by_name(response, "encoder_hidden_states"))
         return self._pack(states, tokens.attention_mask)  # a copy: the tensor's memory goes with the response
 
-    def _end_later(self, reply: Reply, error: Exception | None) -> None:
-        self._responding.submit(reply.end, error)
+    def _finish_later(self, writer: ResponseWriter, error: Exception | None) -> None:
+        self._responding.submit(writer.finish, error)
 
 
 def _array(tensor: Any) -> Any:

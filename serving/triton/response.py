@@ -1,4 +1,4 @@
-"""One question's way back: who asked and whether they still want it, the answer as it grows, the responses that are sent.
+"""One question's way back: who parsed and whether they still want it, the answer as it grows, the responses that are sent.
 
 Imports Triton's Python backend, as do the modules called *_model.
 """
@@ -17,7 +17,7 @@ import triton_python_backend_utils as pb_utils
 
 from serving.pipeline.prompt import IncrementalDetokenizer, PromptEncoder, PromptError
 from serving.pipeline.request import ReaderRequest, RequestError
-from serving.pipeline.scheduler import GivenUpError, LoopError
+from serving.pipeline.scheduler import CancelledError, SchedulerError
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 CANCELLED = "cancelled by the client"
@@ -25,7 +25,7 @@ OUTCOMES = ("answered", "refused", "cancelled", "failed")
 
 
 class Caller:
-    """Who asked: knows the request's id and time limit, and whether the answer is still wanted."""
+    """Who parsed: knows the request's id and time limit, and whether the answer is still wanted."""
 
     def __init__(self, request: Any, sender: Any):
         self.id = request.request_id()
@@ -36,20 +36,20 @@ class Caller:
         self._reason: str | None = None
         self._asking, self._over = threading.Lock(), False
 
-    def given_up(self) -> str | None:
+    def cancel_reason(self) -> str | None:
         """None, or why the answer is no longer wanted."""
         if self._reason is None and self._timeout_s and time.monotonic() > self.arrived_s + self._timeout_s:
             self._reason = f"the request's timeout of {self._timeout_s * 1e3:.0f} ms passed before its answer was whole"
         return self._reason
 
-    def look(self) -> None:
+    def poll_cancelled(self) -> None:
         """Ask Triton whether the request was cancelled. Not for the loop's thread: 20 to 60 us, and then a wait for Python's lock."""
         with self._asking:
             if not self._over and self._reason is None and self.sender.is_cancelled():
                 self._reason = CANCELLED
 
     def close(self) -> None:
-        """The final response comes next: a server that is asked about a request after it (2.51) reads freed memory and dies."""
+        """The final response comes next: a server that is parsed about a request after it (2.51) reads freed memory and dies."""
         with self._asking:
             self._over = True
 
@@ -68,11 +68,13 @@ class Times:
     ended: float = 0.0
 
 
-class Reply:
+class ResponseWriter:
     """Collects one answer and sends it. `token` and `attribution` come from the loop's thread, `end` once at last."""
 
-    def __init__(self, caller: Caller, asked: ReaderRequest, prompt: PromptEncoder, outputs: set[str], on_end: Callable[[Reply], None]):
-        self.caller, self.asked, self.times = caller, asked, Times()
+    def __init__(
+        self, caller: Caller, parsed: ReaderRequest, prompt: PromptEncoder, outputs: set[str], on_end: Callable[[ResponseWriter], None]
+    ):
+        self.caller, self.parsed, self.times = caller, parsed, Times()
         self._prompt, self._outputs, self._on_end = prompt, outputs, on_end
         self.tokens: list[int] = []
         self.encoder_tokens = 0
@@ -130,7 +132,7 @@ class Reply:
         }
 
     def log_line(self, model: str, *, with_text: bool) -> str:
-        """One line of JSON about this request; no text of it unless asked for."""
+        """One line of JSON about this request; no text of it unless parsed for."""
 
         def ms(start: float, end: float) -> float | None:
             return round((end - start) * 1e3, 2) if start and end else None
@@ -140,7 +142,7 @@ class Reply:
             "model": model,
             "request": self.caller.id,
             "outcome": self.outcome,
-            "passages": len(self.asked.passages),
+            "passages": len(self.parsed.passages),
             "encoder_tokens": self.encoder_tokens,
             "tokens": len(self.tokens),
             "tokenized_ms": ms(arrived, times.tokenized),
@@ -151,7 +153,7 @@ class Reply:
         if self.error:
             fields["error"] = self.error
         if with_text:
-            fields |= {"question": self.asked.question, "answer": self._prompt.text(self.tokens)}
+            fields |= {"question": self.parsed.question, "answer": self._prompt.text(self.tokens)}
         return json.dumps(fields, ensure_ascii=False)
 
     def _last_text(self) -> str:
@@ -162,14 +164,14 @@ class Reply:
         self.caller.sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
 
 
-class UnaryReply(Reply):
+class UnaryWriter(ResponseWriter):
     """One response with the whole answer."""
 
     def _last_text(self) -> str:
         return self._prompt.text(self.tokens)
 
 
-class StreamReply(Reply):
+class StreamWriter(ResponseWriter):
     """A response for every piece of text, then one with what was kept back and the totals."""
 
     def __init__(self, *args: Any):
@@ -198,7 +200,7 @@ def _outcome(error: Exception | None) -> str:
         return "answered"
     if isinstance(error, (RequestError, PromptError)):
         return "refused"
-    return "cancelled" if isinstance(error, GivenUpError) else "failed"
+    return "cancelled" if isinstance(error, CancelledError) else "failed"
 
 
 def send_error(sender: Any, error: Exception) -> None:
@@ -207,8 +209,8 @@ def send_error(sender: Any, error: Exception) -> None:
     code = codes.INTERNAL
     if isinstance(error, (RequestError, PromptError)):
         code = codes.INVALID_ARG
-    elif isinstance(error, GivenUpError) and str(error) == CANCELLED:
+    elif isinstance(error, CancelledError) and str(error) == CANCELLED:
         code = codes.CANCELLED
-    elif isinstance(error, LoopError):
+    elif isinstance(error, SchedulerError):
         code = codes.UNAVAILABLE
     sender.send(pb_utils.InferenceResponse(error=codes(str(error), code)), flags=FINAL)

@@ -10,17 +10,17 @@ from __future__ import annotations
 import faulthandler
 
 # Both end before Triton's exit timeout of 30 s does.
-TELLING_S = 22.0  # from being told to end until every question has been told so
-LEAVING_S = 5.0  # after that
-LEAVING_A_GPU_S = 1.0  # the same where it is known not to end
+DRAIN_TIMEOUT_S = 22.0  # from being told to end until every question has been told so
+EXIT_TIMEOUT_S = 5.0  # after that
+GPU_EXIT_TIMEOUT_S = 1.0  # the same where it is known not to end
 STANDARD_ERROR = 2  # by number: an embedded interpreter's sys.stderr need not be a file
 
 
-def end_within(seconds: float) -> None:
+def arm_watchdog(seconds: float) -> None:
     """The process has so many seconds from now, whatever it was given before; then it says where its threads are and exits with code 1."""
     faulthandler.dump_traceback_later(seconds, exit=True, file=STANDARD_ERROR)
 
 
-def leave(*, on_gpu: bool) -> None:
+def exit_soon(*, on_gpu: bool) -> None:
     """All was told: the process has little time left."""
-    end_within(LEAVING_A_GPU_S if on_gpu else LEAVING_S)
+    arm_watchdog(GPU_EXIT_TIMEOUT_S if on_gpu else EXIT_TIMEOUT_S)

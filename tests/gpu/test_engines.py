@@ -16,7 +16,7 @@ from serving.engines.cpu import OnnxDecoder  # noqa: E402
 from serving.engines.gpu.encoder import GpuEncoder  # noqa: E402
 from serving.engines.gpu.engine import Scratch  # noqa: E402
 from serving.engines.load import _gpu_loader, load_decoder, load_encoder  # noqa: E402
-from serving.pipeline.scheduler import DecodeLoop, Question  # noqa: E402
+from serving.pipeline.scheduler import Question, Scheduler  # noqa: E402
 from tests.gpu.conftest import GpuReader  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -115,13 +115,13 @@ def test_batch_of_n_equals_n_times_one(gpu_reader: GpuReader) -> None:
     packed = [
         (decoder.pack(hidden.astype(np.float16)[None], np.ones((1, len(hidden)), np.int32)), places) for hidden, places in gpu_reader.states
     ]
-    loop = DecodeLoop(decoder, start_token=0, eos_token=1, max_waiting=1000)
+    loop = Scheduler(decoder, start_token=0, eos_token=1, max_waiting=1000)
 
     def ask(i: int, most: int, leave_at: int | None = None) -> tuple[list[int], threading.Event]:
         tokens: list[int] = []
         done = threading.Event()
-        given_up = (lambda: "enough" if len(tokens) >= leave_at else None) if leave_at else (lambda: None)
-        loop.submit(Question(*packed[i], most, 0, lambda token, _: tokens.append(token), lambda _: done.set(), given_up=given_up))
+        cancel_reason = (lambda: "enough" if len(tokens) >= leave_at else None) if leave_at else (lambda: None)
+        loop.submit(Question(*packed[i], most, 0, lambda token, _: tokens.append(token), lambda _: done.set(), cancel_reason=cancel_reason))
         return tokens, done
 
     try:

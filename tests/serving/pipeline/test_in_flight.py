@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from serving.contract.manifest import Manifest
 from serving.engines.cpu import OnnxDecoder, OnnxEncoder
-from serving.pipeline.scheduler import DecodeLoop, Question
+from serving.pipeline.scheduler import DecodeSequence, Scheduler
 from tests.conftest import CONFIGS, random_passages
 from tests.export.graphs.test_cpu import packed
 
@@ -50,7 +50,7 @@ ARRIVALS = st.lists(
 @given(arrivals=ARRIVALS)
 def test_answers_do_not_depend_on_who_else_is_in_flight(prepared, name, arrivals):
     reader = prepared[name]
-    loop = DecodeLoop(reader.decoder, start_token=0, eos_token=reader.manifest.eos_token_id, max_waiting=99)
+    loop = Scheduler(reader.decoder, start_token=0, eos_token=reader.manifest.eos_token_id, max_waiting=99)
     running = []
     for which, most, pause in arrivals:
         found: list[int] = []
@@ -62,7 +62,7 @@ def test_answers_do_not_depend_on_who_else_is_in_flight(prepared, name, arrivals
 
         # the end token is forbidden until after the last token that is compared: random readers end early or never
         hidden, positions = reader.questions[which]
-        loop.submit(Question(hidden, positions, most, most + 1, lambda token, _, found=found: found.append(token), on_end))
+        loop.submit(DecodeSequence(hidden, positions, most, most + 1, lambda token, _, found=found: found.append(token), on_end))
         running.append((which, most, found, done, errors))
         time.sleep(pause)
     for which, most, found, done, errors in running:

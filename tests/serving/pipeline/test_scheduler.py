@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.pipeline.scheduler import DecodeLoop, LoopError, LoopStoppedError, Question, QueueFullError
+from serving.pipeline.scheduler import DecodeSequence, QueueFullError, Scheduler, SchedulerError, SchedulerStoppedError
 
 EOS = 1
 START = 0
@@ -82,13 +82,13 @@ class Client:
     cancelled: bool = False
     attribution: list[np.ndarray] = dataclasses.field(default_factory=list)
 
-    def question(self) -> Question:
+    def question(self) -> DecodeSequence:
         def end(error: Exception | None) -> None:
             self.ends.append(error)
             self.done.set()
 
         hidden = np.full((1, 1), self.key, np.float32)
-        return Question(
+        return DecodeSequence(
             hidden,
             np.zeros(1, np.int32),
             self.most,
@@ -100,8 +100,8 @@ class Client:
         )
 
 
-def loop_over(engine: FakeEngine, max_waiting: int = 1000) -> DecodeLoop:
-    return DecodeLoop(engine, start_token=START, eos_token=EOS, max_waiting=max_waiting)
+def loop_over(engine: FakeEngine, max_waiting: int = 1000) -> Scheduler:
+    return Scheduler(engine, start_token=START, eos_token=EOS, max_waiting=max_waiting)
 
 
 CLIENTS = st.lists(
@@ -243,6 +243,6 @@ def test_stopping_tells_everyone_and_takes_no_more():
         loop.submit(client.question())
     threading.Timer(0.05, engine.gate.set).start()
     loop.stop()
-    assert all(isinstance(client.ends[0], LoopStoppedError) and len(client.ends) == 1 for client in clients)
-    with pytest.raises(LoopError, match="shutting down"):
+    assert all(isinstance(client.ends[0], SchedulerStoppedError) and len(client.ends) == 1 for client in clients)
+    with pytest.raises(SchedulerError, match="shutting down"):
         loop.submit(Client(9).question())
