@@ -13,14 +13,14 @@ from collections.abc import Sequence
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from serving.pipeline.request import PULSE_ID
+from serving.pipeline.request import LIVENESS_ID
 
 # Even an overloaded server refuses within moments; so long a silence, twice in a row, is not load.
 PERIOD_S, PATIENCE_S, MISSES = 10.0, 20.0, 2
 EMPTY_TEXT = b"\0\0\0\0"  # one text of no bytes, as Triton writes it
 
 
-class Pulse:
+class LivenessProbe:
     """Asks on a thread of its own until it is closed.
 
     Args:
@@ -46,7 +46,7 @@ class Pulse:
         self._closing.set()
         self._thread.join(1.0)
 
-    def __enter__(self) -> Pulse:
+    def __enter__(self) -> LivenessProbe:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -66,7 +66,7 @@ class Pulse:
 
 def replies(url: str, model: str, patience_s: float) -> bool:
     """Whether a reader model refuses an empty question in time. A server that cannot be reached counts as one that does not reply."""
-    request = service_pb2.ModelInferRequest(model_name=model, id=PULSE_ID, raw_input_contents=[EMPTY_TEXT, EMPTY_TEXT])
+    request = service_pb2.ModelInferRequest(model_name=model, id=LIVENESS_ID, raw_input_contents=[EMPTY_TEXT, EMPTY_TEXT])
     for name in ("question", "passages"):
         request.inputs.add(name=name, datatype="BYTES", shape=[1])
     # no proxy: the server is on this machine, whatever the environment says of others

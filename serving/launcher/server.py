@@ -32,7 +32,7 @@ SCRATCH_PREFIX = "fido-triton-"
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)  # now: between fork and exec it could not be loaded safely
 START_ATTEMPTS = 3
-TOLD_LINES = 20  # of the log, where a start fails
+LOG_EXCERPT_LINES = 20  # of the log, where a start fails
 CUDA_POOL_BYTES = 1 << 30  # a question of 40 x 256 tokens has 16 MB of hidden states at base size, and many are under way at once
 
 
@@ -80,7 +80,7 @@ def faults_in(lines: list[str]) -> list[str]:
     for line in lines:
         if line.startswith("E") or "UNAVAILABLE" in line or "error" in line.lower():
             found.setdefault(line.partition("] ")[2] or line, line)
-    return list(found.values())[:TOLD_LINES]
+    return list(found.values())[:LOG_EXCERPT_LINES]
 
 
 class TritonServer:
@@ -217,7 +217,7 @@ class TritonServer:
 
     def _log_faults(self) -> str:
         lines = self.log.read_bytes()[self._log_start :].decode("utf-8", errors="replace").splitlines()
-        return "\n".join(faults_in(lines) or lines[-TOLD_LINES:])
+        return "\n".join(faults_in(lines) or lines[-LOG_EXCERPT_LINES:])
 
     def model_processes(self) -> dict[str, int]:
         """Process id of each model's Python process, a second one's under "MODEL 2", and of the server itself under "tritonserver"."""

@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable
 
 from .installation import ServerError
-from .liveness import Pulse
+from .liveness import LivenessProbe
 from .server import TritonServer
 
 CHECK_PERIOD_S = 0.25
 # What still runs beside a dead model may end within this; a request to the dead one never will.
 DRAIN_AFTER_DEATH_S = 2.0
-# A server that dies again within CALM_S is started again after a pause, which doubles each time.
-FIRST_PAUSE_S, LONGEST_PAUSE_S, CALM_S = 0.5, 30.0, 60.0
+# A server that dies again within BACKOFF_RESET_S is started again after a pause, which doubles each time.
+MIN_BACKOFF_S, MAX_BACKOFF_S, BACKOFF_RESET_S = 0.5, 30.0, 60.0
 
 
 def keep_serving(new_server: Callable[[], TritonServer], stop: threading.Event, announce: Callable[[TritonServer], None]) -> None:
@@ -33,7 +33,7 @@ def keep_serving(new_server: Callable[[], TritonServer], stop: threading.Event, 
     Raises:
         ServerError: if the first start fails. A later one that fails is tried again.
     """
-    pause_s = 0.0
+    backoff_s = 0.0
     served_before = False
     while not stop.is_set():
         started_s = time.monotonic()
@@ -42,7 +42,7 @@ def keep_serving(new_server: Callable[[], TritonServer], stop: threading.Event, 
                 announce(server)
                 served_before = True
                 asked = [model for model in server.models if not model.endswith("_encoder")]
-                with Pulse(server.grpc_url, asked) as pulse:
+                with LivenessProbe(server.grpc_url, asked) as pulse:
                     while not stop.wait(CHECK_PERIOD_S):
                         if failure := server.failure() or pulse.failure():
                             break
@@ -54,7 +54,7 @@ def keep_serving(new_server: Callable[[], TritonServer], stop: threading.Event, 
             if not served_before:
                 raise
             failure = str(error)
-        calm = time.monotonic() - started_s > CALM_S
-        pause_s = 0.0 if calm else min(LONGEST_PAUSE_S, max(FIRST_PAUSE_S, 2 * pause_s))
-        print(f"{failure}; starting again" + (f" in {pause_s:.1f} s" if pause_s else ""), file=sys.stderr, flush=True)
-        stop.wait(pause_s)
+        calm = time.monotonic() - started_s > BACKOFF_RESET_S
+        backoff_s = 0.0 if calm else min(MAX_BACKOFF_S, max(MIN_BACKOFF_S, 2 * backoff_s))
+        print(f"{failure}; starting again" + (f" in {backoff_s:.1f} s" if backoff_s else ""), file=sys.stderr, flush=True)
+        stop.wait(backoff_s)

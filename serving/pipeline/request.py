@@ -12,7 +12,7 @@ import numpy as np
 
 from serving.contract.limits import Limits
 
-PULSE_ID = "pulse"  # id of a request that only asks whether the reader still replies (liveness.py): refused; only Triton counts it
+LIVENESS_ID = "pulse"  # id of a request that only asks whether the reader still replies (liveness.py): refused; only Triton counts it
 
 
 class RequestError(ValueError):

@@ -24,7 +24,7 @@ from serving.contract.manifest import TOKENIZER_FILE, Manifest, ManifestError
 from serving.contract.tensors import READER_TENSORS
 from serving.engines.load import bytes_per_element, kv_budget, load_decoder
 from serving.pipeline.prompt import PASSAGES_PER_CHUNK, EncoderInput, PromptEncoder
-from serving.pipeline.request import PULSE_ID, read_request
+from serving.pipeline.request import LIVENESS_ID, read_request
 from serving.pipeline.scheduler import CancelledError, DecodeSequence, QueueFullError, Scheduler, SchedulerCounts, SchedulerStoppedError
 
 from .metrics import Metrics
@@ -102,7 +102,7 @@ class ReaderModel:
             try:
                 writer = self._accept(request, sender)
             except Exception as error:
-                if request.request_id() != PULSE_ID:
+                if request.request_id() != LIVENESS_ID:
                     self._metrics.refused()
                 send_error(sender, error)
                 continue

@@ -153,14 +153,14 @@ def judge_good(tally: Tally, outcome: Outcome) -> None:
 
 
 @contextlib.contextmanager
-def good_company(arena: Arena, tally: Tally, pause_s: float = 0.02) -> Iterator[None]:
+def good_company(arena: Arena, tally: Tally, backoff_s: float = 0.02) -> Iterator[None]:
     """Meanwhile, good questions to every model, over gRPC and HTTP in turn; each must be answered right."""
     over = threading.Event()
     rng = random.Random(arena.rng.random())
 
     def ask() -> None:
         n = 0
-        while not over.wait(pause_s):
+        while not over.wait(backoff_s):
             model = MODELS[n % len(MODELS)]
             case = rng.choice(arena.cases[reader_of(model)])
             judge_good(tally, ask_http(arena.server.http_port, case, model) if n % 8 > 3 else arena.asker.ask(case, model))

@@ -20,10 +20,10 @@ from serving.contract.limits import Limits
 from serving.launcher import liveness, supervisor
 from serving.launcher.installation import ServerError
 from serving.launcher.server import (
+    LOG_EXCERPT_LINES,
     SHM,
     SHM_PREFIX,
     START_ATTEMPTS,
-    TOLD_LINES,
     TritonServer,
     _children,
     faults_in,
@@ -123,7 +123,7 @@ class DyingServer:
 
 
 def test_a_server_that_keeps_dying_is_started_again_after_longer_and_longer_pauses(monkeypatch, capsys):
-    for name, seconds in (("CHECK_PERIOD_S", 0.001), ("FIRST_PAUSE_S", 0.01), ("LONGEST_PAUSE_S", 0.06)):
+    for name, seconds in (("CHECK_PERIOD_S", 0.001), ("MIN_BACKOFF_S", 0.01), ("MAX_BACKOFF_S", 0.06)):
         monkeypatch.setattr(supervisor, name, seconds)
     stop = threading.Event()
     announced = []
@@ -182,7 +182,7 @@ def test_what_a_failed_start_tells_is_the_cause_and_not_what_follows_it_for_page
     after = [f"E1124 13:38:39.{i} 8619 ev_epoll1_linux.cc:373] (event_engine) Epoll1Poller encountered epoll_wait error" for i in range(50)]
     others = [f"E1124 13:38:40.1 8619 x.cc:1] another {i}" for i in range(50)]
     found = faults_in(["I1124 13:38:35.1 8619 server.cc:1] started", cause, *after, *others])
-    assert found[:3] == [cause, after[0], others[0]] and len(found) == TOLD_LINES
+    assert found[:3] == [cause, after[0], others[0]] and len(found) == LOG_EXCERPT_LINES
 
 
 @pytest.mark.parametrize("model", ["fido", "fido_stream"])

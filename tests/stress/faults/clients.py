@@ -111,10 +111,10 @@ def cancel_storm(arena: Arena, tally: Tally) -> None:
 def cancel_storm_streams(arena: Arena, tally: Tally) -> None:
     """Streams cancelled before their first piece, or in mid-answer."""
 
-    def attempt(model: str, pieces: int, pause_s: float) -> None:
+    def attempt(model: str, pieces: int, backoff_s: float) -> None:
         case = long_case(arena, model)
         responses = arena.asker.start_stream(case, model)
-        time.sleep(pause_s)
+        time.sleep(backoff_s)
         text = ""
         for _ in range(pieces):
             response = next(responses, None)
@@ -225,10 +225,10 @@ def hanging_up(arena: Arena, tally: Tally) -> None:
     def over_grpc(content: bytes, linger: bool) -> None:
         hang_up(arena.server.grpc_port, content, linger, 0)
 
-    def in_mid_call(model: str, pause_s: float) -> None:
+    def in_mid_call(model: str, backoff_s: float) -> None:
         asker = Asker(arena.server.grpc_url, arena.server.http_port)
         call = (asker.start_stream if model.endswith("_stream") else asker.start)(long_case(arena, model), model)
-        time.sleep(pause_s)
+        time.sleep(backoff_s)
         asker.close()
         del call
 
