@@ -28,7 +28,7 @@ class Limits:
         slots: questions decoded together by one reader process; more wait.
         kv_cache_bytes: memory for keys and values of one reader process at most; fewer slots are used where they would exceed it. 0 = as
             the slots need.
-        max_in_hand: questions that a reader process has taken and not yet answered, running ones included; more are refused at once.
+        max_in_flight: questions that a reader process has taken and not yet answered, running ones included; more are refused at once.
         encoder_batch: passages in one encoder call on a GPU; at least max_passages are. On the CPU a call holds one question's.
         encoder_instances: encoder processes on a GPU: the second prepares its call while the first one's runs.
         reader_instances: reader processes, each with slots of its own: what they do in Python then goes on side by side.
@@ -44,7 +44,7 @@ class Limits:
     default_max_new_tokens: int = 32
     slots: int = 16
     kv_cache_bytes: int = 0
-    max_in_hand: int = 512
+    max_in_flight: int = 512
     encoder_batch: int = 0
     encoder_instances: int = 1
     reader_instances: int = 1

@@ -42,7 +42,7 @@ class InProcessReader:
             decoder,
             start_token=manifest.decoder_start_token_id,
             eos_token=manifest.eos_token_id,
-            max_waiting=limits.max_in_hand,
+            max_waiting=limits.max_in_flight,
         )
         self._default_max_new_tokens = limits.default_max_new_tokens
 

@@ -21,7 +21,7 @@ PERIOD_S = 0.25
 GAUGES = {
     "reader_active_slots": "Questions being decoded",
     "reader_waiting_questions": "Encoded questions that wait for a slot",
-    "reader_in_hand_questions": "Questions taken and not yet answered",
+    "reader_in_flight_questions": "Questions taken and not yet answered",
     "reader_kv_cache_bytes": "Bytes of keys and values that running questions use",
 }
 COUNTERS = {
@@ -58,9 +58,9 @@ class Metrics:
     """Publishes what `counts` tells and what replies report, until closed."""
 
     def __init__(
-        self, model: str, counts: Callable[[], SchedulerCounts], in_hand: Callable[[], int], kv_bytes: Callable[[SchedulerCounts], int]
+        self, model: str, counts: Callable[[], SchedulerCounts], in_flight: Callable[[], int], kv_bytes: Callable[[SchedulerCounts], int]
     ):
-        self._counts, self._in_hand, self._kv_bytes = counts, in_hand, kv_bytes
+        self._counts, self._in_flight, self._kv_bytes = counts, in_flight, kv_bytes
         labels = {"model": model}
         # a family must live as long as its metrics
         kinds = {**dict.fromkeys(GAUGES, pb_utils.MetricFamily.GAUGE), **dict.fromkeys(COUNTERS, pb_utils.MetricFamily.COUNTER)}
@@ -108,7 +108,7 @@ class Metrics:
         gauges = {
             "reader_active_slots": counts.running,
             "reader_waiting_questions": counts.waiting,
-            "reader_in_hand_questions": self._in_hand(),
+            "reader_in_flight_questions": self._in_flight(),
             "reader_kv_cache_bytes": self._kv_bytes(counts),
         }
         for name, value in gauges.items():

@@ -72,22 +72,22 @@ class ReaderModel:
         memory = f", {engine.memory}" if hasattr(engine, "memory") else ""
         pb_utils.Logger.log_info(f"{self._name}: {manifest.engine} {manifest.precision}, {kv_budget(manifest, limits)}{memory}")
         self._loop = Scheduler(
-            engine, start_token=manifest.decoder_start_token_id, eos_token=manifest.eos_token_id, max_waiting=limits.max_in_hand
+            engine, start_token=manifest.decoder_start_token_id, eos_token=manifest.eos_token_id, max_waiting=limits.max_in_flight
         )
         self._encoding = ThreadPoolExecutor(limits.encode_threads, thread_name_prefix="encode")
         self._calling = ThreadPoolExecutor(CALLS_AT_ONCE, thread_name_prefix="call")
         # one thread, so that the pieces of a stream exit_soon in order; not the loop's own, which should be stepping
         self._responding = ThreadPoolExecutor(1, thread_name_prefix="respond")
         self._stopping = threading.Event()
-        self._in_hand: set[ResponseWriter] = set()
+        self._in_flight: set[ResponseWriter] = set()
         threading.Thread(target=self._watch, name="cancellations", daemon=True).start()
-        self._metrics = Metrics(self._name, self._loop.counts, lambda: len(self._in_hand), self._kv_bytes)
+        self._metrics = Metrics(self._name, self._loop.counts, lambda: len(self._in_flight), self._kv_bytes)
 
     def _watch(self) -> None:
         """See which questions were cancelled, beside the loop: a step must not wait for Triton's word on each of them."""
         to_ask: list[ResponseWriter] = []
         while not self._stopping.wait(CANCEL_POLL_S):
-            to_ask = to_ask or list(self._in_hand)
+            to_ask = to_ask or list(self._in_flight)
             for writer in to_ask[:CANCEL_ASKED]:
                 writer.caller.poll_cancelled()
             del to_ask[:CANCEL_ASKED]
@@ -106,7 +106,7 @@ class ReaderModel:
                     self._metrics.refused()
                 send_error(sender, error)
                 continue
-            self._in_hand.add(writer)
+            self._in_flight.add(writer)
             self._encoding.submit(self._encode, writer)
 
     def _accept(self, request: Any, sender: Any) -> ResponseWriter:
@@ -115,13 +115,13 @@ class ReaderModel:
             tensor = pb_utils.get_input_tensor_by_name(request, spec.name)
             arrays[spec.name] = None if tensor is None else tensor.as_numpy()
         parsed = read_request(arrays, self._limits)
-        if len(self._in_hand) >= self._limits.max_in_hand:
-            raise QueueFullError(f"{self._limits.max_in_hand} questions are in hand and no more may; try again later")
+        if len(self._in_flight) >= self._limits.max_in_flight:
+            raise QueueFullError(f"{self._limits.max_in_flight} questions are in hand and no more may; try again later")
         kind = StreamWriter if self._streams else UnaryWriter
         return kind(Caller(request, sender), parsed, self._prompt, set(request.requested_output_names()), self._ended)
 
     def _ended(self, writer: ResponseWriter) -> None:
-        self._in_hand.discard(writer)
+        self._in_flight.discard(writer)
         self._metrics.ended(writer)
         pb_utils.Logger.log_info(writer.log_line(self._name, with_text=bool(self._limits.log_text)))
 
@@ -147,7 +147,7 @@ class ReaderModel:
             if reason := writer.caller.cancel_reason():
                 raise CancelledError(reason)
             parsed = writer.parsed
-            size = PASSAGES_PER_CHUNK if len(self._in_hand) == 1 else len(parsed.passages)
+            size = PASSAGES_PER_CHUNK if len(self._in_flight) == 1 else len(parsed.passages)
             pieces: list[EncoderInput] = []
             calls: list[Future[Any]] = []
             for piece in self._prompt.encode_in_chunks(parsed.question, parsed.passages, parsed.titles, size):

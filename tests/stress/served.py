@@ -23,7 +23,7 @@ from .questions import READERS
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 60.0
 SHM = Path("/dev/shm")
-GAUGES = ("reader_active_slots", "reader_waiting_questions", "reader_in_hand_questions", "reader_kv_cache_bytes")
+GAUGES = ("reader_active_slots", "reader_waiting_questions", "reader_in_flight_questions", "reader_kv_cache_bytes")
 PR_SET_PDEATHSIG = 1
 READY = "ready; Ctrl-C stops"  # the last line that it prints once it serves: until then a death is a failed start, which it does not mend
 # sets up a /dev/shm of its own, then becomes the command that follows

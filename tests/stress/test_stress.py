@@ -22,7 +22,7 @@ from .questions import Case, largest_case, limits_of, word_cases
 from .soak import Growth, growths
 from .tally import Tally, Verdict, last_line, notes, table
 
-LIMITS = Limits(max_passages=6, max_question_characters=200, max_new_tokens=40, default_max_new_tokens=12, slots=3, max_in_hand=40)
+LIMITS = Limits(max_passages=6, max_question_characters=200, max_new_tokens=40, default_max_new_tokens=12, slots=3, max_in_flight=40)
 
 
 def test_a_row_counts_verdicts_and_keeps_bad_ones_in_words():

@@ -201,7 +201,7 @@ def test_metrics_count_answers_tokens_and_refusals(server, cases):
     def counted() -> list[float]:
         return [metric(server, "reader_questions_total", model="fido", outcome=name) for name in names]
 
-    assert wait_for(lambda: metric(server, "reader_in_hand_questions") == 0)
+    assert wait_for(lambda: metric(server, "reader_in_flight_questions") == 0)
     time.sleep(0.6)  # what came before is published by now
     before, tokens = counted(), metric(server, "reader_generated_tokens_total", model="fido")
     with ReaderClient(server.grpc_url, "fido") as client:
@@ -224,7 +224,7 @@ def test_a_cancelled_question_frees_its_slot_and_its_place(server):
         time.sleep(0.1)  # some are being decoded now, and far more wait
         for call in calls:
             call.cancel()
-    assert wait_for(lambda: metric(server, "reader_in_hand_questions", model="fid") == 0)
+    assert wait_for(lambda: metric(server, "reader_in_flight_questions", model="fid") == 0)
     assert wait_for(lambda: metric(server, "reader_questions_total", model="fid", outcome="cancelled") > before)
     assert wait_for(lambda: metric(server, "reader_kv_cache_bytes", model="fid") == 0)
 
@@ -312,7 +312,7 @@ def test_two_reader_processes_share_the_questions_and_the_metrics(engines, cases
             time.sleep(0.1)
         assert found["reader_questions_total"] == len(cases["fido"])
         assert found["reader_generated_tokens_total"] == sum(case.tokens for case in cases["fido"])
-        assert not any(found[name] for name in ("reader_active_slots", "reader_in_hand_questions", "reader_kv_cache_bytes"))
+        assert not any(found[name] for name in ("reader_active_slots", "reader_in_flight_questions", "reader_kv_cache_bytes"))
         assert server.failure() is None
         os.kill(processes["fido"], signal.SIGKILL)
         while server.failure() is None and time.monotonic() < deadline + 5:

@@ -269,7 +269,7 @@ def hang_up(port: int, content: bytes, reset: bool, read: int) -> None:
 def overload(arena: Arena, tally: Tally) -> None:
     """Far more questions at once than may wait: every one is answered right, or refused at once."""
     model = MODELS[2]
-    most = arena.limits[reader_of(model)].max_in_hand
+    most = arena.limits[reader_of(model)].max_in_flight
     case = long_case(arena, model)
     started = time.monotonic()
     calls = [(arena.asker.start(case, model, 120.0), time.monotonic()) for _ in range(most + arena.many(400))]
