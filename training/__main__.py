@@ -1,4 +1,4 @@
-"""``python -m training corpus | train | up-train | refine | evaluate | campaign``."""
+"""``python -m training corpus | train | up-train | refine | evaluate | recipe``."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=int, help="only the first questions")
     evaluate.add_argument("--predictions", type=pathlib.Path, help="write the answers (of the last --n-passages) here")
 
-    campaign = commands.add_parser("campaign", help="FiD and FiDO side by side, then the conversion, then all evaluations")
-    campaign.add_argument("--out", type=pathlib.Path, required=True)
-    campaign.add_argument("--corpus", type=pathlib.Path, default=CORPUS)
-    campaign.add_argument("--seconds", type=float, required=True, help="for FiD and FiDO each")
-    campaign.add_argument("--up-training-seconds", type=float, required=True)
-    campaign.add_argument("--device", default="cuda")
-    campaign.add_argument("--num-workers", type=int, default=3)
-    campaign.add_argument("--no-cuda-graphs", action="store_true")
-    campaign.add_argument("--no-evaluation", action="store_true", help="leave the evaluations for later")
+    recipe = commands.add_parser("recipe", help="FiD and FiDO side by side, then the conversion, then all evaluations")
+    recipe.add_argument("--out", type=pathlib.Path, required=True)
+    recipe.add_argument("--corpus", type=pathlib.Path, default=CORPUS)
+    recipe.add_argument("--seconds", type=float, required=True, help="for FiD and FiDO each")
+    recipe.add_argument("--up-training-seconds", type=float, required=True)
+    recipe.add_argument("--device", default="cuda")
+    recipe.add_argument("--num-workers", type=int, default=3)
+    recipe.add_argument("--no-cuda-graphs", action="store_true")
+    recipe.add_argument("--no-evaluation", action="store_true", help="leave the evaluations for later")
     return parser
 
 
@@ -127,9 +127,9 @@ def main() -> None:
     elif arguments.command == "evaluate":
         _evaluate(arguments)
     else:
-        from training.fit.recipe import run_campaign
+        from training.fit.recipe import run_recipe
 
-        run_campaign(arguments)
+        run_recipe(arguments)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from serving.contract.limits import Limits
 from serving.contract.manifest import Manifest
 from serving.engines.load import Decoder, bytes_per_element, load_decoder, load_encoder
 
-from .cost import Card, Workload, cross_kv_bytes, cross_kv_cost, encoder_cost, largest_batch, step_cost, step_weights
-from .rates import card_of
+from .cost import HardwareSpec, Workload, cross_kv_bytes, cross_kv_cost, encoder_cost, largest_batch, step_cost, step_weights
+from .rates import hardware_spec_of
 from .stages import step_times_ms
 from .statistics import give_memory_back, spread
 
@@ -147,7 +147,9 @@ def measure_row(decoder: Decoder, config: ReaderConfig, work: Workload, batches:
     return found, statistics.median(cross_kv_ms)
 
 
-def entry_of(row: Row, encoder: str, card: Card, work: Workload, batches: list[int], width: int, memory_bytes: int) -> dict[str, Any]:
+def entry_of(
+    row: Row, encoder: str, card: HardwareSpec, work: Workload, batches: list[int], width: int, memory_bytes: int
+) -> dict[str, Any]:
     """A row before it is measured: arithmetic only."""
     config = row.config(encoder)
     bounds = {
@@ -192,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", type=Path, default=Path("checkpoints/fid/tokenizer.json"))
     parser.add_argument("--run", type=Path, default=Path("build/perf"))
     arguments = parser.parse_args(argv)
-    card, batches = card_of(arguments.run), sorted(arguments.batches)
+    card, batches = hardware_spec_of(arguments.run), sorted(arguments.batches)
     work = Workload(1, arguments.passages, arguments.passage_length, arguments.new_tokens)
     prebuilt = dict(text.split("=", 1) for text in arguments.prebuilt)
     width = 2 if prebuilt else 4

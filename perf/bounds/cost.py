@@ -1,6 +1,6 @@
 """What a reader costs by arithmetic alone: operations, bytes, and the time below which no machine with given rates can answer.
 
-Comes in: a ReaderConfig and a `Workload`. Goes out: `Cost`s of the parts. Nothing is measured here; the rates of a `Card` are.
+Comes in: a ReaderConfig and a `Workload`. Goes out: `Cost`s of the parts. Nothing is measured here; the rates of a `HardwareSpec` are.
 
 Operations are floating-point operations, two for each multiply-add. The FiDO paper (de Jong et al., 2022) counts multiplications and
 drops what is small: with d = d_model = heads * d_kv and d_ff = 4 d, its encoder is 12 n d^2 L and its cross-attention keys and values
@@ -37,7 +37,7 @@ class Workload:
 
 
 @dataclasses.dataclass(frozen=True)
-class Card:
+class HardwareSpec:
     """A processor's rates, as measured: a large matrix product, and a device-to-device copy counting bytes read and written."""
 
     name: str
@@ -46,7 +46,7 @@ class Card:
 
 
 # bf16 product of 8192^3 and copy of 8.6 GB through PyTorch
-H200 = Card("NVIDIA H200", 790e12, 4.3e12)
+H200 = HardwareSpec("NVIDIA H200", 790e12, 4.3e12)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Cost:
         """Operational intensity."""
         return self.flops / self.bytes
 
-    def bound_s(self, card: Card) -> float:
+    def bound_s(self, card: HardwareSpec) -> float:
         """Time below which the card cannot do it: the slower of computing and moving."""
         return max(self.flops / card.flops_per_s, self.bytes / card.bytes_per_s)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .cost import Card
+from .cost import HardwareSpec
 from .machine import describe
 from .statistics import spread
 
@@ -76,7 +76,7 @@ def _rates(copies: list[float], copy_bytes: int, products: list[float], size: in
     }
 
 
-def card_of(run: Path) -> Card:
+def hardware_spec_of(run: Path) -> HardwareSpec:
     """The rates of a run's machine.json.
 
     Raises:
@@ -84,7 +84,7 @@ def card_of(run: Path) -> Card:
     """
     machine = json.loads((run / "machine.json").read_text(encoding="utf-8"))
     name = machine["gpu"] or machine["processor"]
-    return Card(name, machine["peak_tflops"]["median"] * 1e12, machine["copy_tb_per_s"]["median"] * 1e12)
+    return HardwareSpec(name, machine["peak_tflops"]["median"] * 1e12, machine["copy_tb_per_s"]["median"] * 1e12)
 
 
 def main(argv: list[str] | None = None) -> int:

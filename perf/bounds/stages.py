@@ -30,8 +30,8 @@ from serving.engines.load import Decoder, Encoder, bytes_per_element, load_decod
 from serving.pipeline.in_process import InProcessReader
 from serving.pipeline.prompt import EncoderInput
 
-from .cost import Card, Workload, encoder_cost, step_cost
-from .rates import card_of
+from .cost import HardwareSpec, Workload, encoder_cost, step_cost
+from .rates import hardware_spec_of
 from .statistics import spread
 
 READERS = ("fid", "fido")
@@ -146,7 +146,7 @@ def measure(stages: list[Stage], batches: list[int], questions: int, new_tokens:
 
 
 def result_of(
-    stage: Stage, card: Card, work: Workload, batches: list[int], questions: int, served_ms: dict[str, float] | None
+    stage: Stage, card: HardwareSpec, work: Workload, batches: list[int], questions: int, served_ms: dict[str, float] | None
 ) -> dict[str, Any]:
     """One reader's entry of stages.json."""
     width = bytes_per_element(stage.manifest)
@@ -180,7 +180,7 @@ def result_of(
     }
 
 
-def roofline_of(stage: Stage, card: Card, work: Workload, batches: list[int], questions: int) -> list[dict[str, Any]]:
+def roofline_of(stage: Stage, card: HardwareSpec, work: Workload, batches: list[int], questions: int) -> list[dict[str, Any]]:
     """The measured stages as points of the roofline."""
     width, name = bytes_per_element(stage.manifest), NAMES[stage.reader]
     found = []
@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, help="in a full encoder call (default: the largest batch)")
     parser.add_argument("--run", type=Path, default=Path("build/perf"))
     arguments = parser.parse_args(argv)
-    card, batches = card_of(arguments.run), sorted(arguments.batches)
+    card, batches = hardware_spec_of(arguments.run), sorted(arguments.batches)
     questions = arguments.questions or batches[-1]
     limits = Limits(slots=batches[-1], max_passages=arguments.max_passages, encoder_batch=arguments.encoder_batch)
     stages = []

@@ -49,7 +49,7 @@ def measure_encoder(encoder: GpuEncoder, lengths: np.ndarray, rounds: int) -> li
         hidden = cp.empty((len(tokens), encoder.sizes.d_model), cp.float16)
 
         def work() -> None:
-            for part, of_call in calls_of_tokens(lengths, encoder.most_tokens):
+            for part, of_call in calls_of_tokens(lengths, encoder.max_tokens_per_call):
                 encoder._encode_call(tokens[part], places[part], of_call, hidden)
 
         work()

@@ -17,7 +17,7 @@ Range = tuple[int, int, int]
 Shapes = tuple[tuple[int, ...], ...]
 HALF_BYTES = 2
 TILE = 64  # queries of a block of the encoder's attention
-SMALLEST_CAPTURED, CAPTURED_STEP, MOST_CAPTURED = (128, 256), 512, 10_240  # tokens of encoder calls that are captured
+MIN_CAPTURED, CAPTURED_STEP, MAX_CAPTURED = (128, 256), 512, 10_240  # tokens of encoder calls that are captured
 SKINNY_ROWS = 32  # rows of one tile of a gemm: up to so many running answers a gemm takes the same time
 
 
@@ -47,10 +47,10 @@ def captured_calls(most: int) -> tuple[int, ...]:
 
     Larger ones keep the card busy for longer than their launches take.
     """
-    return tuple(tokens for tokens in (*SMALLEST_CAPTURED, *range(CAPTURED_STEP, MOST_CAPTURED + 1, CAPTURED_STEP)) if tokens <= most)
+    return tuple(tokens for tokens in (*MIN_CAPTURED, *range(CAPTURED_STEP, MAX_CAPTURED + 1, CAPTURED_STEP)) if tokens <= most)
 
 
-def most_tiles(tokens: int, passages: int) -> int:
+def max_tiles(tokens: int, passages: int) -> int:
     """Tiles of attention that so many tokens of at most so many passages fall into: the last one of a passage may hold a single token."""
     return tokens // TILE + min(tokens, passages)
 

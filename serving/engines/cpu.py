@@ -77,14 +77,14 @@ class OnnxEncoder:
 
 
 def grouped_by_length(
-    rows: list[tuple[int, int, int]], most_tokens: int = MAX_TOKENS_PER_CALL, most_rows: int | None = None
+    rows: list[tuple[int, int, int]], max_tokens_per_call: int = MAX_TOKENS_PER_CALL, most_rows: int | None = None
 ) -> list[list[tuple[int, int, int]]]:
     """Split (length, question, row) triples into calls, longest first, so that little padding is computed. Empty rows are left out."""
     most_rows = most_rows or len(rows)
     groups: list[list[tuple[int, int, int]]] = []
     for row in sorted((row for row in rows if row[0]), reverse=True):
         group = groups[-1] if groups else []
-        room = len(group) < most_rows and (len(group) + 1) * (group[0][0] if group else 0) <= most_tokens
+        room = len(group) < most_rows and (len(group) + 1) * (group[0][0] if group else 0) <= max_tokens_per_call
         if group and row[0] >= LENGTH_SHARE * group[0][0] and room:
             group.append(row)
         else:

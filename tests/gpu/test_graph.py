@@ -65,7 +65,7 @@ def step_case(name: str, kv_heads: int) -> Case:
         given = halves(1, ROWS, (HEADS + 2 * kv_heads) * D_KV)
         return Case(given, (out, cache), lambda given: kernels.self_attention(given, cache, slots, positions, bias, out))
     lengths = cp.asarray(np.array([700, 1, 256, 0, 513], np.int32))
-    partial = cp.empty((ROWS, HEADS, kernels.most_splits(CAPACITY), D_KV + 2), cp.float32)
+    partial = cp.empty((ROWS, HEADS, kernels.max_splits(CAPACITY), D_KV + 2), cp.float32)
     softmax, weights = cp.empty((ROWS, HEADS, 2), cp.float32), cp.zeros((ROWS, CAPACITY), cp.float32)
     places = cp.zeros((ROWS, 1), cp.int32)
 

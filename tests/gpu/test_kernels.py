@@ -70,7 +70,7 @@ def test_cross_attention_and_evidence(sizes: EngineSizes, with_bias: bool) -> No
     kernels = StepKernels(sizes)
     arrays = (query, cache, PLACES, LENGTHS, positions, bias, encoder_positions)
     at: Any = tuple(None if a is None else cp.asarray(a) for a in arrays)
-    partial = cp.full((BATCH, heads, kernels.most_splits(CAPACITY), d_kv + 2), cp.nan, cp.float32)
+    partial = cp.full((BATCH, heads, kernels.max_splits(CAPACITY), d_kv + 2), cp.nan, cp.float32)
     softmax, out = cp.empty((BATCH, heads, 2), cp.float32), cp.full((BATCH, heads * d_kv), cp.nan, cp.float16)
     weights = cp.full((BATCH, CAPACITY), cp.nan, cp.float32)
     kernels.cross_attention(*at, partial, softmax, out)  # type: ignore[call-arg]
@@ -141,7 +141,7 @@ def test_cross_attention_in_parts_is_that_in_one(k_splits: int) -> None:
         for count in (1, k_splits):
             out = cp.full((rows, 12 * sizes.d_kv), cp.nan, cp.float16)
             out = out if count == 1 else out.reshape(count, rows, -1)
-            partial = cp.full((rows, 12, kernels.most_splits(capacity), sizes.d_kv + 2), cp.nan, cp.float32)
+            partial = cp.full((rows, 12, kernels.max_splits(capacity), sizes.d_kv + 2), cp.nan, cp.float32)
             at = (query[:rows], cache, slots[:rows], of_rows[:rows], positions[:rows], None, cp.zeros((batch, 1), cp.int32))
             kernels.cross_attention(*at, partial, cp.empty((rows, 12, 2), cp.float32), out)
             found.append(out.get())

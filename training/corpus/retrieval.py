@@ -30,7 +30,7 @@ STOP_WORDS = frozenset(
 
 # Question words -> words of the Factbook's field names and labels. A key of several words counts where all of them
 # stand in the question, and then keys of some of its words do not: "capital city" is no question about cities.
-# Read off the questions people ask (the training part of WebQuestions) and our own wordings.
+# Read off the questions people ask (the training part of WebQuestions) and our own question templates.
 EXPANSIONS: dict[str, str] = {
     "capital": "capital",
     "capital city": "capital",

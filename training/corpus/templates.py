@@ -15,7 +15,7 @@ from training.corpus.templates_people import HELD_OUT_PEOPLE, TRAIN_PEOPLE
 TRAIN: dict[str, tuple[str, ...]] = {**TRAIN_PEOPLE, **TRAIN_FACTS}
 HELD_OUT: dict[str, tuple[str, ...]] = {**HELD_OUT_PEOPLE, **HELD_OUT_FACTS}
 
-# For the label facts, which exist to teach reading, not wording.
+# For the label facts, which exist to teach reading, not question template.
 LABEL_FRAMES = (
     "What is the {r} of {c}?",
     "What is {c}'s {r}?",

@@ -25,7 +25,7 @@ def _wait(processes: dict[str, subprocess.Popen]) -> None:
     codes = {name: process.wait() for name, process in processes.items()}
     failed = {name: code for name, code in codes.items() if code}
     if failed:
-        raise RuntimeError(f"campaign: wanted every part to end with 0, got {failed}; the logs are beside the results")
+        raise RuntimeError(f"recipe: wanted every part to end with 0, got {failed}; the logs are beside the results")
 
 
 def _evaluate(arguments: argparse.Namespace, name: str) -> dict[str, subprocess.Popen]:
@@ -41,7 +41,7 @@ def _evaluate(arguments: argparse.Namespace, name: str) -> dict[str, subprocess.
     return started
 
 
-def run_campaign(arguments: argparse.Namespace) -> None:
+def run_recipe(arguments: argparse.Namespace) -> None:
     """Trains and evaluates the three demo readers.
 
     Raises:

@@ -93,7 +93,7 @@ class GpuDecoder:
         self._attended = cp.empty((slots, sizes.num_heads * sizes.d_kv), cp.float16)
         self._activated = cp.empty((slots, self._stack.d_ff), cp.float16)
         self._made = cp.empty(slots * widest, cp.float16)
-        self._partial = cp.empty((slots, sizes.num_heads, self._kernels.most_splits(self._encoded), sizes.d_kv + 2), cp.float32)
+        self._partial = cp.empty((slots, sizes.num_heads, self._kernels.max_splits(self._encoded), sizes.d_kv + 2), cp.float32)
         self._softmax = cp.empty((slots, sizes.num_heads, 2), cp.float32)
         self._attribution = cp.zeros((slots, self._encoded), cp.float32)
         self._found = self._head_kernels.scratch(slots)

@@ -13,7 +13,7 @@ import cupy as cp
 import numpy as np
 
 from serving.contract.gemms import BIAS, EMBEDDING, ENCODER_KINDS, NORMS, StackSizes, encoder_gemms, gemm_features
-from serving.contract.gpu_profiles import attention_tiles, calls_of_tokens, captured_calls, encoder_batch, encoder_tokens, most_tiles
+from serving.contract.gpu_profiles import attention_tiles, calls_of_tokens, captured_calls, encoder_batch, encoder_tokens, max_tiles
 from serving.contract.limits import Limits
 from serving.contract.manifest import EngineError, Manifest
 
@@ -50,7 +50,7 @@ class GpuEncoder:
             raise EngineError(f"{directory}: the encoder is one graph, for Triton's own backend; export it without --whole-encoder")
         sizes = self.sizes = manifest.encoder
         self._passage_length = manifest.prompt.passage_length
-        self.most_tokens = encoder_tokens(limits, self._passage_length)
+        self.max_tokens_per_call = encoder_tokens(limits, self._passage_length)
         self._stream = cp.cuda.Stream(non_blocking=True)
         with self._stream:
             scratch = Scratch()
@@ -64,11 +64,11 @@ class GpuEncoder:
             self._captured: list[CapturedCall] = []
             self.encode([(np.ones((1, self._passage_length), np.int32),) * 2])
             if all(gemm.engine.capturable for gemm in self._gemms.values()):
-                self._captured = [self._capture(tokens, encoder_batch(limits)) for tokens in captured_calls(self.most_tokens)]
+                self._captured = [self._capture(tokens, encoder_batch(limits)) for tokens in captured_calls(self.max_tokens_per_call)]
 
     def _allocate(self, sizes: StackSizes) -> None:
         """What a call works in. A buffer holds what no two steps need at once."""
-        most = self.most_tokens
+        most = self.max_tokens_per_call
         widths = {kind: gemm_features(sizes, kind) for kind in ENCODER_KINDS}
         self._residual = cp.empty((most, sizes.d_model), cp.float32)
         self._normed, self._made = (cp.empty(most * sizes.d_model, cp.float16) for _ in range(2))
@@ -95,7 +95,7 @@ class GpuEncoder:
         lengths = np.concatenate([np.count_nonzero(mask, axis=1) for mask in masks])
         with self._stream:
             hidden = cp.zeros((int(ends[-1]), self.sizes.d_model), cp.float16)
-            for tokens_of, lengths_of in calls_of_tokens(lengths[lengths > 0], self.most_tokens):
+            for tokens_of, lengths_of in calls_of_tokens(lengths[lengths > 0], self.max_tokens_per_call):
                 self._encode_call(tokens[tokens_of], destinations[tokens_of], lengths_of, hidden)
             self._stream.synchronize()
         parts = zip(batch, ends, rows, strict=True)
@@ -120,7 +120,7 @@ class GpuEncoder:
 
     def _capture(self, tokens: int, passages: int) -> CapturedCall:
         """A call of so many tokens of at most so many passages."""
-        tiles = most_tiles(tokens, passages)
+        tiles = max_tiles(tokens, passages)
         given = cp.zeros(tokens + 3 * tiles, cp.int32)
 
         def run() -> None:

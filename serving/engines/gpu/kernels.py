@@ -180,7 +180,7 @@ class StepKernels:
         self._combine_split_kv = module.get_function("combine_split_kv")
         self._attribution = module.get_function("attribution")
 
-    def most_splits(self, capacity: int) -> int:
+    def max_splits(self, capacity: int) -> int:
         """Chunks that a cache of `capacity` tokens falls into at most."""
         return -(-capacity // CHUNK)
 
@@ -220,7 +220,7 @@ class StepKernels:
         Args:
             query: float16[batch, num_heads * d_kv].
             encoder_positions: int32[slots, capacity], read only where there is a bias.
-            partial: float32[batch * num_heads * most_splits * (d_kv + 2)], scratch.
+            partial: float32[batch * num_heads * max_splits * (d_kv + 2)], scratch.
             softmax: float32[batch, num_heads, 2], for `attribution`.
             out: float16[batch, num_heads * d_kv], may be wanted in k_splits.
         """

@@ -11,8 +11,8 @@ from export.checkpoint.weights import expected_shapes
 from export.graphs.cpu import engine_sizes
 from perf.bounds.cost import (
     H200,
-    Card,
     Cost,
+    HardwareSpec,
     Workload,
     cross_kv_bytes,
     cross_kv_cost,
@@ -110,7 +110,7 @@ def test_known_figures_of_the_base_size():
 
 
 def test_a_bound_is_the_slower_of_computing_and_moving():
-    card = Card("x", 100.0, 10.0)
+    card = HardwareSpec("x", 100.0, 10.0)
     assert Cost(1000, 10).bound_s(card) == 10 and Cost(10, 1000).bound_s(card) == 100
     assert (Cost(1, 2) + Cost(3, 4)) * 2 == Cost(8, 12)
 

@@ -9,7 +9,7 @@ import pytest
 from export.checkpoint.files import save_reader
 from perf.bounds import ablation, stages
 from perf.bounds.cost import Workload, step_cost
-from perf.bounds.rates import card_of
+from perf.bounds.rates import hardware_spec_of
 
 MACHINE = {"processor": "a processor", "gpu": None, "copy_tb_per_s": {"median": 0.01}, "peak_tflops": {"median": 0.1}}
 
@@ -23,7 +23,7 @@ def run(tmp_path):
 
 
 def test_the_card_is_the_measured_machine(run):
-    card = card_of(run)
+    card = hardware_spec_of(run)
     assert (card.name, card.bytes_per_s, card.flops_per_s) == ("a processor", 1e10, 1e11)
 
 
@@ -52,7 +52,10 @@ def test_stages_take_a_question_apart(run, engines, tmp_path, tokenizer_json):
         assert set(entry["step_ms"]) == set(entry["step_bound_ms"]) == {"1", "2"}
         config = engines[reader][0].reader.config
         bound = (
-            step_cost(config, Workload(2, entry["passages"], entry["passage_tokens"], entry["new_tokens"]), 4).bound_s(card_of(run)) * 1e3
+            step_cost(config, Workload(2, entry["passages"], entry["passage_tokens"], entry["new_tokens"]), 4).bound_s(
+                hardware_spec_of(run)
+            )
+            * 1e3
         )
         assert entry["step_bound_ms"]["2"] == pytest.approx(bound, abs=1e-4)
     roofline = json.loads((run / "roofline.json").read_text())["points"]

@@ -21,7 +21,7 @@ from serving.contract.gpu_profiles import (
     choose_profile,
     decoder_memory,
     fits,
-    most_tiles,
+    max_tiles,
     profile_ranges,
     profile_shapes,
 )
@@ -52,7 +52,7 @@ def test_captured_calls_are_no_larger_than_a_call_and_waste_less_than_a_step() -
 
 @pytest.mark.parametrize("lengths", [[1] * 40, [65] * 39, [64] * 8, [256] * 40, [63, 65, 1, 128, 129]])
 def test_a_captured_call_has_room_for_all_tiles(lengths: list[int]) -> None:
-    assert len(attention_tiles(np.array(lengths))) <= most_tiles(sum(lengths), len(lengths))
+    assert len(attention_tiles(np.array(lengths))) <= max_tiles(sum(lengths), len(lengths))
 
 
 def test_every_projection_of_a_reader_is_one_product() -> None:

@@ -124,7 +124,7 @@ class StepKernels:
     def __init__(self, sizes: EngineSizes):
         self.sizes = sizes
 
-    def most_splits(self, capacity: int) -> int:
+    def max_splits(self, capacity: int) -> int:
         return 1
 
     def _rows(self, positions: Array, slots: Array) -> Iterator[tuple[int, int, int]]:

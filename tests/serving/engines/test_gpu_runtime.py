@@ -101,7 +101,7 @@ def test_encoder_packs_passages_of_all_questions_and_puts_each_back(name: str, g
         for n, width in ((3, 24), (1, 9), (4, 24), (2, 16), (4, 24), (4, 24), (4, 24))
     ]
     batch[2][1][1] = 0  # a passage without a token
-    assert sum(int(mask.sum()) for _, mask in batch) > encoder.most_tokens, "wanted more than one call"
+    assert sum(int(mask.sum()) for _, mask in batch) > encoder.max_tokens_per_call, "wanted more than one call"
     reference = NumpyEncoder(directory, manifest)
     for (ids, mask), found in zip(batch, encoder.encode(batch), strict=True):
         wanted = reference.encode(ids, mask)
@@ -125,7 +125,7 @@ def test_a_captured_call_has_room_for_any_passages_of_so_many_tokens(graphs: dic
     directory, manifest = graphs["fid"], Manifest.load(graphs["fid"])
     monkeypatch.setattr(Engine, "capturable", True)
     monkeypatch.setattr(runtime("encoder"), "CudaGraph", CudaGraph)
-    monkeypatch.setattr("serving.contract.gpu_profiles.SMALLEST_CAPTURED", (5, 64))
+    monkeypatch.setattr("serving.contract.gpu_profiles.MIN_CAPTURED", (5, 64))
     encoder = runtime("encoder").GpuEncoder(directory, manifest, loader(directory), LIMITS)
     assert [(call.tokens, call.tiles) for call in encoder._captured] == [(5, 4), (64, 5)]
     reference = NumpyEncoder(directory, manifest)
