@@ -23,7 +23,8 @@ import numpy as np
 from export.checkpoint.config import FIDO_PERIOD, ReaderConfig, reader_preset
 from serving.contract.limits import Limits
 from serving.contract.manifest import Manifest
-from serving.engines.load import Decoder, bytes_per_element, load_decoder, load_encoder
+from serving.engines.base import Decoder, Packer
+from serving.engines.load import bytes_per_element, load_decoder, load_encoder, load_packer
 
 from .cost import HardwareSpec, Workload, cross_kv_bytes, cross_kv_cost, encoder_cost, largest_batch, step_cost, step_weights
 from .rates import hardware_spec_of
@@ -126,13 +127,15 @@ def _times_ms(work: Any, rounds: int) -> list[float]:
     return found
 
 
-def measure_row(decoder: Decoder, config: ReaderConfig, work: Workload, batches: list[int], steps: int) -> tuple[dict[str, Any], float]:
+def measure_row(
+    decoder: Decoder, packer: Packer, config: ReaderConfig, work: Workload, batches: list[int], steps: int
+) -> tuple[dict[str, Any], float]:
     """Step times at each batch, and milliseconds to compute one question's keys and values."""
     hidden = np.random.default_rng(0).standard_normal((1, work.encoder_tokens, config.encoder.d_model)).astype(np.float32) * 0.1
     if hasattr(decoder, "memory"):
         hidden = hidden.astype(np.float16)
     mask, positions = np.ones((1, work.encoder_tokens), np.int32), np.zeros(work.encoder_tokens, np.int32)
-    packed, admitted, found = decoder.pack(hidden, mask), 0, {}
+    packed, admitted, found = packer.pack(hidden, mask), 0, {}
     cross_kv_ms = []
     for batch in batches:
         for slot in range(admitted, batch):
@@ -219,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
                 manifest = Manifest.load(folder) if row.key in prebuilt else exported(config, arguments.tokenizer, folder)
                 assert bytes_per_element(manifest) == width
                 decoder = load_decoder(folder, manifest, limits)
-                step_ms, cross_kv_ms = measure_row(decoder, config, work, batches, arguments.steps)
+                step_ms, cross_kv_ms = measure_row(decoder, load_packer(folder, manifest), config, work, batches, arguments.steps)
                 del decoder
                 give_memory_back()
             a_question = cross_kv_ms + step_ms[str(batches[-1])]["median"] / batches[-1] * work.new_tokens

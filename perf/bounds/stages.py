@@ -93,7 +93,7 @@ class Stage:
         penalty = np.full(1, EOS_FORBIDDEN, np.float32)
 
         def admit_and_step() -> None:
-            self.decoder.admit(0, 0, self.decoder.pack(states, tokens.attention_mask), tokens.encoder_positions)
+            self.decoder.admit(0, 0, self.chain.packer.pack(states, tokens.attention_mask), tokens.encoder_positions)
             self.decoder.step(np.full(1, 5, np.int32), np.zeros(1, np.int32), penalty)  # waits for what admit has begun
 
         started = time.perf_counter()
@@ -114,7 +114,7 @@ class Stage:
         tokens = self.tokens_of(self.requests[0])
         (states,) = self.encoder.encode([(tokens.input_ids, tokens.attention_mask)])
         for slot in range(batch):
-            self.decoder.admit(slot, slot, self.decoder.pack(states, tokens.attention_mask), tokens.encoder_positions)
+            self.decoder.admit(slot, slot, self.chain.packer.pack(states, tokens.attention_mask), tokens.encoder_positions)
         return len(tokens.encoder_positions)
 
     def full_call(self, questions: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -27,7 +27,8 @@ from perf.bounds.statistics import publish, spread
 from perf.served.workload import WORKLOADS, WorkloadSpec, random_token_ids, uniform
 from serving.contract.limits import Limits
 from serving.contract.manifest import Manifest
-from serving.engines.load import Decoder, Encoder, load_decoder, load_encoder
+from serving.engines.base import Decoder, Encoder, Packer
+from serving.engines.load import load_decoder, load_encoder, load_packer
 from serving.pipeline.scheduler import EOS_FORBIDDEN
 
 READERS = ("fid", "fido")
@@ -45,6 +46,7 @@ class EnginePeer:
     manifest: Manifest
     encoder: Encoder
     decoder: Decoder
+    packer: Packer
 
     @property
     def name(self) -> str:
@@ -60,7 +62,7 @@ class EnginePeer:
         """
         for slot, (states, (_, mask)) in enumerate(zip(self.encoder.encode(list(questions)), questions, strict=True)):
             places = np.flatnonzero(mask).astype(np.int32)  # such readers as are measured here have no bias that these matter to
-            self.decoder.admit(slot, slot, self.decoder.pack(states, mask), places)
+            self.decoder.admit(slot, slot, self.packer.pack(states, mask), places)
         tokens = np.full(len(questions), self.manifest.decoder_start_token_id, np.int32)
         found = []
         for position in range(new_tokens):
@@ -134,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     for reader in READERS:
         directory = getattr(arguments, reader)
         manifest = Manifest.load(directory)
-        engines = load_encoder(directory, manifest, limits), load_decoder(directory, manifest, limits)
+        engines = load_encoder(directory, manifest, limits), load_decoder(directory, manifest, limits), load_packer(directory, manifest)
         peers.append(EnginePeer(reader, manifest, *engines))
     drawn = random_token_ids(spec, arguments.requests, arguments.seed, peers[0].manifest.sizes.vocab_size)
     questions = [(ids, mask) for ids, mask, _ in drawn]

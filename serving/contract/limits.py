@@ -11,6 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 
+# Names of the release before: still read, no longer written.
+OLD_NAMES = {"max_in_hand": "max_in_flight"}
+
+
 class LimitsError(ValueError):
     """A bound that is unknown, not a number, or contradicts another."""
 
@@ -72,12 +76,12 @@ class Limits:
     def from_parameters(cls, parameters: Mapping[str, Any]) -> Limits:
         """Read from the `parameters` of a model's configuration, {name: {"string_value": text}}; absent ones keep their default."""
         values = {}
-        for name in cls.names():
-            if name in parameters:
-                text = parameters[name]["string_value"]
+        for written in (*OLD_NAMES, *cls.names()):  # a new name beside its old one counts
+            if written in parameters:
+                text = parameters[written]["string_value"]
                 if not text.isdigit():
-                    raise LimitsError(f"parameter {name} in config.pbtxt: wanted a whole number, got {text!r}")
-                values[name] = int(text)
+                    raise LimitsError(f"parameter {written} in config.pbtxt: wanted a whole number, got {text!r}")
+                values[OLD_NAMES.get(written, written)] = int(text)
         return cls(**values)
 
     def to_parameters(self, names: tuple[str, ...] | None = None) -> dict[str, str]:

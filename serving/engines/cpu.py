@@ -5,7 +5,6 @@ The decoder is what the decode loop drives (`DecoderEngine` in scheduler.py): it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -125,24 +124,6 @@ class OnnxDecoder:
     def reserved_bytes(self) -> int:
         """Bytes that the caches take now."""
         return sum(cache.nbytes for cache in (*self._self, *self._cross))
-
-    @staticmethod
-    def pack(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """The valid hidden states of a question, one after the other: padding is then neither stored nor read.
-
-        Args:
-            states: float32[n_passages, passage_length, d_model].
-            mask: int32[n_passages, passage_length].
-
-        Returns:
-            float32[encoder_sequence_length, d_model], a copy.
-        """
-        return states[mask.astype(bool)]
-
-    @staticmethod
-    def join(pieces: Sequence[np.ndarray]) -> np.ndarray:
-        """What `pack` made of a question's passages, some at a time, as one."""
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def admit(self, slot: int, running: int, hidden: np.ndarray, encoder_positions: np.ndarray) -> None:
         """Compute a question's cross-attention keys and values into a slot.

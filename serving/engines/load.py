@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from serving.contract.gpu_profiles import cache_capacities
 from serving.contract.kv_memory import KVBudget, plan
 from serving.contract.limits import Limits
 from serving.contract.manifest import EngineError, Manifest, ManifestError
 from serving.contract.tensors import GraphTensors
-from serving.pipeline.scheduler import DecoderEngine
 
+from .base import Decoder, Encoder, Packer
 from .cpu import OnnxDecoder, OnnxEncoder
+from .packing import HostPacker
 
 BYTES_PER_ELEMENT = {"onnxruntime": 4, "onnxruntime-gpu": 2, "tensorrt": 2}  # of a cached key
-
-
-class Encoder(Protocol):
-    """Passages of several questions in, hidden states out: see OnnxEncoder and GpuEncoder."""
-
-    def encode(self, batch: list[tuple[np.ndarray, np.ndarray]]) -> list[Any]:
-        """Hidden states a question, from (input_ids, attention_mask) a question."""
-        ...
-
-
-class Decoder(DecoderEngine, Protocol):
-    """A decoder engine that also packs hidden states where it wants them."""
-
-    def pack(self, states: Any, mask: np.ndarray) -> Any:
-        """The valid hidden states of some passages, one after the other, wherever the decoder wants them."""
-        ...
-
-    def join(self, pieces: Sequence[Any]) -> Any:
-        """What `pack` made of a question's passages, some at a time, as one."""
-        ...
 
 
 def kv_budget(manifest: Manifest, limits: Limits) -> KVBudget:
@@ -66,6 +44,16 @@ def load_encoder(directory: Path, manifest: Manifest, limits: Limits, device: in
     return GpuEncoder(directory, manifest, load, limits)
 
 
+def load_packer(directory: Path, manifest: Manifest, device: int = 0) -> Packer:
+    """What packs this reader's hidden states; on a GPU on `device`, which becomes this thread's current one."""
+    if not manifest.on_gpu:
+        return HostPacker()
+    _use_device(directory, device)
+    from .gpu.packing import GpuPacker
+
+    return GpuPacker()
+
+
 def load_decoder(directory: Path, manifest: Manifest, limits: Limits, device: int = 0) -> Decoder:
     """The decoder of a reader with as many slots as the budget affords."""
     slots = kv_budget(manifest, limits).slots
@@ -80,6 +68,24 @@ def load_decoder(directory: Path, manifest: Manifest, limits: Limits, device: in
 def _gpu_loader(directory: Path, manifest: Manifest, device: int) -> Any:
     """Makes the engine of a name, after the device was made this thread's."""
     bytes_per_element(manifest)  # refuses an engine that nobody knows
+    _use_device(directory, device)
+    try:
+        if manifest.engine == "tensorrt":
+            from .gpu.tensorrt import TensorRTEngine
+        else:
+            from .gpu.onnxruntime import OnnxGpuEngine
+    except ImportError as error:
+        raise EngineError(f"{directory}: made for {manifest.engine}, which is not installed ({error}); see requirements-gpu.txt") from error
+
+    def load(name: str, tensors: GraphTensors, scratch: Any) -> Any:
+        if manifest.engine == "tensorrt":
+            return TensorRTEngine(directory, manifest, name, tensors, scratch)
+        return OnnxGpuEngine(directory, manifest, name, tensors, device)
+
+    return load
+
+
+def _use_device(directory: Path, device: int) -> None:
     try:
         import cupy as cp
 
@@ -90,17 +96,3 @@ def _gpu_loader(directory: Path, manifest: Manifest, device: int) -> Any:
         ) from error
     except cp.cuda.runtime.CUDARuntimeError as error:
         raise EngineError(f"{directory}: engines for the GPU, but CUDA device {device} cannot be used ({error})") from error
-    try:
-        if manifest.engine == "tensorrt":
-            from serving.engines.gpu.tensorrt import TensorRTEngine
-        else:
-            from serving.engines.gpu.onnxruntime import OnnxGpuEngine
-    except ImportError as error:
-        raise EngineError(f"{directory}: made for {manifest.engine}, which is not installed ({error}); see requirements-gpu.txt") from error
-
-    def load(name: str, tensors: GraphTensors, scratch: Any) -> Any:
-        if manifest.engine == "tensorrt":
-            return TensorRTEngine(directory, manifest, name, tensors, scratch)
-        return OnnxGpuEngine(directory, manifest, name, tensors, device)
-
-    return load

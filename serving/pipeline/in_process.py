@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from serving.contract.limits import Limits
 from serving.contract.manifest import TOKENIZER_FILE, Manifest
-from serving.engines.load import load_decoder, load_encoder
+from serving.engines.load import load_decoder, load_encoder, load_packer
 
 from .prompt import PromptEncoder
 from .scheduler import DecodeSequence, Scheduler
@@ -37,7 +37,7 @@ class InProcessReader:
         self._encoder = load_encoder(engines, manifest, limits)
         self._encoding = threading.Lock()  # one call at a time keeps all cores busy; two would share them
         decoder = load_decoder(engines, manifest, limits)
-        self._pack = decoder.pack
+        self.packer = load_packer(engines, manifest)
         self._loop = Scheduler(
             decoder,
             start_token=manifest.decoder_start_token_id,
@@ -69,7 +69,7 @@ class InProcessReader:
             done.set()
 
         most = max_new_tokens or self._default_max_new_tokens
-        hidden = self._pack(states, tokens.attention_mask)
+        hidden = self.packer.pack(states, tokens.attention_mask)
         self._loop.submit(DecodeSequence(hidden, tokens.encoder_positions, most, min_new_tokens, on_token, on_end))
         done.wait()
         if errors[0] is not None:

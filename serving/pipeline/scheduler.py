@@ -1,7 +1,8 @@
-"""The decode loop: answers in flight share every step, join between steps when a slot is free, and leave when they end.
+"""The scheduler: in-flight batching of sequences over one decoder.
 
-Comes in: encoded questions, from any thread. Goes out: tokens and the finished answer, through the question's callbacks, on the loop's
-thread. It knows neither Triton nor the engine behind `DecoderEngine`, so that a CPU engine, a GPU engine and a test's fake run the same.
+Comes in: encoded questions, from any thread. Goes out: tokens and the finished answer, through the sequence's callbacks, on the scheduler's
+thread. Sequences join between two steps when a slot is free and leave when they end. The scheduler knows neither Triton nor what the
+decoder (serving/engines/base.py) runs on.
 """
 
 from __future__ import annotations
@@ -12,28 +13,13 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 
+from serving.engines.base import Decoder
+
 EOS_FORBIDDEN = -1e9  # added to the end token's logit while an answer must go on
 WAITING_CHECKED = 4  # waiting questions asked between two steps whether they were given up
-
-
-class DecoderEngine(Protocol):
-    """One token a step for the answers in slots 0 to batch-1; see OnnxDecoder for arguments and shapes."""
-
-    slots: int
-
-    def admit(self, slot: int, running: int, hidden: np.ndarray, encoder_positions: np.ndarray) -> None:
-        """Compute a question's cross-attention keys and values into a slot."""
-
-    def move(self, source: int, target: int) -> None:
-        """Give the answer in slot `source` the slot `target`."""
-
-    def step(self, tokens: np.ndarray, positions: np.ndarray, eos_penalty: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Next tokens, their log-probabilities and the cross-attention of the first len(tokens) slots."""
-        ...
 
 
 class SchedulerError(RuntimeError):
@@ -92,7 +78,7 @@ class SchedulerCounts:
 class Scheduler:
     """Runs a decoder engine on a thread of its own."""
 
-    def __init__(self, engine: DecoderEngine, *, start_token: int, eos_token: int, max_waiting: int):
+    def __init__(self, engine: Decoder, *, start_token: int, eos_token: int, max_waiting: int):
         self._engine, self._start_token, self._eos_token, self._max_waiting = engine, start_token, eos_token, max_waiting
         self._waiting: collections.deque[DecodeSequence] = collections.deque()
         self._slots: list[DecodeSequence | None] = []  # the question in each slot; None where one has just left

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from serving.contract.limits import Limits
 from serving.contract.manifest import TOKENIZER_FILE, Manifest, ManifestError
 from serving.contract.tensors import READER_TENSORS
-from serving.engines.load import bytes_per_element, kv_budget, load_decoder
+from serving.engines.load import bytes_per_element, kv_budget, load_decoder, load_packer
 from serving.pipeline.prompt import PASSAGES_PER_CHUNK, EncoderInput, PromptEncoder
 from serving.pipeline.request import LIVENESS_ID, read_request
 from serving.pipeline.scheduler import CancelledError, DecodeSequence, QueueFullError, Scheduler, SchedulerCounts, SchedulerStoppedError
@@ -65,7 +65,7 @@ class ReaderModel:
         self._prompt = PromptEncoder(Tokenizer.from_file(str(directory / TOKENIZER_FILE)), manifest)
         self._sizes, self._bytes_per_element, self._on_gpu = manifest.sizes, bytes_per_element(manifest), manifest.on_gpu
         engine = load_decoder(directory, manifest, limits, device)
-        self._pack, self._join = engine.pack, engine.join
+        self._packer = load_packer(directory, manifest, device)
         # hidden states that are made on the GPU and read there stay there
         gpu = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_GPU, device) if manifest.on_gpu else None
         self._where_to_put_states = {"preferred_memory": gpu} if gpu else {}
@@ -136,7 +136,7 @@ class ReaderModel:
         self._metrics.close()
         exit_soon(on_gpu=self._on_gpu)
         # engines and their memory go while the process is whole: left to its end, a GPU's library may be gone before what needs it
-        del self._pack, self._join, self._loop
+        del self._packer, self._loop
         gc.collect()
 
     def _encode(self, writer: ResponseWriter) -> None:
@@ -156,7 +156,7 @@ class ReaderModel:
                     calls.append(self._calling.submit(self._call_encoder, piece))
             writer.tokenized(np.concatenate([piece.attention_mask.sum(1) for piece in pieces]))
             last = self._call_encoder(pieces[-1])
-            hidden = self._join([*(call.result() for call in calls), last])
+            hidden = self._packer.concatenate([*(call.result() for call in calls), last])
             writer.encoded()
             self._loop.submit(
                 DecodeSequence(
@@ -187,7 +187,7 @@ class ReaderModel:
         if response.has_error():
             raise RuntimeError(f"{self._encoder_model}: {response.error().message()}")
         states = _array(pb_utils.get_output_tensor_by_name(response, "encoder_hidden_states"))
-        return self._pack(states, tokens.attention_mask)  # a copy: the tensor's memory goes with the response
+        return self._packer.pack(states, tokens.attention_mask)  # a copy: the tensor's memory goes with the response
 
     def _finish_later(self, writer: ResponseWriter, error: Exception | None) -> None:
         self._responding.submit(writer.finish, error)

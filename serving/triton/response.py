@@ -106,7 +106,7 @@ class ResponseWriter:
         self.tokens.append(token)
         self._log_probs.append(log_prob)
 
-    def end(self, error: Exception | None) -> None:
+    def finish(self, error: Exception | None) -> None:
         """Send what is left to send, and the final flag."""
         self.times.ended = time.monotonic()
         self.outcome = _outcome(error)

@@ -15,8 +15,8 @@ from export.tensorrt.compiler import graphs_of  # noqa: E402
 from serving.engines.cpu import OnnxDecoder  # noqa: E402
 from serving.engines.gpu.encoder import GpuEncoder  # noqa: E402
 from serving.engines.gpu.engine import Scratch  # noqa: E402
-from serving.engines.load import _gpu_loader, load_decoder, load_encoder  # noqa: E402
-from serving.pipeline.scheduler import Question, Scheduler  # noqa: E402
+from serving.engines.load import _gpu_loader, load_decoder, load_encoder, load_packer  # noqa: E402
+from serving.pipeline.scheduler import DecodeSequence, Scheduler  # noqa: E402
 from tests.gpu.conftest import GpuReader  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -81,10 +81,11 @@ def test_decoder_equals_fp32(gemms: str, gpu_reader: GpuReader, record_property,
         monkeypatch.setattr("serving.engines.gpu.decoder.SkinnyGemm", lambda: None)
     states = gpu_reader.states[:6]
     gpu = load_decoder(gpu_reader.engines, gpu_reader.manifest, gpu_reader.limits)
+    packer = load_packer(gpu_reader.engines, gpu_reader.manifest)
     cpu = OnnxDecoder(gpu_reader.cpu, gpu_reader.cpu_manifest, len(states) + 1)
     for decoder in (gpu, cpu):
         for slot, (hidden, places) in enumerate(states):
-            packed = hidden if decoder is cpu else gpu.pack(hidden.astype(np.float16)[None], np.ones((1, len(hidden)), np.int32))
+            packed = hidden if decoder is cpu else packer.pack(hidden.astype(np.float16)[None], np.ones((1, len(hidden)), np.int32))
             decoder.admit(slot, slot, packed, places)
     tokens, penalty = np.zeros(len(states), np.int32), np.full(len(states), -1e9, np.float32)
     worst_log_prob = worst_evidence = 0.0
@@ -112,8 +113,9 @@ def test_batch_of_n_equals_n_times_one(gpu_reader: GpuReader) -> None:
     """Answers in flight, arriving and leaving at random, are token for token those of each question alone."""
     rng = np.random.default_rng(3)
     decoder = load_decoder(gpu_reader.engines, gpu_reader.manifest, gpu_reader.limits)
+    packer = load_packer(gpu_reader.engines, gpu_reader.manifest)
     packed = [
-        (decoder.pack(hidden.astype(np.float16)[None], np.ones((1, len(hidden)), np.int32)), places) for hidden, places in gpu_reader.states
+        (packer.pack(hidden.astype(np.float16)[None], np.ones((1, len(hidden)), np.int32)), places) for hidden, places in gpu_reader.states
     ]
     loop = Scheduler(decoder, start_token=0, eos_token=1, max_waiting=1000)
 
@@ -121,7 +123,9 @@ def test_batch_of_n_equals_n_times_one(gpu_reader: GpuReader) -> None:
         tokens: list[int] = []
         done = threading.Event()
         cancel_reason = (lambda: "enough" if len(tokens) >= leave_at else None) if leave_at else (lambda: None)
-        loop.submit(Question(*packed[i], most, 0, lambda token, _: tokens.append(token), lambda _: done.set(), cancel_reason=cancel_reason))
+        loop.submit(
+            DecodeSequence(*packed[i], most, 0, lambda token, _: tokens.append(token), lambda _: done.set(), cancel_reason=cancel_reason)
+        )
         return tokens, done
 
     try:

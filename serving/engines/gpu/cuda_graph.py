@@ -1,9 +1,10 @@
-"""What is enqueued on a stream, captured into a CUDA graph in which our kernels come up while the kernel before them still runs.
+"""CUDA graphs with programmatic dependent launch: our kernels start while the kernel before them still runs.
 
-Between two kernels the card does nothing for about a microsecond: the second is launched when the first has ended and all that it wrote
-can be seen. From compute capability 9.0 on a kernel may be launched as soon as all blocks of the one before run, load what does not depend
-on it, and wait for its end by itself (`grid_dependency_wait` in cuda/vectors.cuh). That is a property of the edge between the two. A capture sets it only
-for pairs that were launched so, and an engine's kernels are not; hence the edges are changed between the capture and the graph's making.
+Between two kernels the GPU idles for about a microsecond: the second is launched once the first has ended and its writes are visible.
+From compute capability 9.0 on, a kernel may start as soon as all blocks of its predecessor have started. It loads what does not depend on
+the predecessor and then waits for its end (`grid_dependency_wait` in cuda/vectors.cuh). This is a property of the graph's edge between the
+two. A capture sets it only for pairs that were launched that way, and an engine's kernels are not. So the edges are changed after the
+capture, before the graph is instantiated.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ It is a `DecoderEngine` (pipeline/scheduler.py). All of its work goes to one str
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import cupy as cp
@@ -59,8 +59,6 @@ class GpuDecoder:
         self._encoded, self._generated = capacities
         self._device = cp.cuda.Device()  # of the thread that loads; the loop's thread makes it its own
         self._stream = cp.cuda.Stream(non_blocking=True)
-        # one for all threads that pack: CuPy keeps freed memory by stream, and what a new stream is given comes from cudaMalloc
-        self._packing = cp.cuda.Stream(non_blocking=True)
         with self._stream:
             scratch = Scratch()
             self._cross_kv = load("cross_kv", packed_cross_kv_tensors(sizes), scratch)
@@ -187,42 +185,13 @@ class GpuDecoder:
         """Bytes that the caches take."""
         return self.memory.cross_kv + self.memory.self_kv
 
-    def pack(self, states: object, mask: np.ndarray) -> cp.ndarray:
-        """The valid hidden states of a question, one after the other; may be called from any thread.
-
-        Args:
-            states: float16[n_passages, passage_length, d_model], on the GPU or not.
-            mask: int32[n_passages, passage_length].
-
-        Returns:
-            float16[encoder_sequence_length, d_model] on the GPU; the copy is finished.
-        """
-        with self._device, self._packing:
-            on_gpu = states if isinstance(states, cp.ndarray) else cp.asarray(states)
-            packed = on_gpu.reshape(-1, on_gpu.shape[-1])[cp.asarray(np.flatnonzero(mask).astype(np.int32))]
-            self._packing.synchronize()
-        return packed
-
-    def join(self, pieces: Sequence[cp.ndarray]) -> cp.ndarray:
-        """What `pack` made of a question's passages, some at a time, as one; may be called from any thread, and the copy is finished."""
-        if len(pieces) == 1:
-            return pieces[0]
-        with self._device, self._packing:
-            whole = cp.empty((sum(map(len, pieces)), pieces[0].shape[1]), cp.float16)
-            start = 0
-            for piece in pieces:
-                whole[start : start + len(piece)] = piece
-                start += len(piece)
-            self._packing.synchronize()
-        return whole
-
     def admit(self, slot: int, running: int, hidden: cp.ndarray, encoder_positions: np.ndarray) -> None:
         """Compute a question's cross-attention keys and values straight into a slot; does not wait for it.
 
         Args:
             slot: free, at most `running`.
             running: rows in use.
-            hidden: float16[encoder_sequence_length, d_model] from `pack`.
+            hidden: float16[encoder_sequence_length, d_model] from GpuPacker.
             encoder_positions: int32[encoder_sequence_length].
 
         Raises:

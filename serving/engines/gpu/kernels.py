@@ -152,8 +152,8 @@ class StepKernels:
     """Attention over the caches of a decoder step, for one reader.
 
     Shapes below: `cache` float16[slots, capacity, 2 * num_kv_heads * d_kv], a token's keys of all heads and then its values; `slots`,
-    `positions` and `lengths` int32[batch], a negative position marks an idle row; `bias` float32[max_relative_distance + 1, num_heads] or None. What is
-    made or wanted in k_splits is as in RowKernels.
+    `positions` and `lengths` int32[batch], a negative position marks an idle row; `bias` float32[max_relative_distance + 1, num_heads]
+    or None. Arrays with split-K are as in RowKernels.
     """
 
     def __init__(self, sizes: EngineSizes):

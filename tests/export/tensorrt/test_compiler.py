@@ -70,7 +70,7 @@ def test_only_what_has_changed_is_built_again(graphs: Path, tmp_path: Path, monk
     rounds = {}
     for what, limits in (("all", Limits()), ("nothing", Limits()), ("the decoder's", Limits(slots=3))):
         CountingCompiler.compiled = []
-        built = build_engines(graphs, tmp_path / "engines", limits, tmp_path / "cache" / "timings", say=lambda _: None)
+        built = build_engines(graphs, tmp_path / "engines", limits, tmp_path / "cache" / "timings", log=lambda _: None)
         built.verify(tmp_path / "engines", tuple(built.files))
         assert built.build is not None and built.build.gpu == "GPU" and len(built.build.seconds) == len(names)
         rounds[what] = list(CountingCompiler.compiled)

@@ -13,6 +13,7 @@ from perf.served.workload import Uniform, WorkloadSpec, exactly, random_token_id
 from serving.contract.limits import Limits
 from serving.contract.manifest import Manifest
 from serving.engines.load import load_decoder, load_encoder
+from serving.engines.packing import HostPacker
 
 LIMITS = Limits(slots=3, max_passages=4)
 
@@ -21,7 +22,7 @@ LIMITS = Limits(slots=3, max_passages=4)
 def test_tokens_are_the_torch_readers(engines, reader):
     checkpoint, directory = engines[reader]
     manifest = Manifest.load(directory)
-    peer = EnginePeer(reader, manifest, load_encoder(directory, manifest, LIMITS), load_decoder(directory, manifest, LIMITS))
+    peer = EnginePeer(reader, manifest, load_encoder(directory, manifest, LIMITS), load_decoder(directory, manifest, LIMITS), HostPacker())
     questions = [
         (ids, mask)
         for ids, mask, _ in random_token_ids(WorkloadSpec(Uniform(1, 4), Uniform(3, 20), exactly(7)), 3, 5, manifest.sizes.vocab_size)

@@ -158,13 +158,14 @@ def test_decoder_steps_as_the_products_say(name: str, graphs: dict[str, Path], r
         k_splits = {p.kind: split_k_of(manifest.decoder, p) for p in decoder_gemms(manifest.sizes)}
         assert k_splits == {"qkv": 2, "o": 2, "cross_q": 1, "cross_o": 2, "wi": 1, "wo": 4}
     decoder = runtime("decoder").GpuDecoder(directory, manifest, loader(directory), LIMITS.slots, (64, 16))
+    packer = runtime("packing").GpuPacker()
     reference = NumpyStep(directory, manifest, LIMITS.slots)
     rng = np.random.default_rng(1)
     for slot, length in enumerate((30, 7, 21)):
         hidden = rng.standard_normal((length, manifest.sizes.d_model_encoder)).astype(np.float16)
         places = np.sort(rng.choice(90, length, replace=False)).astype(np.int32)
-        packed = decoder.pack(hidden[None], np.ones((1, length), np.int32))
-        decoder.admit(slot, slot, decoder.join([packed[: length // 3], packed[length // 3 :]] if slot else [packed]), places)
+        packed = packer.pack(hidden[None], np.ones((1, length), np.int32))
+        decoder.admit(slot, slot, packer.concatenate([packed[: length // 3], packed[length // 3 :]] if slot else [packed]), places)
         reference.admit(slot, slot, hidden, places)
     tokens, penalty = np.zeros(3, np.int32), np.array([-1e9, 0, 0], np.float32)
     for position in range(5):

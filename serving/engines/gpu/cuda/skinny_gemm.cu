@@ -93,9 +93,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) skinny_gemm(
         for (int w = 0; w < WARPS; ++w) {
             const float4* of_warp = reinterpret_cast<const float4*>(of_warps + (w * TILES * 16 + row) * SUM_STRIDE + chunk * VECTOR);
             const float4 one = of_warp[0], two = of_warp[1];
-            const float k_splits[VECTOR] = {one.x, one.y, one.z, one.w, two.x, two.y, two.z, two.w};
+            const float of_warp_sums[VECTOR] = {one.x, one.y, one.z, one.w, two.x, two.y, two.z, two.w};
 #pragma unroll
-            for (int c = 0; c < VECTOR; ++c) total.at[c] += k_splits[c];
+            for (int c = 0; c < VECTOR; ++c) total.at[c] += of_warp_sums[c];
         }
         store(y + (part * rows + row) * out_features + first + chunk * VECTOR, narrow(total));
     }
