@@ -1,6 +1,6 @@
-"""What a client sends, checked: every fault of a request in one message, with what is allowed.
+"""A client's request, checked: every fault in one message, each with what is allowed.
 
-Comes in: the request's arrays as Triton hands them over. Goes out: a `ReaderRequest`, or `RequestError`. Knows nothing of Triton.
+Comes in: the request's arrays as Triton passes them. Goes out: a `ReaderRequest`, or `RequestError`. Knows nothing of Triton.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import numpy as np
 
 from serving.contract.limits import Limits
 
-LIVENESS_ID = "pulse"  # id of a request that only asks whether the reader still replies (liveness.py): refused; only Triton counts it
+LIVENESS_ID = "liveness"  # request id of the launcher's probe (launcher/liveness.py); it is refused and counted nowhere
+FAULTS_SHOWN = 10  # in a refusal; a request of a million bad passages gets a short answer
 
 
 class RequestError(ValueError):
-    """A request that is refused; the message is what the client reads."""
+    """A request that is refused; the client reads the message."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,32 +35,39 @@ def read_request(tensors: Mapping[str, np.ndarray | None], limits: Limits) -> Re
     """Check a request against the limits.
 
     Args:
-        tensors: by the names of READER_TENSORS; None where an optional one was left out.
+        tensors: by the names of READER_TENSORS; None for an optional one that the client left out.
         limits: of this reader.
 
     Raises:
-        RequestError: naming everything that is wrong.
+        RequestError: naming everything that is wrong, FAULTS_SHOWN faults at most.
     """
+    n_passages, n_titles = (0 if tensors.get(name) is None else tensors[name].size for name in ("passages", "titles"))  # type: ignore[union-attr]
     faults: list[str] = []
     question = _texts(tensors, "question", limits.max_question_characters, faults) or [""]
-    passages = _texts(tensors, "passages", limits.max_passage_characters, faults) or []
-    titles = _texts(tensors, "titles", limits.max_passage_characters, faults)
-    if not question[0].strip() and not any(fault.startswith("question") for fault in faults):
+    if not question[0].strip() and not faults:
         faults.append("question: wanted text, got an empty string")
-    if not 1 <= len(passages) <= limits.max_passages:
-        faults.append(f"passages: wanted 1 to {limits.max_passages}, got {len(passages)}")
-    if titles is not None and len(titles) != len(passages):
-        faults.append(f"titles: wanted one for each of the {len(passages)} passages or none at all, got {len(titles)}")
-    most = _number(tensors, "max_new_tokens", 1, limits.max_new_tokens, limits.default_max_new_tokens, faults)
-    least = _number(tensors, "min_new_tokens", 0, limits.max_new_tokens, 0, faults)
-    if least > most and not any("new_tokens" in fault for fault in faults):
-        faults.append(f"min_new_tokens: wanted at most max_new_tokens={most}, got {least}")
+    # The number of texts is checked before any is decoded: it costs nothing, and a million passages must be refused at once.
+    passages: list[str] = []
+    titles: list[str] | None = None
+    if 1 <= n_passages <= limits.max_passages:
+        passages = _texts(tensors, "passages", limits.max_passage_characters, faults) or []
+    else:
+        faults.append(f"passages: wanted 1 to {limits.max_passages}, got {n_passages}")
+    if tensors.get("titles") is not None and n_titles != n_passages:
+        faults.append(f"titles: wanted one for each of the {n_passages} passages or none at all, got {n_titles}")
+    elif passages:
+        titles = _texts(tensors, "titles", limits.max_passage_characters, faults)
+    maximum = _number(tensors, "max_new_tokens", 1, limits.max_new_tokens, limits.default_max_new_tokens, faults)
+    minimum = _number(tensors, "min_new_tokens", 0, limits.max_new_tokens, 0, faults)
+    if minimum > maximum and not any("new_tokens" in fault for fault in faults):
+        faults.append(f"min_new_tokens: wanted at most max_new_tokens={maximum}, got {minimum}")
     if faults:
-        raise RequestError("; ".join(faults))
-    return ReaderRequest(question[0], passages, titles, most, least)
+        more = [f"and {len(faults) - FAULTS_SHOWN} more"] if len(faults) > FAULTS_SHOWN else []
+        raise RequestError("; ".join([*faults[:FAULTS_SHOWN], *more]))
+    return ReaderRequest(question[0], passages, titles, maximum, minimum)
 
 
-def _texts(tensors: Mapping[str, np.ndarray | None], name: str, longest: int, faults: list[str]) -> list[str] | None:
+def _texts(tensors: Mapping[str, np.ndarray | None], name: str, max_characters: int, faults: list[str]) -> list[str] | None:
     array = tensors.get(name)
     if array is None:
         return None
@@ -71,18 +79,17 @@ def _texts(tensors: Mapping[str, np.ndarray | None], name: str, longest: int, fa
         except UnicodeDecodeError as error:
             faults.append(f"{where}: wanted UTF-8, got byte 0x{value[error.start]:02x} at {error.start}")
             continue
-        if len(text) > longest:
-            faults.append(f"{where}: wanted at most {longest} characters, got {len(text)}")
+        if len(text) > max_characters:
+            faults.append(f"{where}: wanted at most {max_characters} characters, got {len(text)}")
         texts.append(text)
-    # a refused text still counts, so that its fault is not reported a second time as a wrong number of texts
-    return texts + [""] * (array.size - len(texts))
+    return texts
 
 
-def _number(tensors: Mapping[str, np.ndarray | None], name: str, low: int, high: int, default: int, faults: list[str]) -> int:
+def _number(tensors: Mapping[str, np.ndarray | None], name: str, minimum: int, maximum: int, default: int, faults: list[str]) -> int:
     array = tensors.get(name)
     if array is None:
         return default
     value = int(array.reshape(-1)[0])
-    if not low <= value <= high:
-        faults.append(f"{name}: wanted {low} to {high}, got {value}")
+    if not minimum <= value <= maximum:
+        faults.append(f"{name}: wanted {minimum} to {maximum}, got {value}")
     return value

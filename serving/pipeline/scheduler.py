@@ -1,8 +1,8 @@
 """The scheduler: in-flight batching of sequences over one decoder.
 
-Comes in: encoded questions, from any thread. Goes out: tokens and the finished answer, through the sequence's callbacks, on the scheduler's
-thread. Sequences join between two steps when a slot is free and leave when they end. The scheduler knows neither Triton nor what the
-decoder (serving/engines/base.py) runs on.
+Comes in: encoded questions, from any thread. Goes out: tokens and the end of each sequence, through the sequence's callbacks, on the
+scheduler's thread. Sequences join between two steps when a slot is free and leave when they end. The scheduler knows neither Triton nor
+what the decoder (serving/engines/base.py) runs on.
 """
 
 from __future__ import annotations
@@ -13,42 +13,50 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from serving.engines.base import Decoder
 
-EOS_FORBIDDEN = -1e9  # added to the end token's logit while an answer must go on
-WAITING_CHECKED = 4  # waiting questions asked between two steps whether they were given up
+EOS_FORBIDDEN = -1e9  # added to the end token's logit while a sequence must go on
+WAITING_CHECKED = 4  # waiting sequences that are checked for cancellation between two steps
 
 
 class SchedulerError(RuntimeError):
-    """A question that was not taken, or not answered to its end."""
+    """A sequence that was not accepted, or did not reach its end."""
 
 
 class CancelledError(SchedulerError):
-    """The client no longer wants the answer, or its time is over."""
+    """The client cancelled the request or left."""
+
+
+class DeadlineExceededError(SchedulerError):
+    """The request's own time limit passed."""
 
 
 class QueueFullError(SchedulerError):
-    """More questions wait than may."""
+    """As many questions wait as may."""
 
 
 class SchedulerStoppedError(SchedulerError):
-    """The loop was stopped before the answer ended."""
+    """The scheduler was stopped, or failed, before the sequence ended."""
 
 
 @dataclasses.dataclass(eq=False)
 class DecodeSequence:
-    """An encoded question and who wants to know.
+    """An encoded question and the callbacks of whoever asked it.
+
+    An exception of a callback ends this sequence and no other.
 
     Attributes:
         hidden: float[encoder_sequence_length, d_model], valid hidden states of all passages, packed; dropped once admitted.
         encoder_positions: int32[encoder_sequence_length].
         on_token: called with each token and its log-probability, the end token included.
-        on_end: called once, last: with None, or with the reason why the answer did not reach its end.
+        on_end: called once, last: with None, or with the reason why the sequence did not reach its end.
+        on_admitted: called once, when the sequence has a slot.
         on_attribution: called once, with the first token's cross-attention, float32[encoder_sequence_length].
-        cancel_reason: asked between steps: None, or why the answer is no longer wanted. The slot is freed then.
+        cancel_reason: called between steps: None, or the error to end the sequence with.
     """
 
     hidden: np.ndarray | None
@@ -58,14 +66,15 @@ class DecodeSequence:
     on_token: Callable[[int, float], None]
     on_end: Callable[[Exception | None], None]
     on_attribution: Callable[[np.ndarray], None] = lambda attention: None
-    cancel_reason: Callable[[], str | None] = lambda: None
+    cancel_reason: Callable[[], Exception | None] = lambda: None
+    on_admitted: Callable[[], None] = lambda: None
     generated: int = 0
     last_token: int = 0
 
 
 @dataclasses.dataclass
 class SchedulerCounts:
-    """What the loop has done and is doing; read by the metrics."""
+    """Totals since the start, and the state of this moment; the metrics read them."""
 
     steps: int = 0
     step_s: float = 0.0
@@ -76,139 +85,193 @@ class SchedulerCounts:
 
 
 class Scheduler:
-    """Runs a decoder engine on a thread of its own."""
+    """Runs a decoder on a thread of its own.
 
-    def __init__(self, engine: Decoder, *, start_token: int, eos_token: int, max_waiting: int):
-        self._engine, self._start_token, self._eos_token, self._max_waiting = engine, start_token, eos_token, max_waiting
+    Args:
+        decoder: used by the scheduler's thread only.
+        start_token: fed to the decoder at position 0.
+        eos_token: ends a sequence.
+        max_waiting: sequences that may wait for a slot.
+        on_decoder_error: called with each error of the decoder, once the sequences it hurt have ended. The process ends itself there if
+            the error is fatal to it (`is_fatal` in serving/engines/base.py).
+        on_failure: called with an error that ends the scheduler's thread: an error of its own, which no sequence caused.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        start_token: int,
+        eos_token: int,
+        max_waiting: int,
+        on_decoder_error: Callable[[Exception], None] = lambda error: None,
+        on_failure: Callable[[BaseException], None] = lambda error: None,
+    ):
+        self._decoder, self._start_token, self._eos_token, self._max_waiting = decoder, start_token, eos_token, max_waiting
+        self._on_decoder_error, self._on_failure = on_decoder_error, on_failure
         self._waiting: collections.deque[DecodeSequence] = collections.deque()
-        self._slots: list[DecodeSequence | None] = []  # the question in each slot; None where one has just left
+        self._slots: list[DecodeSequence | None] = []  # None = released, and not yet taken or compacted
         self._changed = threading.Condition()
         self._counts = SchedulerCounts()
-        self._checked = 0  # how far into the queue we have looked for questions given up
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="decode-loop", daemon=True)
+        self._checked = 0  # how far the queue has been checked for cancelled sequences
+        self._stop_reason = ""
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
-    def submit(self, question: DecodeSequence) -> None:
-        """Queue a question, first come first served.
+    def submit(self, sequence: DecodeSequence) -> None:
+        """Queue a sequence, first come first served.
 
         Raises:
             QueueFullError: if as many wait as may.
-            SchedulerStoppedError: after `stop`.
+            SchedulerStoppedError: after `stop`, or once the scheduler has failed.
         """
         with self._changed:
-            if self._stopping:
-                raise SchedulerStoppedError("the server is shutting down")
+            if self._stop_reason:
+                raise SchedulerStoppedError(self._stop_reason)
             if len(self._waiting) >= self._max_waiting:
                 raise QueueFullError(f"{len(self._waiting)} questions are waiting and no more may; try again later")
-            self._waiting.append(question)
+            self._waiting.append(sequence)
             self._changed.notify()
 
     def stop(self) -> None:
-        """End the loop; whatever has not ended is told SchedulerStoppedError."""
+        """Stop the thread; every sequence that has not ended gets SchedulerStoppedError."""
         with self._changed:
-            self._stopping = True
+            self._stop_reason = self._stop_reason or "the server is shutting down"
             self._changed.notify()
         self._thread.join()
 
+    def counts(self) -> SchedulerCounts:
+        """A copy of the counts."""
+        running = [sequence for sequence in list(self._slots) if sequence is not None]
+        tokens = sum(len(sequence.encoder_positions) for sequence in running)
+        return dataclasses.replace(self._counts, running=len(running), waiting=len(self._waiting), encoder_tokens=tokens)
+
     def _run(self) -> None:
-        while self._wait_for_work():
-            self._drop_cancelled()
-            self._admit()
-            self._compact_slots()
-            if self._slots:
-                self._step()
+        failure: BaseException | None = None
+        try:
+            while self._wait_for_work():
+                self._drop_cancelled()
+                self._admit_waiting()
+                self._compact_slots()
+                if self._slots:
+                    self._step()
+        except BaseException as error:  # an error of the scheduler itself: nobody may wait for answers that never come
+            failure = error
         with self._changed:
-            left = [question for question in (*self._slots, *self._waiting) if question is not None]
+            self._stop_reason = self._stop_reason or f"the scheduler has failed ({failure!r}); the server is starting again"
+            left = [sequence for sequence in (*self._slots, *self._waiting) if sequence is not None]
             self._waiting.clear()
-        for question in left:
-            question.on_end(SchedulerStoppedError("the server is shutting down"))
+            self._slots.clear()
+        for sequence in left:
+            self._end(sequence, SchedulerStoppedError(self._stop_reason))
+        if failure is not None:
+            self._on_failure(failure)
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._waiting or self._slots)
-            return not self._stopping
-
-    def counts(self) -> SchedulerCounts:
-        """A copy of the counts; running and waiting are those of this moment."""
-        running = [question for question in list(self._slots) if question is not None]
-        tokens = sum(len(question.encoder_positions) for question in running)
-        return dataclasses.replace(self._counts, running=len(running), waiting=len(self._waiting), encoder_tokens=tokens)
+            self._changed.wait_for(lambda: self._stop_reason or self._waiting or self._slots)
+            return not self._stop_reason
 
     def _drop_cancelled(self) -> None:
-        """Free the slots of answers nobody wants, and look through part of the queue, so that the dead do not hold its places."""
-        for slot, question in enumerate(self._slots):
-            if question is not None and (reason := question.cancel_reason()):
-                self._release_slot(slot, CancelledError(reason))
+        """End running sequences that were cancelled, and check a part of the queue, so that cancelled ones do not fill it."""
+        for slot, sequence in enumerate(self._slots):
+            if sequence is not None and (reason := self._reason_to_end(sequence)):
+                self._release_slot(slot, reason)
         with self._changed:
             self._checked = self._checked % len(self._waiting) if self._waiting else 0
             some = list(itertools.islice(self._waiting, self._checked, self._checked + WAITING_CHECKED))
         self._checked += len(some)
-        for question in some:
-            if reason := question.cancel_reason():
+        for sequence in some:
+            if reason := self._reason_to_end(sequence):
                 with self._changed:
-                    self._waiting.remove(question)
-                question.on_end(CancelledError(reason))
+                    self._waiting.remove(sequence)
+                self._end(sequence, reason)
 
-    def _admit(self) -> None:
+    def _admit_waiting(self) -> None:
         while (slot := self._free_slot()) is not None:
             with self._changed:
                 if not self._waiting:
                     return
-                question = self._waiting.popleft()
-            if reason := question.cancel_reason():
-                question.on_end(CancelledError(reason))
+                sequence = self._waiting.popleft()
+            if reason := self._reason_to_end(sequence):
+                self._end(sequence, reason)
                 continue
-            hidden, question.hidden = question.hidden, None
-            question.last_token = self._start_token
+            hidden, sequence.hidden = sequence.hidden, None
+            sequence.last_token = self._start_token
             try:
                 assert hidden is not None
-                self._engine.admit(slot, len(self._slots), hidden, question.encoder_positions)
+                sequence.on_admitted()
+                self._decoder.admit(slot, len(self._slots), hidden, sequence.encoder_positions)
             except Exception as error:
-                question.on_end(error)
+                self._end(sequence, error)
+                self._on_decoder_error(error)
                 continue
-            self._slots[slot : slot + 1] = [question]
+            self._slots[slot : slot + 1] = [sequence]
 
     def _free_slot(self) -> int | None:
         if None in self._slots:
             return self._slots.index(None)
-        return len(self._slots) if len(self._slots) < self._engine.slots else None
+        return len(self._slots) if len(self._slots) < self._decoder.slots else None
 
     def _compact_slots(self) -> None:
-        """Move the last answers into slots that nobody took over: a step works on one block of slots."""
+        """Move the last sequences into released slots that nobody took: a step works on one contiguous block of slots."""
         while None in self._slots:
             gap, last = self._slots.index(None), len(self._slots) - 1
             if self._slots[last] is not None:
-                self._engine.move(last, gap)
-                self._slots[gap] = self._slots[last]
+                try:
+                    self._decoder.move(last, gap)
+                    self._slots[gap] = self._slots[last]
+                except Exception as error:
+                    self._release_slot(last, error)
+                    self._on_decoder_error(error)
             self._slots.pop()
 
     def _step(self) -> None:
-        running = [question for question in self._slots if question is not None]
-        tokens = np.array([q.last_token for q in running], np.int32)
-        positions = np.array([q.generated for q in running], np.int32)
-        eos_penalty = np.array([EOS_FORBIDDEN if q.generated < q.min_new_tokens - 1 else 0.0 for q in running], np.float32)
+        running = [sequence for sequence in self._slots if sequence is not None]
+        tokens = np.array([s.last_token for s in running], np.int32)
+        positions = np.array([s.generated for s in running], np.int32)
+        eos_penalty = np.array([EOS_FORBIDDEN if s.generated < s.min_new_tokens - 1 else 0.0 for s in running], np.float32)
         started = time.perf_counter()
         try:
-            next_tokens, log_probs, attention = self._engine.step(tokens, positions, eos_penalty)
-        except Exception as error:  # the engine is shared: every answer in this step is lost, the loop is not
+            next_tokens, log_probs, attention = self._decoder.step(tokens, positions, eos_penalty)
+        except Exception as error:  # the decoder is shared: every sequence of this step is lost, the scheduler goes on
             for slot in range(len(self._slots)):
                 self._release_slot(slot, error)
+            self._on_decoder_error(error)
             return
         self._counts.steps += 1
         self._counts.step_s += time.perf_counter() - started
         self._counts.tokens += len(running)
-        for slot, (question, token, log_prob) in enumerate(zip(running, next_tokens.tolist(), log_probs.tolist(), strict=True)):
-            if not question.generated:
-                question.on_attribution(attention[slot, : len(question.encoder_positions)])
-            question.last_token = token
-            question.generated += 1
-            question.on_token(token, log_prob)
-            if token == self._eos_token or question.generated >= question.max_new_tokens:
+        for slot, (sequence, token, log_prob) in enumerate(zip(running, next_tokens.tolist(), log_probs.tolist(), strict=True)):
+            try:
+                if not sequence.generated:
+                    sequence.on_attribution(attention[slot, : len(sequence.encoder_positions)])
+                sequence.last_token = token
+                sequence.generated += 1
+                sequence.on_token(token, log_prob)
+            except Exception as error:
+                self._release_slot(slot, error)
+                continue
+            if token == self._eos_token or sequence.generated >= sequence.max_new_tokens:
                 self._release_slot(slot, None)
 
     def _release_slot(self, slot: int, error: Exception | None) -> None:
-        question = self._slots[slot]
+        sequence = self._slots[slot]
         self._slots[slot] = None
-        if question is not None:
-            question.on_end(error)
+        if sequence is not None:
+            self._end(sequence, error)
+
+    @staticmethod
+    def _reason_to_end(sequence: DecodeSequence) -> Exception | None:
+        try:
+            return sequence.cancel_reason()
+        except Exception as error:
+            return error
+
+    @staticmethod
+    def _end(sequence: DecodeSequence, error: Exception | None) -> Any:
+        try:
+            sequence.on_end(error)
+        except Exception:
+            # There is nobody left to inform. The response writer logs errors of its own; the scheduler goes on.
+            return

@@ -1,14 +1,17 @@
-"""Counts and gauges of one model on Triton's own metrics endpoint, all labelled with the model's name.
+"""Counters and gauges of one model on Triton's own metrics endpoint, labelled with the model's name.
 
-A metric costs a message to the server each time it is set (tens of microseconds in 2.51), so they are brought up to date a few times a
-second, from a thread of their own, and not at every step.
+Setting a metric costs a message to the server (tens of microseconds in 2.51). So a thread of its own publishes the changes a few times a
+second, and no decoder step sets a metric.
 """
 
 from __future__ import annotations
 
+import bisect
 import collections
+import itertools
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
@@ -21,9 +24,11 @@ PERIOD_S = 0.25
 GAUGES = {
     "reader_active_slots": "Questions being decoded",
     "reader_waiting_questions": "Encoded questions that wait for a slot",
-    "reader_in_flight_questions": "Questions taken and not yet answered",
+    "reader_in_flight_questions": "Questions accepted and not yet answered",
     "reader_kv_cache_bytes": "Bytes of keys and values that running questions use",
 }
+# The name of the release before, published beside the new one for this release.
+OLD_GAUGES = {"reader_in_flight_questions": "reader_in_hand_questions"}
 COUNTERS = {
     "reader_generated_tokens_total": "Tokens generated",
     "reader_steps_total": "Decoder steps run",
@@ -31,8 +36,12 @@ COUNTERS = {
     "reader_first_token_seconds_total": "Seconds from arrival to first token, summed over answered questions",
 }
 OUTCOME_COUNTER = ("reader_questions_total", "Questions by how they ended")
-
-
+# Triton's own request duration ends when `execute` returns, long before the answer. These are of answered questions.
+HISTOGRAMS = {
+    "reader_answer_seconds": "Seconds from arrival to the final response of answered questions",
+    "reader_queue_seconds": "Seconds that answered questions spent neither in the tokenizer, nor in the encoder, nor in the decoder",
+}
+BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0)
 ENCODER_COUNTERS = {
     "encoder_engine_seconds_total": "Seconds spent in encoder calls, transfers between models not included",
     "encoder_passages_total": "Passages encoded",
@@ -54,24 +63,61 @@ class EncoderMetrics:
             metric.increment(value)
 
 
+class Histogram:
+    """Observations in cumulative buckets, as Prometheus names them: NAME_bucket{le}, NAME_sum, NAME_count.
+
+    Triton 2.51 has no histograms for Python models, so each bucket is a counter.
+    """
+
+    def __init__(self, bounds: tuple[float, ...] = BUCKETS_S):
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one observation."""
+        self._counts[bisect.bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def totals(self) -> dict[str, float]:
+        """Suffix, with its `le` for a bucket -> total so far."""
+        cumulative = list(itertools.accumulate(self._counts))
+        edges = [*(f"{bound:g}" for bound in self._bounds), "+Inf"]
+        buckets = {f"_bucket {edge}": float(count) for edge, count in zip(edges, cumulative, strict=True)}
+        return {**buckets, "_sum": self._sum, "_count": float(cumulative[-1])}
+
+
 class Metrics:
-    """Publishes what `counts` tells and what replies report, until closed."""
+    """Publishes the scheduler's counts and what response writers report, until closed.
+
+    Args:
+        model: label of every metric.
+        counts: of the scheduler.
+        in_flight: questions accepted and not yet answered.
+        kv_bytes: bytes of keys and values at these counts.
+    """
 
     def __init__(
         self, model: str, counts: Callable[[], SchedulerCounts], in_flight: Callable[[], int], kv_bytes: Callable[[SchedulerCounts], int]
     ):
         self._counts, self._in_flight, self._kv_bytes = counts, in_flight, kv_bytes
-        labels = {"model": model}
-        # a family must live as long as its metrics
-        kinds = {**dict.fromkeys(GAUGES, pb_utils.MetricFamily.GAUGE), **dict.fromkeys(COUNTERS, pb_utils.MetricFamily.COUNTER)}
-        self._families = [
-            pb_utils.MetricFamily(name=name, description=text, kind=kinds[name]) for name, text in {**GAUGES, **COUNTERS}.items()
-        ]
-        self._metrics = {name: family.Metric(labels=labels) for name, family in zip({**GAUGES, **COUNTERS}, self._families, strict=True)}
-        outcomes = pb_utils.MetricFamily(name=OUTCOME_COUNTER[0], description=OUTCOME_COUNTER[1], kind=pb_utils.MetricFamily.COUNTER)
-        self._families.append(outcomes)
-        self._outcomes = {outcome: outcomes.Metric(labels={**labels, "outcome": outcome}) for outcome in OUTCOMES}
-        self._published: collections.Counter[str] = collections.Counter()
+        self._labels = {"model": model}
+        self._families: dict[str, Any] = {}  # a family must live as long as its metrics
+        self._metrics: dict[str, Any] = {}
+        for name, text in GAUGES.items():
+            self._add(name, text, gauge=True)
+        for name, old in OLD_GAUGES.items():
+            self._add(old, f"Old name of {name}", gauge=True)
+        for name, text in COUNTERS.items():
+            self._add(name, text)
+        for outcome in OUTCOMES:
+            self._add(OUTCOME_COUNTER[0], OUTCOME_COUNTER[1], outcome, outcome=outcome)
+        self._histograms = {name: Histogram() for name in HISTOGRAMS}
+        for name, histogram in self._histograms.items():
+            for suffix in histogram.totals():
+                series, _, edge = suffix.partition(" ")
+                self._add(f"{name}{series}", HISTOGRAMS[name], f"{name}{suffix}", **({"le": edge} if edge else {}))
+        self._published: dict[str, float] = collections.defaultdict(float)
         self._ended: collections.Counter[str] = collections.Counter()
         self._first_token_s = 0.0
         self._lock = threading.Lock()
@@ -79,17 +125,26 @@ class Metrics:
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
 
+    def _add(self, name: str, description: str, key: str = "", *, gauge: bool = False, **labels: str) -> None:
+        if name not in self._families:
+            kind = pb_utils.MetricFamily.GAUGE if gauge else pb_utils.MetricFamily.COUNTER
+            self._families[name] = pb_utils.MetricFamily(name=name, description=description, kind=kind)
+        self._metrics[key or name] = self._families[name].Metric(labels={**self._labels, **labels})
+
     def refused(self) -> None:
-        """Count a request that was refused before it was taken in hand."""
+        """Count a request that was refused before it was accepted."""
         with self._lock:
             self._ended["refused"] += 1
 
     def ended(self, writer: ResponseWriter) -> None:
         """Count a question that has ended."""
+        times, arrived = writer.times, writer.caller.arrived_s
         with self._lock:
             self._ended[writer.outcome] += 1
             if writer.outcome == "answered":
-                self._first_token_s += writer.times.first_token - writer.caller.arrived_s
+                self._first_token_s += times.first_token - arrived
+                self._histograms["reader_answer_seconds"].observe(times.ended - arrived)
+                self._histograms["reader_queue_seconds"].observe(writer.queue_s)
 
     def close(self) -> None:
         """Publish once more and stop."""
@@ -97,37 +152,39 @@ class Metrics:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._closing.wait(PERIOD_S):
-            self._publish()
-        self._publish()
+        failed = False
+        while True:
+            last = self._closing.wait(PERIOD_S)
+            try:
+                self._publish()
+            except Exception as error:  # a metric that cannot be set today may be set next time; answers do not depend on it
+                if not failed:
+                    pb_utils.Logger.log_warn(f"{self._labels['model']}: metrics cannot be published: {error!r}")
+                failed = True
+            if last:
+                return
 
     def _publish(self) -> None:
         counts = self._counts()
         with self._lock:
-            ended, first_token_s = dict(self._ended), self._first_token_s
-        gauges = {
+            totals = {outcome: float(total) for outcome, total in self._ended.items()}
+            totals["reader_first_token_seconds_total"] = self._first_token_s
+            for name, histogram in self._histograms.items():
+                totals |= {f"{name}{suffix}": total for suffix, total in histogram.totals().items()}
+        totals |= {
+            "reader_generated_tokens_total": counts.tokens,
+            "reader_steps_total": counts.steps,
+            "reader_step_seconds_total": counts.step_s,
+        }
+        gauges: dict[str, float] = {
             "reader_active_slots": counts.running,
             "reader_waiting_questions": counts.waiting,
             "reader_in_flight_questions": self._in_flight(),
             "reader_kv_cache_bytes": self._kv_bytes(counts),
         }
-        for name, value in gauges.items():
-            # by how much it changed: several processes of a model share the gauge
-            if self._published[name] != value:
-                self._metrics[name].increment(value - self._published[name])
+        gauges |= {old: gauges[name] for name, old in OLD_GAUGES.items()}
+        for name, value in {**totals, **gauges}.items():
+            # By how much it changed: several processes of a model share a gauge.
+            if (change := value - self._published[name]) and (change > 0 or name in gauges):
+                self._metrics[name].increment(change)
                 self._published[name] = value
-        totals = {
-            "reader_generated_tokens_total": counts.tokens,
-            "reader_steps_total": counts.steps,
-            "reader_step_seconds_total": counts.step_s,
-            "reader_first_token_seconds_total": first_token_s,
-        }
-        for name, total in totals.items():
-            self._advance(name, total, self._metrics[name])
-        for outcome, total in ended.items():
-            self._advance(outcome, total, self._outcomes[outcome])
-
-    def _advance(self, name: str, total: float, metric: object) -> None:
-        if total > self._published[name]:
-            metric.increment(total - self._published[name])  # type: ignore[attr-defined]
-            self._published[name] = total  # type: ignore[assignment]

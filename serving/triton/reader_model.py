@@ -1,8 +1,8 @@
-"""The Triton models `fid`, `fido`, `fid_stream` and `fido_stream`: the whole chain behind one request.
+"""The Triton model of a reader and its streaming twin: the whole chain behind one request.
 
-question -> prompt and tokens -> BLS call to the encoder model -> decode loop -> answer. The unary models answer later, through response
-senders, from their own threads; that is what lets requests overlap in a model that Triton calls one batch at a time. The streaming
-models are the same class under the decoupled policy.
+question -> prompt and tokens -> BLS call to the encoder model -> scheduler -> answer. A unary model answers later, through a response
+sender, from a thread of its own: so requests overlap in a model that Triton calls one batch at a time. The streaming model is the same
+class under Triton's decoupled policy.
 """
 
 from __future__ import annotations
@@ -11,39 +11,39 @@ import gc
 import json
 import sys
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer
 
 from serving.contract.limits import Limits
 from serving.contract.manifest import TOKENIZER_FILE, Manifest, ManifestError
 from serving.contract.tensors import READER_TENSORS
+from serving.engines.base import is_fatal
 from serving.engines.load import bytes_per_element, kv_budget, load_decoder, load_packer
-from serving.pipeline.prompt import PASSAGES_PER_CHUNK, EncoderInput, PromptEncoder
+from serving.pipeline.prompt import PromptEncoder
 from serving.pipeline.request import LIVENESS_ID, read_request
-from serving.pipeline.scheduler import CancelledError, DecodeSequence, QueueFullError, Scheduler, SchedulerCounts, SchedulerStoppedError
+from serving.pipeline.scheduler import DecodeSequence, QueueFullError, Scheduler, SchedulerCounts, SchedulerStoppedError
 
+from .encoder_call import EncoderCall
 from .metrics import Metrics
 from .response import Caller, ResponseWriter, StreamWriter, UnaryWriter, send_error
-from .shutdown import DRAIN_TIMEOUT_S, arm_watchdog, exit_soon
+from .shutdown import DRAIN_TIMEOUT_S, arm_watchdog, end_process, exit_soon
 
-# How often some questions in hand are parsed whether they were cancelled, and how many: each asking costs Triton a message, and every
+# How often some of the questions in flight are checked for cancellation, and how many: each check costs Triton a message, and every
 # thread here a turn of Python's lock.
-CANCEL_POLL_S, CANCEL_ASKED = 0.01, 16
-CALLS_AT_ONCE = 4  # pieces of questions in hand at the encoder model
-# Python's own 5 ms are ten steps of a small reader on a GPU: so long the loop, back from the engine, would wait for one that tokenizes.
+CANCEL_POLL_S, CANCEL_POLLED = 0.01, 16
+# Python's default of 5 ms is ten steps of a small reader on a GPU: the scheduler would wait that long for a thread that tokenizes.
 SWITCH_INTERVAL_S = 0.0002
 
 
 class ReaderModel:
-    """Triton's contract: initialize once, execute batches of requests, finalize."""
+    """Triton's interface: initialize once, execute batches of requests, finalize."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load tokenizer and decoder engines of the reader that the parameter `reader` names, and start the decode loop."""
+        """Load the tokenizer and decoder of the reader that the parameter `reader` names, and start the scheduler."""
         self._name = args["model_name"]
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         config = json.loads(args["model_config"])
@@ -58,45 +58,35 @@ class ReaderModel:
         limits = self._limits = Limits.from_parameters(parameters)
         reader = parameters["reader"]["string_value"]
         directory = repository / reader / version
-        self._encoder_model = f"{reader}_encoder"
         manifest = Manifest.load(directory)
-        _require_same_weights(manifest, Manifest.load(repository / self._encoder_model / version), reader)
-        manifest.verify(directory, (TOKENIZER_FILE,))
-        self._prompt = PromptEncoder(Tokenizer.from_file(str(directory / TOKENIZER_FILE)), manifest)
-        self._sizes, self._bytes_per_element, self._on_gpu = manifest.sizes, bytes_per_element(manifest), manifest.on_gpu
-        engine = load_decoder(directory, manifest, limits, device)
-        self._packer = load_packer(directory, manifest, device)
-        # hidden states that are made on the GPU and read there stay there
-        gpu = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_GPU, device) if manifest.on_gpu else None
-        self._where_to_put_states = {"preferred_memory": gpu} if gpu else {}
-        memory = f", {engine.memory}" if hasattr(engine, "memory") else ""
+        _require_same_weights(manifest, Manifest.load(repository / f"{reader}_encoder" / version), reader)
+        tokenizer = manifest.read(directory, TOKENIZER_FILE).decode("utf-8")
+        self._prompt = PromptEncoder(Tokenizer.from_str(tokenizer), manifest)
+        self._kv_bytes_per_token = manifest.sizes.cross_kv_bytes_per_token(bytes_per_element(manifest))
+        self._on_gpu = manifest.on_gpu
+        decoder = load_decoder(directory, manifest, limits, device)
+        packer = load_packer(directory, manifest, device)
+        self._encoder = EncoderCall(f"{reader}_encoder", self._prompt, packer, device if manifest.on_gpu else None)
+        memory = f", {decoder.memory}" if hasattr(decoder, "memory") else ""
         pb_utils.Logger.log_info(f"{self._name}: {manifest.engine} {manifest.precision}, {kv_budget(manifest, limits)}{memory}")
-        self._loop = Scheduler(
-            engine, start_token=manifest.decoder_start_token_id, eos_token=manifest.eos_token_id, max_waiting=limits.max_in_flight
+        self._scheduler = Scheduler(
+            decoder,
+            start_token=manifest.decoder_start_token_id,
+            eos_token=manifest.eos_token_id,
+            max_waiting=limits.max_in_flight,
+            on_decoder_error=self._end_if_fatal,
+            on_failure=lambda error: end_process(f"{self._name}: the scheduler has failed: {error!r}"),
         )
         self._encoding = ThreadPoolExecutor(limits.encode_threads, thread_name_prefix="encode")
-        self._calling = ThreadPoolExecutor(CALLS_AT_ONCE, thread_name_prefix="call")
-        # one thread, so that the pieces of a stream exit_soon in order; not the loop's own, which should be stepping
+        # One thread, so that the parts of a stream leave in order. Not the scheduler's: that one shall step.
         self._responding = ThreadPoolExecutor(1, thread_name_prefix="respond")
         self._stopping = threading.Event()
         self._in_flight: set[ResponseWriter] = set()
-        threading.Thread(target=self._watch, name="cancellations", daemon=True).start()
-        self._metrics = Metrics(self._name, self._loop.counts, lambda: len(self._in_flight), self._kv_bytes)
-
-    def _watch(self) -> None:
-        """See which questions were cancelled, beside the loop: a step must not wait for Triton's word on each of them."""
-        to_ask: list[ResponseWriter] = []
-        while not self._stopping.wait(CANCEL_POLL_S):
-            to_ask = to_ask or list(self._in_flight)
-            for writer in to_ask[:CANCEL_ASKED]:
-                writer.caller.poll_cancelled()
-            del to_ask[:CANCEL_ASKED]
-
-    def _kv_bytes(self, counts: SchedulerCounts) -> int:
-        return counts.encoder_tokens * self._sizes.cross_kv_bytes_per_token(self._bytes_per_element)
+        threading.Thread(target=self._poll_cancellations, name="cancellations", daemon=True).start()
+        self._metrics = Metrics(self._name, self._scheduler.counts, lambda: len(self._in_flight), self._kv_bytes)
 
     def execute(self, requests: list[Any]) -> None:
-        """Take requests in hand; answers are sent later. A bad request gets its own error and no other is touched."""
+        """Accept requests; answers are sent later. A bad request gets its own error and no other is affected."""
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -114,92 +104,78 @@ class ReaderModel:
         for spec in READER_TENSORS.inputs:
             tensor = pb_utils.get_input_tensor_by_name(request, spec.name)
             arrays[spec.name] = None if tensor is None else tensor.as_numpy()
-        parsed = read_request(arrays, self._limits)
+        checked = read_request(arrays, self._limits)
         if len(self._in_flight) >= self._limits.max_in_flight:
-            raise QueueFullError(f"{self._limits.max_in_flight} questions are in hand and no more may; try again later")
+            raise QueueFullError(f"{self._limits.max_in_flight} questions are in flight and no more may; try again later")
         kind = StreamWriter if self._streams else UnaryWriter
-        return kind(Caller(request, sender), parsed, self._prompt, set(request.requested_output_names()), self._ended)
-
-    def _ended(self, writer: ResponseWriter) -> None:
-        self._in_flight.discard(writer)
-        self._metrics.ended(writer)
-        pb_utils.Logger.log_info(writer.log_line(self._name, with_text=bool(self._limits.log_text)))
-
-    def finalize(self) -> None:
-        """Stop taking questions, tell those that wait, and end all threads."""
-        arm_watchdog(DRAIN_TIMEOUT_S)
-        self._stopping.set()
-        self._encoding.shutdown()
-        self._calling.shutdown()
-        self._loop.stop()
-        self._responding.shutdown()
-        self._metrics.close()
-        exit_soon(on_gpu=self._on_gpu)
-        # engines and their memory go while the process is whole: left to its end, a GPU's library may be gone before what needs it
-        del self._packer, self._loop
-        gc.collect()
+        outputs = set(request.requested_output_names())
+        return kind(Caller(request, sender), checked, self._prompt, outputs, self._responding.submit, self._finished)
 
     def _encode(self, writer: ResponseWriter) -> None:
-        """Tokenize and encode one question, and hand it to the decode loop. Runs on an encoding thread."""
+        """Encode one question and pass it to the scheduler. Runs on an encoding thread."""
+        writer.started()
         try:
             if self._stopping.is_set():
                 raise SchedulerStoppedError("the server is shutting down")
             if reason := writer.caller.cancel_reason():
-                raise CancelledError(reason)
-            parsed = writer.parsed
-            size = PASSAGES_PER_CHUNK if len(self._in_flight) == 1 else len(parsed.passages)
-            pieces: list[EncoderInput] = []
-            calls: list[Future[Any]] = []
-            for piece in self._prompt.encode_in_chunks(parsed.question, parsed.passages, parsed.titles, size):
-                pieces.append(piece)
-                if len(pieces) * size < len(parsed.passages):
-                    calls.append(self._calling.submit(self._call_encoder, piece))
-            writer.tokenized(np.concatenate([piece.attention_mask.sum(1) for piece in pieces]))
-            last = self._call_encoder(pieces[-1])
-            hidden = self._packer.concatenate([*(call.result() for call in calls), last])
+                raise reason
+            hidden, positions = self._encoder.encode(writer.request, writer.tokenized, in_chunks=len(self._in_flight) == 1)
             writer.encoded()
-            self._loop.submit(
+            self._scheduler.submit(
                 DecodeSequence(
                     hidden,
-                    np.concatenate([piece.encoder_positions for piece in pieces]),
-                    parsed.max_new_tokens,
-                    parsed.min_new_tokens,
-                    on_token=lambda token, log_prob: writer.token(token, log_prob, self._responding.submit),
-                    on_end=lambda error: self._finish_later(writer, error),
-                    on_attribution=writer.attribution,
+                    positions,
+                    writer.request.max_new_tokens,
+                    writer.request.min_new_tokens,
+                    on_token=writer.on_token,
+                    on_end=writer.finish,
+                    on_attribution=writer.on_attribution,
                     cancel_reason=writer.caller.cancel_reason,
+                    on_admitted=writer.on_admitted,
                 )
             )
         except Exception as error:
-            self._finish_later(writer, error)
+            writer.finish(error)
+            self._end_if_fatal(error)
 
-    def _call_encoder(self, tokens: EncoderInput) -> Any:
-        """The valid hidden states of some passages, packed."""
-        response = pb_utils.InferenceRequest(
-            model_name=self._encoder_model,
-            requested_output_names=["encoder_hidden_states"],
-            inputs=[
-                pb_utils.Tensor("input_ids", tokens.input_ids),
-                pb_utils.Tensor("attention_mask", tokens.attention_mask),
-            ],
-            **self._where_to_put_states,
-        ).exec()
-        if response.has_error():
-            raise RuntimeError(f"{self._encoder_model}: {response.error().message()}")
-        states = _array(pb_utils.get_output_tensor_by_name(response, "encoder_hidden_states"))
-        return self._packer.pack(states, tokens.attention_mask)  # a copy: the tensor's memory goes with the response
+    def _finished(self, writer: ResponseWriter) -> None:
+        self._in_flight.discard(writer)
+        self._metrics.ended(writer)
+        pb_utils.Logger.log_info(writer.log_line(self._name, with_text=bool(self._limits.log_text)))
 
-    def _finish_later(self, writer: ResponseWriter, error: Exception | None) -> None:
-        self._responding.submit(writer.finish, error)
+    def _end_if_fatal(self, error: Exception) -> None:
+        if is_fatal(error):
+            end_process(f"{self._name}: {error}")
 
+    def _poll_cancellations(self) -> None:
+        """Find out which questions were cancelled, on a thread of its own: a step must not wait for Triton's answers."""
+        to_poll: list[ResponseWriter] = []
+        while not self._stopping.wait(CANCEL_POLL_S):
+            to_poll = to_poll or list(self._in_flight)
+            for writer in to_poll[:CANCEL_POLLED]:
+                try:
+                    writer.caller.poll_cancelled()
+                except Exception as error:  # of this question only: the others are still polled
+                    pb_utils.Logger.log_warn(f"{self._name}: request {writer.caller.id!r}: its cancellation cannot be polled: {error}")
+                    writer.caller.close()
+            del to_poll[:CANCEL_POLLED]
 
-def _array(tensor: Any) -> Any:
-    """A response's tensor where it lies: NumPy's array of host memory, or CuPy's of the GPU's."""
-    if tensor.is_cpu():
-        return tensor.as_numpy()
-    import cupy
+    def _kv_bytes(self, counts: SchedulerCounts) -> int:
+        return counts.encoder_tokens * self._kv_bytes_per_token
 
-    return cupy.from_dlpack(tensor)
+    def finalize(self) -> None:
+        """Accept no more, answer what waits with an error, and end all threads."""
+        arm_watchdog(DRAIN_TIMEOUT_S)
+        self._stopping.set()
+        self._encoding.shutdown()
+        self._encoder.close()
+        self._scheduler.stop()
+        self._responding.shutdown()
+        self._metrics.close()
+        exit_soon(on_gpu=self._on_gpu)
+        # Engines and their memory go now: at the process's end a GPU's library may be gone before what needs it.
+        del self._encoder, self._scheduler
+        gc.collect()
 
 
 def _require_same_weights(decoder: Manifest, encoder: Manifest, reader: str) -> None:

@@ -1,7 +1,4 @@
-"""One question's way back: who parsed and whether they still want it, the answer as it grows, the responses that are sent.
-
-Imports Triton's Python backend, as do the modules called *_model.
-"""
+"""One question's way back: whether the client still wants it, the answer as it grows, the responses that are sent."""
 
 from __future__ import annotations
 
@@ -15,67 +12,88 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from serving.pipeline.prompt import IncrementalDetokenizer, PromptEncoder, PromptError
+from serving.pipeline.detokenizer import IncrementalDetokenizer
+from serving.pipeline.prompt import PromptEncoder, PromptError
 from serving.pipeline.request import ReaderRequest, RequestError
-from serving.pipeline.scheduler import CancelledError, SchedulerError
+from serving.pipeline.scheduler import CancelledError, DeadlineExceededError, SchedulerError
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-CANCELLED = "cancelled by the client"
 OUTCOMES = ("answered", "refused", "cancelled", "failed")
 
 
 class Caller:
-    """Who parsed: knows the request's id and time limit, and whether the answer is still wanted."""
+    """The client's side of a request: its id, its time limit, and whether it still wants the answer."""
 
     def __init__(self, request: Any, sender: Any):
         self.id = request.request_id()
         self.sender = sender
         self.arrived_s = time.monotonic()
-        timeout_s = request.timeout() / 1e6  # 0 = none
-        self._timeout_s = timeout_s
-        self._reason: str | None = None
-        self._asking, self._over = threading.Lock(), False
+        self._timeout_s = request.timeout() / 1e6  # 0 = none
+        self._cancelled = False
+        self._polling, self._closed = threading.Lock(), False
 
-    def cancel_reason(self) -> str | None:
+    def cancel_reason(self) -> SchedulerError | None:
         """None, or why the answer is no longer wanted."""
-        if self._reason is None and self._timeout_s and time.monotonic() > self.arrived_s + self._timeout_s:
-            self._reason = f"the request's timeout of {self._timeout_s * 1e3:.0f} ms passed before its answer was whole"
-        return self._reason
+        if self._cancelled:
+            return CancelledError("cancelled by the client")
+        if self._timeout_s and time.monotonic() > self.arrived_s + self._timeout_s:
+            return DeadlineExceededError(f"the request's timeout of {self._timeout_s * 1e3:.0f} ms passed before its answer was complete")
+        return None
 
     def poll_cancelled(self) -> None:
-        """Ask Triton whether the request was cancelled. Not for the loop's thread: 20 to 60 us, and then a wait for Python's lock."""
-        with self._asking:
-            if not self._over and self._reason is None and self.sender.is_cancelled():
-                self._reason = CANCELLED
+        """Ask Triton whether the client has cancelled. Takes 20 to 60 us and then waits for Python's lock: not for the scheduler's thread."""
+        with self._polling:
+            if not self._closed and not self._cancelled:
+                self._cancelled = bool(self.sender.is_cancelled())
 
     def close(self) -> None:
-        """The final response comes next: a server that is parsed about a request after it (2.51) reads freed memory and dies."""
-        with self._asking:
-            self._over = True
+        """Poll no more. Called before the final response: Triton 2.51 reads freed memory if it is asked after that."""
+        with self._polling:
+            self._closed = True
 
 
 @dataclasses.dataclass
 class Times:
     """When each part of the way was over, in seconds of the monotonic clock; 0 = not reached.
 
-    Tokenized includes the wait for an encoding thread; encoded the call to the encoder model and the packing. Of a question in pieces
-    the first are being encoded when the last is tokenized.
+    `started` is when an encoding thread took the question up, `encoded` includes the call to the encoder model and the packing. Where a
+    question is encoded in chunks, its first chunks are encoded before its last one is tokenized.
     """
 
+    started: float = 0.0
     tokenized: float = 0.0
     encoded: float = 0.0
+    admitted: float = 0.0
     first_token: float = 0.0
     ended: float = 0.0
 
 
 class ResponseWriter:
-    """Collects one answer and sends it. `token` and `attribution` come from the loop's thread, `end` once at last."""
+    """Collects one answer and sends it.
+
+    `on_token` and `on_attribution` are the sequence's callbacks and run on the scheduler's thread. Whatever sends something runs through
+    `submit`, on the responding thread, in order.
+
+    Args:
+        caller: the client's side.
+        request: the checked request.
+        prompt: of this reader.
+        outputs: names of the outputs that the client asked for.
+        submit: runs a call on the responding thread.
+        on_finished: called once, after the final response.
+    """
 
     def __init__(
-        self, caller: Caller, parsed: ReaderRequest, prompt: PromptEncoder, outputs: set[str], on_end: Callable[[ResponseWriter], None]
+        self,
+        caller: Caller,
+        request: ReaderRequest,
+        prompt: PromptEncoder,
+        outputs: set[str],
+        submit: Callable[..., Any],
+        on_finished: Callable[[ResponseWriter], None],
     ):
-        self.caller, self.parsed, self.times = caller, parsed, Times()
-        self._prompt, self._outputs, self._on_end = prompt, outputs, on_end
+        self.caller, self.request, self.times = caller, request, Times()
+        self._prompt, self._outputs, self._submit, self._on_finished = prompt, outputs, submit, on_finished
         self.tokens: list[int] = []
         self.encoder_tokens = 0
         self.outcome = ""
@@ -84,30 +102,47 @@ class ResponseWriter:
         self._passage_lengths = np.zeros(0, np.int64)
         self._passage_scores = np.zeros(0, np.float32)
 
+    @property
+    def queue_s(self) -> float:
+        """Seconds spent waiting: for an encoding thread, then for a slot."""
+        times = self.times
+        return (times.started - self.caller.arrived_s) + max(times.admitted - times.encoded, 0.0)
+
+    def started(self) -> None:
+        """Note that an encoding thread has taken the question up."""
+        self.times.started = time.monotonic()
+
     def tokenized(self, passage_lengths: np.ndarray) -> None:
-        """The question's prompts have become tokens, int[n_passages] valid ones each."""
+        """Note that the passages are tokenized; int[n_passages], valid tokens of each."""
         self.times.tokenized = time.monotonic()
         self._passage_lengths = passage_lengths
         self.encoder_tokens = int(passage_lengths.sum())
 
     def encoded(self) -> None:
-        """Its hidden states are there, packed."""
+        """Note that the hidden states are there, packed."""
         self.times.encoded = time.monotonic()
 
-    def attribution(self, cross_attention: np.ndarray) -> None:
-        """float32[encoder_sequence_length], packed as the passages lie one after the other -> a score for each passage."""
+    def on_admitted(self) -> None:
+        """Note that the question has a slot."""
+        self.times.admitted = time.monotonic()
+
+    def on_attribution(self, cross_attention: np.ndarray) -> None:
+        """Sum float32[encoder_sequence_length], packed, over the tokens of each passage."""
         starts = np.concatenate([[0], np.cumsum(self._passage_lengths)[:-1]])
         self._passage_scores = np.add.reduceat(cross_attention, starts).astype(np.float32)
 
-    def token(self, token: int, log_prob: float, submit: Callable[..., Any]) -> None:
-        """Take one more token; `submit` runs a call on the responding thread."""
+    def on_token(self, token: int, log_prob: float) -> None:
+        """Add one token to the answer."""
         if not self.tokens:
             self.times.first_token = time.monotonic()
         self.tokens.append(token)
         self._log_probs.append(log_prob)
 
     def finish(self, error: Exception | None) -> None:
-        """Send what is left to send, and the final flag."""
+        """Send the final response: the answer's totals, or the error. Returns at once."""
+        self._submit(self._finish, error)
+
+    def _finish(self, error: Exception | None) -> None:
         self.times.ended = time.monotonic()
         self.outcome = _outcome(error)
         self.caller.close()
@@ -117,10 +152,10 @@ class ResponseWriter:
             else:
                 self.error = str(error)
                 send_error(self.caller.sender, error)
-        except Exception as failure:  # nobody is there to be told; the place must be given back all the same
+        except Exception as failure:  # the client cannot be informed; its place must be free all the same
             self.outcome, self.error = "failed", f"the response could not be sent: {failure}"
         finally:
-            self._on_end(self)
+            self._on_finished(self)
 
     def _totals(self) -> dict[str, np.ndarray]:
         return {
@@ -132,7 +167,7 @@ class ResponseWriter:
         }
 
     def log_line(self, model: str, *, with_text: bool) -> str:
-        """One line of JSON about this request; no text of it unless parsed for."""
+        """One line of JSON about this request; `with_text` adds question and answer."""
 
         def ms(start: float, end: float) -> float | None:
             return round((end - start) * 1e3, 2) if start and end else None
@@ -142,9 +177,10 @@ class ResponseWriter:
             "model": model,
             "request": self.caller.id,
             "outcome": self.outcome,
-            "passages": len(self.parsed.passages),
+            "passages": len(self.request.passages),
             "encoder_tokens": self.encoder_tokens,
             "tokens": len(self.tokens),
+            "queue_ms": round(self.queue_s * 1e3, 2) if times.admitted else None,
             "tokenized_ms": ms(arrived, times.tokenized),
             "encoded_ms": ms(arrived, times.encoded),
             "first_token_ms": ms(arrived, times.first_token),
@@ -153,7 +189,7 @@ class ResponseWriter:
         if self.error:
             fields["error"] = self.error
         if with_text:
-            fields |= {"question": self.parsed.question, "answer": self._prompt.text(self.tokens)}
+            fields |= {"question": self.request.question, "answer": self._prompt.text(self.tokens)}
         return json.dumps(fields, ensure_ascii=False)
 
     def _last_text(self) -> str:
@@ -172,23 +208,23 @@ class UnaryWriter(ResponseWriter):
 
 
 class StreamWriter(ResponseWriter):
-    """A response for every piece of text, then one with what was kept back and the totals."""
+    """A response for each part of the answer's text, then one with the rest and the totals."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self._pieces = IncrementalDetokenizer(self._prompt)
+        self._detokenizer = IncrementalDetokenizer(self._prompt)
 
-    def token(self, token: int, log_prob: float, submit: Callable[..., Any]) -> None:
-        """Take one more token and send the text it completes."""
-        super().token(token, log_prob, submit)
-        submit(self._send_piece, token)
+    def on_token(self, token: int, log_prob: float) -> None:
+        """Add one token to the answer and send the text that it completes."""
+        super().on_token(token, log_prob)
+        self._submit(self._send_text, token)
 
-    def _send_piece(self, token: int) -> None:
-        if piece := self._pieces.add(token):
-            self._send({"answer": _text(piece)}, 0)
+    def _send_text(self, token: int) -> None:
+        if text := self._detokenizer.add(token):
+            self._send({"answer": _text(text)}, 0)
 
     def _last_text(self) -> str:
-        return self._pieces.rest()
+        return self._detokenizer.flush()
 
 
 def _text(text: str) -> np.ndarray:
@@ -200,16 +236,16 @@ def _outcome(error: Exception | None) -> str:
         return "answered"
     if isinstance(error, (RequestError, PromptError)):
         return "refused"
-    return "cancelled" if isinstance(error, CancelledError) else "failed"
+    return "cancelled" if isinstance(error, (CancelledError, DeadlineExceededError)) else "failed"
 
 
 def send_error(sender: Any, error: Exception) -> None:
-    """Answer with an error, under the status that tells a client what to do: mend the request, try later, or neither."""
+    """Answer with an error, under the status that says what a client can do: mend the request, try again later, or neither."""
     codes = pb_utils.TritonError
     code = codes.INTERNAL
     if isinstance(error, (RequestError, PromptError)):
         code = codes.INVALID_ARG
-    elif isinstance(error, CancelledError) and str(error) == CANCELLED:
+    elif isinstance(error, CancelledError):
         code = codes.CANCELLED
     elif isinstance(error, SchedulerError):
         code = codes.UNAVAILABLE

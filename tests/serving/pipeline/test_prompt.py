@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from export.graphs.onnx_export import PROMPT_TEMPLATE
 from serving.contract.manifest import Manifest, ManifestError, Prompt
 from serving.contract.tensors import EngineSizes
-from serving.pipeline.prompt import IncrementalDetokenizer, PromptEncoder, PromptError
+from serving.pipeline.detokenizer import IncrementalDetokenizer
+from serving.pipeline.prompt import PromptEncoder, PromptError
 from tests.conftest import word_tokenizer
 
 MANIFEST = Manifest(
@@ -130,7 +131,7 @@ def test_pieces_join_to_exactly_the_text_whatever_the_tokens(chunks):
     tokens = [token for chunk in chunks for token in chunk]
     pieces = IncrementalDetokenizer(BYTE_PROMPT)
     sent = [pieces.add(token) for token in tokens]
-    assert "".join([*sent, pieces.rest()]) == BYTE_PROMPT.text(tokens)
+    assert "".join([*sent, pieces.flush()]) == BYTE_PROMPT.text(tokens)
 
 
 def test_a_character_of_three_bytes_comes_whole():

@@ -61,6 +61,25 @@ def test_all_faults_are_named_at_once():
     assert [part.split(":")[0] for part in str(caught.value).split("; ")] == ["question", "passages", "titles", "max_new_tokens"]
 
 
+def test_the_number_of_passages_is_checked_before_any_is_decoded():
+    class Undecodable(bytes):
+        def decode(self, *_):
+            raise AssertionError("a passage of a request with too many was decoded")
+
+    many = np.empty(1_000_000, np.object_)
+    many[:] = Undecodable(b"x")
+    with pytest.raises(RequestError) as caught:
+        read_request({**GOOD, "passages": many, "titles": many}, LIMITS)
+    assert str(caught.value) == "passages: wanted 1 to 3, got 1000000"
+
+
+def test_a_refusal_lists_a_bounded_number_of_faults():
+    limits = Limits(max_passages=1000, max_passage_characters=3)
+    with pytest.raises(RequestError) as caught:
+        read_request({**GOOD, "passages": texts(*["long"] * 1000)}, limits)
+    assert str(caught.value).endswith("passages[9]: wanted at most 3 characters, got 4; and 990 more")
+
+
 def test_contradicting_limits_are_refused():
     with pytest.raises(LimitsError, match="default_max_new_tokens: wanted at most max_new_tokens=8, got 9"):
         Limits(max_new_tokens=8, default_max_new_tokens=9)

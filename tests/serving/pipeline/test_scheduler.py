@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.pipeline.scheduler import DecodeSequence, QueueFullError, Scheduler, SchedulerError, SchedulerStoppedError
+from serving.pipeline.scheduler import CancelledError, DecodeSequence, QueueFullError, Scheduler, SchedulerError, SchedulerStoppedError
 
 EOS = 1
 START = 0
@@ -96,12 +96,12 @@ class Client:
             lambda token, _: self.tokens.append(token),
             end,
             self.attribution.append,
-            lambda: "cancelled" if self.cancelled else None,
+            lambda: CancelledError("cancelled") if self.cancelled else None,
         )
 
 
-def loop_over(engine: FakeEngine, max_waiting: int = 1000) -> Scheduler:
-    return Scheduler(engine, start_token=START, eos_token=EOS, max_waiting=max_waiting)
+def loop_over(engine: FakeEngine, max_waiting: int = 1000, **hooks) -> Scheduler:
+    return Scheduler(engine, start_token=START, eos_token=EOS, max_waiting=max_waiting, **hooks)
 
 
 CLIENTS = st.lists(
@@ -232,6 +232,79 @@ def test_a_broken_step_is_told_to_all_in_it_and_the_loop_lives_on():
     loop.submit(after.question())
     assert after.done.wait(10) and after.tokens == expected(6, 8, 0)
     loop.stop()
+
+
+@pytest.mark.parametrize("callback", ["on_token", "on_attribution", "cancel_reason", "on_admitted", "on_end"])
+def test_an_exception_of_a_callback_hurts_only_its_own_answer(callback):
+    loop = loop_over(FakeEngine(2))
+    bad, good = Client(3), Client(5)
+
+    def broken(*_):
+        raise ValueError(f"{callback} broke")
+
+    sequence = bad.question()
+    setattr(sequence, callback, broken)
+    loop.submit(sequence)
+    loop.submit(good.question())
+    assert good.done.wait(10) and good.ends == [None] and good.tokens == expected(5, 8, 0)
+    if callback != "on_end":
+        assert bad.done.wait(10) and [str(error) for error in bad.ends] == [f"{callback} broke"]
+    later = Client(7)
+    loop.submit(later.question())
+    assert later.done.wait(10) and later.tokens == expected(7, 8, 0)
+    loop.stop()
+
+
+def test_a_failed_move_hurts_only_the_sequence_that_was_moved():
+    engine = FakeEngine(2)
+    engine.permits = threading.Semaphore(2)
+    errors = []
+    loop = loop_over(engine, on_decoder_error=errors.append)
+    short, moved = Client(1, most=2, least=2), Client(2, most=50, least=50)
+
+    def move(source, target):
+        raise RuntimeError("no room")
+
+    engine.move = move
+    loop.submit(short.question())
+    loop.submit(moved.question())
+    engine.permits.release(100)
+    assert short.done.wait(10) and short.ends == [None]
+    assert moved.done.wait(10) and [str(error) for error in moved.ends] == ["no room"]
+    after = Client(6)
+    loop.submit(after.question())
+    assert after.done.wait(10) and after.tokens == expected(6, 8, 0)
+    loop.stop()
+    assert [str(error) for error in errors] == ["no room"]
+
+
+def test_a_decoder_error_is_reported_once_its_sequences_have_ended():
+    engine = FakeEngine(2)
+    engine.fail_at = 1
+    lost, seen = Client(1), []
+    loop = loop_over(engine, on_decoder_error=lambda error: seen.append((str(error), lost.done.is_set())))
+    loop.submit(lost.question())
+    assert lost.done.wait(10)
+    loop.stop()
+    assert seen == [("engine broke", True)]
+
+
+def test_a_scheduler_that_fails_ends_every_sequence_refuses_more_and_says_so():
+    engine = FakeEngine(1)
+    engine.gate = threading.Event()
+    failures: list[BaseException] = []
+    loop = loop_over(engine, on_failure=failures.append)
+    running, waiting = Client(1, most=500, least=500), Client(2)
+    loop.submit(running.question())
+    loop.submit(waiting.question())
+    engine.step = lambda *_: (np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros((0, 1), np.float32))  # too few: a fault of its own
+    engine.gate.set()
+    assert running.done.wait(10) and waiting.done.wait(10)
+    assert all(isinstance(client.ends[-1], SchedulerStoppedError) for client in (running, waiting))
+    with pytest.raises(SchedulerStoppedError, match="the scheduler has failed"):
+        loop.submit(Client(3).question())
+    loop.stop()
+    assert len(failures) == 1
 
 
 def test_stopping_tells_everyone_and_takes_no_more():
