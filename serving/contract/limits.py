@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-
 # Names of the release before: still read, no longer written.
 OLD_NAMES = {"max_in_hand": "max_in_flight"}
 

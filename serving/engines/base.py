@@ -5,10 +5,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+
+
+def is_fatal(error: BaseException) -> bool:
+    """Whether the process that got `error` from an engine or a packer must end.
+
+    A CUDA error such as an illegal address is sticky: every later CUDA call of the process fails, and nothing but a new process helps.
+    False for every other error, and always where no reader runs on a GPU. May be called from any thread.
+    """
+    device = sys.modules.get("serving.engines.gpu.device")  # imported by what runs on a GPU, and by nothing else
+    return device is not None and bool(device.is_sticky(error))
 
 
 class Encoder(Protocol):

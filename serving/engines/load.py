@@ -86,13 +86,9 @@ def _gpu_loader(directory: Path, manifest: Manifest, device: int) -> Any:
 
 
 def _use_device(directory: Path, device: int) -> None:
-    try:
-        import cupy as cp
+    from .gpu.device import use_device
 
-        cp.cuda.Device(device).use()
-    except ImportError as error:
-        raise EngineError(
-            f"{directory}: engines for the GPU need CuPy, which is not installed ({error}); see requirements-gpu.txt"
-        ) from error
-    except cp.cuda.runtime.CUDARuntimeError as error:
-        raise EngineError(f"{directory}: engines for the GPU, but CUDA device {device} cannot be used ({error})") from error
+    try:
+        use_device(device)
+    except EngineError as error:
+        raise EngineError(f"{directory}: {error}") from error

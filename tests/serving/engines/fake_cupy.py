@@ -47,6 +47,17 @@ class Context:
     def synchronize(self) -> None:
         pass
 
+    def use(self) -> None:
+        pass
+
+
+class CudaError(RuntimeError):
+    """An error of CUDA with its number, as CuPy's have."""
+
+    def __init__(self, status: int):
+        self.status = status
+        super().__init__(f"CUDA error {status}")
+
 
 def memcpy(target: int, source: int, size: int, *_: object) -> None:
     ctypes.memmove(target, source, size)
@@ -55,14 +66,15 @@ def memcpy(target: int, source: int, size: int, *_: object) -> None:
 def modules() -> dict[str, types.ModuleType]:
     """What to put into sys.modules."""
     cupy, cupyx = types.ModuleType("cupy"), types.ModuleType("cupyx")
-    runtime = types.SimpleNamespace(memcpyAsync=memcpy, memGetInfo=lambda: (1 << 40, 1 << 40))
+    runtime = types.SimpleNamespace(memcpyAsync=memcpy, memGetInfo=lambda: (1 << 40, 1 << 40), CUDARuntimeError=CudaError)
+    driver = types.SimpleNamespace(CUDADriverError=CudaError)
     contents = {name: getattr(np, name) for name in ("float16", "float32", "int32", "uint64")} | {
         "ndarray": Array,
         "asarray": array,
         "asnumpy": np.asarray,
         "empty": lambda shape, dtype: array(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else -7, dtype)),
         "zeros": lambda shape, dtype: array(np.zeros(shape, dtype)),
-        "cuda": types.SimpleNamespace(Stream=Context, Device=Context, runtime=runtime),
+        "cuda": types.SimpleNamespace(Stream=Context, Device=Context, runtime=runtime, driver=driver),
     }
     for name, value in contents.items():
         setattr(cupy, name, value)
