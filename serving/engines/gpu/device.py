@@ -1,6 +1,6 @@
-"""The CUDA devices of this process: which ones it uses, and whether an error has made one unusable.
+"""The CUDA devices of this process: which it uses, what engines must be built for, and whether an error has made one unusable.
 
-Importable without CuPy: every function imports it when it is called.
+Can be imported without CuPy and TensorRT: the functions that need them import them.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from serving.contract.manifest import EngineError
+from serving.contract.manifest import BuildTarget, EngineError
 
-# Errors after which every later CUDA call of the process fails (CUresult and cudaError_t share these numbers). No call clears them.
+# After these errors every CUDA call of the process fails; no call clears them. cudaError_t and CUresult have the same numbers here.
 STICKY_STATUSES = frozenset(
     (
         214,  # uncorrectable ECC error
@@ -31,7 +31,7 @@ _used_devices: set[int] = set()
 
 
 def use_device(device: int) -> None:
-    """Make `device` the current one of this thread, and remember that this process uses it.
+    """Make `device` this thread's current one, and remember that this process uses it.
 
     Raises:
         EngineError: if CuPy is not installed or the device cannot be used.
@@ -47,11 +47,29 @@ def use_device(device: int) -> None:
     _used_devices.add(device)
 
 
-def is_sticky(error: BaseException) -> bool:
-    """Whether `error`, or an error that caused it, has left a device of this process unusable.
+def build_target() -> BuildTarget:
+    """The GPU that is this thread's current device, and the TensorRT of this process: what an engine must be built for to run here.
 
-    A library may hide the CUDA error behind one of its own. Therefore each device is also asked for its free memory, which does not wait
-    for running work and fails on a device that is lost.
+    Raises:
+        EngineError: if CuPy, TensorRT or the GPU is missing.
+    """
+    try:
+        import cupy as cp
+        import tensorrt
+    except ImportError as error:
+        raise EngineError(f"TensorRT engines need CuPy and TensorRT: {error}; see requirements-gpu.txt") from error
+    try:
+        properties = cp.cuda.runtime.getDeviceProperties(cp.cuda.Device().id)
+    except cp.cuda.runtime.CUDARuntimeError as error:
+        raise EngineError(f"TensorRT engines need a usable GPU: {error}") from error
+    return BuildTarget(properties["name"].decode(), f"{properties['major']}.{properties['minor']}", tensorrt.__version__)
+
+
+def is_sticky(error: BaseException) -> bool:
+    """Whether `error`, or an error that led to it, has made a device of this process unusable.
+
+    TensorRT and ONNX Runtime report CUDA errors as errors of their own. Therefore this also asks every device in use for its free memory:
+    the call does not wait for running work, and it fails once a sticky error has occurred.
     """
     if (cp := sys.modules.get("cupy")) is None:
         return False
@@ -69,7 +87,7 @@ def is_sticky(error: BaseException) -> bool:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """`error`, and the errors while handling which it was raised."""
+    """`error` and the chain of errors that led to it."""
     found: BaseException | None = error
     while found is not None:
         yield found

@@ -121,13 +121,13 @@ class SkinnyGemm:
 
 
 class EncoderAttention:
-    def __init__(self, stack: StackSizes, max_relative_distance: int):
-        self.stack, self.max_relative_distance = stack, max_relative_distance
+    def __init__(self, stack: StackSizes, max_relative_distance: int, max_length: int):
+        self.stack, self.max_relative_distance, self.max_length = stack, max_relative_distance, max_length
 
     def __call__(self, query_key_value: Array, tiles: Array, longest: int, bias: Array, out: Array) -> None:
         assert len(bias) == 2 * self.max_relative_distance + 1
         lengths = [int(length) for _, length, start in tiles if start == 0 and length > 0]
-        assert max(lengths, default=0) <= longest
+        assert max(lengths, default=0) <= longest <= self.max_length
         rows = sum(lengths)  # behind them is what nobody reads
         out[:rows] = attend_within_passages(query_key_value[:rows].astype(np.float32), lengths, bias, self.stack)
 
