@@ -13,8 +13,8 @@ from typing import Any
 from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from serving.contract.call_sizes import encoder_batch
 from serving.contract.gemms import ARRAYS, array_file
-from serving.contract.gpu_profiles import encoder_batch
 from serving.contract.limits import Limits
 from serving.contract.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, ManifestError
 from serving.contract.tensors import READER_TENSORS, EngineSizes, GraphTensors, encoder_tensors

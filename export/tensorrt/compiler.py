@@ -21,9 +21,9 @@ from typing import Any
 
 from export.atomic_directory import atomic_directory
 from serving.contract.gemms import decoder_gemms, encoder_gemms, gemm_tensors, packed_cross_kv_tensors
-from serving.contract.gpu_profiles import Shapes, profile_ranges, profile_shapes
 from serving.contract.limits import Limits
 from serving.contract.manifest import MANIFEST_FILE, EngineBuild, EngineError, Manifest, sha256_of_file
+from serving.contract.profiles import Shapes, profile_ranges, profile_shapes
 from serving.contract.tensors import GraphTensors, encoder_tensors
 
 STRONGLY_TYPED_FROM = 10

@@ -20,7 +20,7 @@ from clients.examples import read_examples
 from export.checkpoint.config import ReaderConfig, reader_preset
 from perf.bounds.cost import H200, Workload, encoder_cost, step_cost
 from perf.bounds.statistics import publish, spread
-from serving.contract.gpu_profiles import bucket_of, calls_of_tokens
+from serving.contract.call_sizes import bucket_of, calls_of_tokens
 from serving.contract.limits import Limits
 from serving.contract.manifest import TOKENIZER_FILE, Manifest
 from serving.engines.gpu.decoder import GpuDecoder

@@ -1,16 +1,18 @@
-"""How a reader is cut for a GPU: into its GEMMs, with small kernels between them (cuda/).
+"""The GEMMs of a GPU reader: which there are, their shapes, their files. Arithmetic only.
 
-A gemm sees rows and nothing else: tokens of passages that lie one after the other, without padding, or one row a running answer. So it
-costs what its rows cost, and what a step's time goes into, the keys and values, is read once, where it lies, by an attention kernel. The
-weights are an input as well: one engine serves the gemms of a kind in all layers. Narrow gemms of a step are made in k_splits, each of
-some of the columns that go in: a row or two dozen give a card too few blocks otherwise. The kernel behind sums the k_splits. A step of few
-rows multiplies by a kernel as well (cuda/skinny_gemm.cu), which takes and makes what the engine would.
+A GPU reader is not one graph. It is its GEMMs, with small CUDA kernels between them (serving/engines/gpu/cuda):
 
     encoder layer   norm -> qkv -> attention -> o -> add, norm -> wi -> activate -> wo -> add
-    decoder layer   the same; in the cross-attending ones, before wi: cross_q -> attention -> cross_o -> add, norm
-    at the end      norm, and in the decoder the choice of the token, whose kernel multiplies by the head itself
+    decoder layer   the same; with cross-attention, before wi: cross_q -> attention -> cross_o -> add, norm
+    at the end      norm; in the decoder also the choice of the token, by a kernel that multiplies by the LM head itself
 
-The one kernel between two gemms adds to the residual stream and norms it for the next.
+A GEMM has rows and no passages or sequences. In the encoder a row is a token: the tokens of all passages are packed, without padding. In a
+decoder step a row is a sequence. Attention kernels read keys and values once, from the slots of the cache. The weights are an input of the
+GEMM: one engine serves the GEMMs of one kind in all layers.
+
+A decoder step has so few rows that a narrow GEMM gives a GPU too few thread blocks. Such a GEMM is computed by split-K: each split sums
+over some of the input features, and the kernel after the GEMM adds the splits. The engine and the skinny GEMM kernel (cuda/skinny_gemm.cu)
+have the same inputs and outputs; the latter is faster for few rows.
 """
 
 from __future__ import annotations
@@ -21,27 +23,27 @@ from typing import Literal
 from .tensors import EngineSizes, GraphTensors, TensorSpec
 
 StackName = Literal["encoder", "decoder"]
-# Arrays that the kernels read; the files lie beside the engines.
+# Arrays that the kernels read; their files are in the engines' directory.
 ARRAYS = EMBEDDING, NORMS, BIAS, CROSS_BIAS, HEAD = ("embedding", "norms", "bias", "cross_bias", "head")
-ENCODER_KINDS = ("qkv", "o", "wi", "wo")  # gemms of a layer, in order
-# Of a step's gemms: a block makes 32 columns, a card has a hundred and some multiprocessors, and shorter sums than these gain nothing
-# (perf/results/h200/notes.md).
+ENCODER_KINDS = ("qkv", "o", "wi", "wo")  # GEMMs of a layer, in order
+# Split-K of a step's GEMMs: a thread block computes BLOCK_COLUMNS output features, an H100 or H200 has MAX_BLOCKS multiprocessors, and sums
+# of fewer than MIN_K_PER_SPLIT features gain nothing (perf/results/h200/notes.md).
 MAX_SPLITS, MAX_BLOCKS, MIN_K_PER_SPLIT, BLOCK_COLUMNS = 4, 132, 192, 32
-SPLIT_K_KINDS = ("qkv", "o", "cross_o", "wo")  # whose k_splits the kernels behind them sum
+SPLIT_K_KINDS = ("qkv", "o", "cross_o", "wo")  # the kernels after these can add splits
 
 
 def array_file(stack: StackName, array: str) -> str:
-    """File of an array."""
+    """File name of an array."""
     return f"{stack}_{array}.npy"
 
 
 @dataclasses.dataclass(frozen=True)
 class StackSizes:
-    """What the gemms and kernels of one stack depend on; travels in the manifest.
+    """The sizes that determine the GEMMs and kernels of one stack (encoder or decoder); part of the manifest.
 
     Attributes:
-        gated: the feed-forward layer is gelu(a) * b, not relu.
-        epsilon: of the norms, for the residual stream as it is in half precision (export/graphs/fp16_scaling.py scales both).
+        gated: the feed-forward layer is gelu(a) * b instead of relu(a).
+        epsilon: of the norms, for the residual stream as it is scaled in half precision (export/graphs/fp16_scaling.py scales both).
     """
 
     d_model: int
@@ -56,7 +58,12 @@ class StackSizes:
 
 @dataclasses.dataclass(frozen=True)
 class Gemm:
-    """One gemm: its stack, its layer (0-based) and which it is of the layer's."""
+    """One GEMM of a stack.
+
+    Attributes:
+        layer: 0-based.
+        kind: "qkv", "o", "cross_q", "cross_o", "wi" or "wo".
+    """
 
     stack: StackName
     layer: int
@@ -64,31 +71,31 @@ class Gemm:
 
     @property
     def engine(self) -> str:
-        """Of the engine file, without the suffix."""
+        """Name of its engine: the file name without suffix."""
         return f"{self.stack}.{self.kind}"
 
     @property
     def weight(self) -> str:
-        """File of its weights."""
+        """File name of its weights."""
         return f"{self.stack}.{self.layer:02d}.{self.kind}.npy"
 
 
 def encoder_gemms(stack: StackSizes) -> tuple[Gemm, ...]:
-    """All gemms of the encoder in the order in which they run."""
+    """All GEMMs of the encoder, in execution order."""
     return tuple(Gemm("encoder", layer, kind) for layer in range(stack.num_layers) for kind in ENCODER_KINDS)
 
 
 def decoder_gemms(sizes: EngineSizes) -> tuple[Gemm, ...]:
-    """All gemms of a decoder step in the order in which they run."""
-    found = []
+    """All GEMMs of a decoder step, in execution order."""
+    gemms = []
     for layer in range(sizes.num_decoder_layers):
-        across = ("cross_q", "cross_o") if layer in sizes.cross_attention_layers else ()
-        found += [Gemm("decoder", layer, kind) for kind in ("qkv", "o", *across, "wi", "wo")]
-    return tuple(found)
+        cross = ("cross_q", "cross_o") if layer in sizes.cross_attention_layers else ()
+        gemms += [Gemm("decoder", layer, kind) for kind in ("qkv", "o", *cross, "wi", "wo")]
+    return tuple(gemms)
 
 
 def gemm_features(stack: StackSizes, kind: str) -> tuple[int, int]:
-    """Columns in and out."""
+    """(in_features, out_features) of a GEMM."""
     queries, keys = stack.num_heads * stack.d_kv, stack.num_kv_heads * stack.d_kv
     return {
         "qkv": (stack.d_model, queries + 2 * keys),
@@ -101,43 +108,47 @@ def gemm_features(stack: StackSizes, kind: str) -> tuple[int, int]:
 
 
 def split_k_of(stack: StackSizes, gemm: Gemm) -> int:
-    """In how many k_splits a gemm is made."""
+    """In how many splits over its input features a GEMM is computed; 1 = it is not split."""
     if gemm.stack == "encoder" or gemm.kind not in SPLIT_K_KINDS:
         return 1
-    given, made = gemm_features(stack, gemm.kind)
-    blocks, k_splits = -(-made // BLOCK_COLUMNS), 1
+    in_features, out_features = gemm_features(stack, gemm.kind)
+    blocks, k_splits = -(-out_features // BLOCK_COLUMNS), 1
     while (
         k_splits < MAX_SPLITS
         and 2 * k_splits * blocks <= MAX_BLOCKS
-        and given % (2 * k_splits * 64) == 0
-        and given >= 2 * k_splits * MIN_K_PER_SPLIT
+        and in_features % (2 * k_splits * 64) == 0
+        and in_features >= 2 * k_splits * MIN_K_PER_SPLIT
     ):
         k_splits *= 2
     return k_splits
 
 
 def gemm_tensors(stack: StackSizes, gemm: Gemm, precision: str) -> GraphTensors:
-    """Inputs and output of a gemm's engine: of one in k_splits, each part's columns of all rows, its rows of the weights, what it makes.
+    """Inputs and output of a GEMM's engine: y = x @ weight.
+
+    With split-K all three have a leading axis of splits: x has a split's input features of all rows, weight the matching rows of the
+    weights, y a split's sums of all output features.
 
     Args:
-        stack: the gemm's.
-        gemm: any of its kind.
-        precision: of the weights, "float16" or "bfloat16"; what is multiplied crosses the border as float16 with either.
+        stack: sizes of the GEMM's stack.
+        gemm: any GEMM of the kind.
+        precision: dtype of the weights, "float16" or "bfloat16". x and y are float16 with either.
     """
     rows, k_splits = "tokens" if gemm.stack == "encoder" else "batch", split_k_of(stack, gemm)
-    given, made = gemm_features(stack, gemm.kind)
-    lead: tuple[int, ...] = (k_splits,) if k_splits > 1 else ()
+    in_features, out_features = gemm_features(stack, gemm.kind)
+    splits: tuple[int, ...] = (k_splits,) if k_splits > 1 else ()
     inputs = (
-        TensorSpec("x", "float16", (*lead, rows, given // k_splits)),
-        TensorSpec("weight", precision, (*lead, given // k_splits, made)),
+        TensorSpec("x", "float16", (*splits, rows, in_features // k_splits)),
+        TensorSpec("weight", precision, (*splits, in_features // k_splits, out_features)),
     )
-    return GraphTensors(inputs, (TensorSpec("y", "float16", (*lead, rows, made)),))
+    return GraphTensors(inputs, (TensorSpec("y", "float16", (*splits, rows, out_features)),))
 
 
 def packed_cross_kv_tensors(sizes: EngineSizes, dtype: str = "float16") -> GraphTensors:
-    """The cross_kv graph of a GPU reader: a token's keys of all heads, then its values, side by side; one output a cross-attending layer.
+    """Tensors of a GPU reader's cross_kv graph: one output per layer with cross-attention.
 
-    A question's output is then one block of memory and can be written straight into its slot.
+    A row of an output is a token: its keys of all heads, then its values of all heads. A question's output is therefore one contiguous
+    block, and the engine writes it straight into the question's slot.
     """
     return GraphTensors(
         (TensorSpec("encoder_hidden_states", dtype, ("encoder_sequence_length", sizes.d_model_encoder)),),

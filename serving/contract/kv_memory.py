@@ -1,4 +1,4 @@
-"""How much memory a question's keys and values may take, and how many slots a budget affords. Arithmetic only."""
+"""Device and host memory of a reader: keys and values per slot, slots that a budget allows, all of a GPU decoder. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -7,23 +7,33 @@ import dataclasses
 from .limits import Limits, LimitsError
 from .tensors import EngineSizes
 
-SELF_LENGTH_START = 16  # tokens first reserved for an answer; doubled when it outgrows them
+FP16_BYTES = 2
+MIN_SELF_LENGTH = 16  # tokens that a self-attention cache is first reserved for; it doubles whenever a sequence outgrows it
 
 
-def cache_length(tokens: int, smallest: int = 64) -> int:
-    """Length to reserve for `tokens`, in steps of 64 or of a quarter of the power of two below it: at most a quarter more than needed."""
-    step = max(smallest, 1 << max(tokens.bit_length() - 3, 0))
+def cache_length(tokens: int, min_step: int = 64) -> int:
+    """Length to reserve for `tokens` encoded tokens.
+
+    It is a multiple of a quarter of the largest power of two in `tokens`, or of `min_step` if that is more: caches of similar questions
+    then have the same length, and at most a quarter is unused.
+    """
+    step = max(min_step, 1 << max(tokens.bit_length() - 3, 0))
     return -(-tokens // step) * step
 
 
 def self_cache_length(tokens: int) -> int:
-    """Length to reserve for an answer of `tokens`: the next power of two."""
-    return max(SELF_LENGTH_START, 1 << (tokens - 1).bit_length())
+    """Length to reserve for `tokens` generated tokens: the next power of two, so that a growing cache is seldom copied."""
+    return max(MIN_SELF_LENGTH, 1 << (tokens - 1).bit_length())
+
+
+def cache_capacities(limits: Limits, passage_length: int) -> tuple[int, int]:
+    """Tokens that one slot must hold: (encoded, generated)."""
+    return cache_length(limits.max_passages * passage_length), self_cache_length(limits.max_new_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class KVBudget:
-    """Slots, and the bytes that the largest question the limits allow takes in one of them."""
+    """Slots, and the bytes of keys and values of the largest question that the limits allow."""
 
     slots: int
     bytes_per_question: int
@@ -34,14 +44,13 @@ class KVBudget:
 
 
 def plan(sizes: EngineSizes, limits: Limits, passage_length: int, bytes_per_element: int) -> KVBudget:
-    """Fit the slots into the budget.
+    """Choose the number of slots: as many as the limits ask for and `kv_cache_bytes` allows.
 
     Raises:
-        LimitsError: if not even one question fits.
+        LimitsError: if `kv_cache_bytes` does not allow even one slot.
     """
-    cross = cache_length(limits.max_passages * passage_length) * sizes.cross_kv_bytes_per_token(bytes_per_element)
-    own = self_cache_length(limits.max_new_tokens) * sizes.self_kv_bytes_per_token(bytes_per_element)
-    needed = cross + own
+    encoded, generated = cache_capacities(limits, passage_length)
+    needed = encoded * sizes.cross_kv_bytes_per_token(bytes_per_element) + generated * sizes.self_kv_bytes_per_token(bytes_per_element)
     if not limits.kv_cache_bytes:
         return KVBudget(limits.slots, needed)
     if limits.kv_cache_bytes < needed:
@@ -50,3 +59,41 @@ def plan(sizes: EngineSizes, limits: Limits, passage_length: int, bytes_per_elem
             f"{limits.max_new_tokens} new tokens, got {limits.kv_cache_bytes:,}; raise it, or lower max_passages or max_new_tokens"
         )
     return KVBudget(min(limits.slots, limits.kv_cache_bytes // needed), needed)
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuMemory:
+    """Bytes of device memory of a decoder, by purpose."""
+
+    weights: int
+    scratch: int
+    cross_kv: int
+    self_kv: int
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return self.weights + self.scratch + self.cross_kv + self.self_kv
+
+    def __str__(self) -> str:
+        purposes = ", ".join(f"{field.name} {getattr(self, field.name) / 1e6:,.0f} MB" for field in dataclasses.fields(self))
+        return f"{self.total / 1e6:,.0f} MB of GPU memory ({purposes})"
+
+
+def decoder_memory(sizes: EngineSizes, slots: int, capacities: tuple[int, int], weights: int, scratch: int) -> GpuMemory:
+    """Device memory of a decoder.
+
+    Args:
+        sizes: of the reader.
+        slots: sequences decoded together.
+        capacities: of `cache_capacities`.
+        weights: bytes of weights and engines.
+        scratch: bytes of activations.
+    """
+    encoded, generated = capacities
+    return GpuMemory(
+        weights,
+        scratch,
+        slots * encoded * sizes.cross_kv_bytes_per_token(FP16_BYTES),
+        slots * generated * sizes.self_kv_bytes_per_token(FP16_BYTES),
+    )

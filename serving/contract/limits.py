@@ -1,7 +1,7 @@
-"""What a request may ask for and what the server sets aside: every bound in one place.
+"""Bounds of a served reader: how large a request may be, and how much the server reserves.
 
-They are written into config.pbtxt as `parameters` when the repository is rendered and read back from there inside Triton, so that what
-is deployed can be read, and changed, where Triton's own settings are.
+The export writes them into config.pbtxt as `parameters`; the models read them back from there when Triton loads them. An operator finds and
+changes them where Triton's own settings are. This module does not enforce them: the pipeline and the engines do.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-
-# Names of the release before: still read, no longer written.
+# Names of the previous release: still read, no longer written.
 OLD_NAMES = {"max_in_hand": "max_in_flight"}
 
 
 class LimitsError(ValueError):
-    """A bound that is unknown, not a number, or contradicts another."""
+    """A bound that is not a whole number, contradicts another, or exceeds what the engines or the memory allow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,21 +23,21 @@ class Limits:
     """Bounds of one served reader.
 
     Attributes:
-        max_passages: passages a question may bring.
-        max_question_characters: longest question.
-        max_passage_characters: longest passage, and longest title. What exceeds the reader's passage_length in tokens is cut, not refused.
-        max_new_tokens: most tokens a request may ask for.
-        default_max_new_tokens: tokens generated at most where a request does not say.
-        slots: questions decoded together by one reader process; more wait.
-        kv_cache_bytes: memory for keys and values of one reader process at most; fewer slots are used where they would exceed it. 0 = as
-            the slots need.
-        max_in_flight: questions that a reader process has taken and not yet answered, running ones included; more are refused at once.
-        encoder_batch: passages in one encoder call on a GPU; at least max_passages are. On the CPU a call holds one question's.
-        encoder_instances: encoder processes on a GPU: the second prepares its call while the first one's runs.
-        reader_instances: reader processes, each with slots of its own: what they do in Python then goes on side by side.
-        encode_threads: questions tokenized and encoded at the same time.
-        intra_op_threads: threads of one engine call on the CPU; 0 = one a core.
-        log_text: 1 = write questions and answers into the request log; 0 = only sizes, times and outcomes.
+        max_passages: passages per question.
+        max_question_characters: characters of a question.
+        max_passage_characters: characters of a passage, and of a title. A passage with more tokens than the reader's passage_length is
+            truncated, not refused.
+        max_new_tokens: largest max_new_tokens that a request may ask for.
+        default_max_new_tokens: max_new_tokens of a request that does not set it.
+        slots: sequences that one reader process decodes together; further ones wait.
+        kv_cache_bytes: bytes of keys and values per reader process. If the slots need more, fewer slots are used. 0 = no bound.
+        max_in_flight: questions that a reader process has accepted and not yet answered, running ones included. It refuses further ones.
+        encoder_batch: passages per encoder call on a GPU; max_passages if that is larger. On the CPU a call holds one question.
+        encoder_instances: encoder processes on a GPU: one prepares its call while another's runs.
+        reader_instances: reader processes, each with its own slots: their Python code runs in parallel.
+        encode_threads: questions that are tokenized and encoded at the same time.
+        intra_op_threads: threads of one engine call on the CPU; 0 = one per core.
+        log_text: 1 = the request log holds questions and answers; 0 = only sizes, times and outcomes.
     """
 
     max_passages: int = 40
@@ -59,9 +58,9 @@ class Limits:
     def __post_init__(self) -> None:
         faults = []
         for field in dataclasses.fields(self):
-            least, value = 0 if field.default == 0 else 1, getattr(self, field.name)
-            if not isinstance(value, int) or value < least:
-                faults.append(f"{field.name}: wanted an integer of at least {least}, got {value!r}")
+            minimum, value = 0 if field.default == 0 else 1, getattr(self, field.name)
+            if not isinstance(value, int) or value < minimum:
+                faults.append(f"{field.name}: wanted an integer of at least {minimum}, got {value!r}")
         if not faults and self.default_max_new_tokens > self.max_new_tokens:
             faults.append(f"default_max_new_tokens: wanted at most max_new_tokens={self.max_new_tokens}, got {self.default_max_new_tokens}")
         if faults:
@@ -74,9 +73,13 @@ class Limits:
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Any]) -> Limits:
-        """Read from the `parameters` of a model's configuration, {name: {"string_value": text}}; absent ones keep their default."""
+        """Read the `parameters` of a model's configuration, {name: {"string_value": text}}; absent ones keep their default.
+
+        Raises:
+            LimitsError: if a value is not a whole number, or the bounds contradict each other.
+        """
         values = {}
-        for written in (*OLD_NAMES, *cls.names()):  # a new name beside its old one counts
+        for written in (*OLD_NAMES, *cls.names()):  # where both names are present, the new one counts
             if written in parameters:
                 text = parameters[written]["string_value"]
                 if not text.isdigit():
@@ -85,5 +88,5 @@ class Limits:
         return cls(**values)
 
     def to_parameters(self, names: tuple[str, ...] | None = None) -> dict[str, str]:
-        """The inverse of `from_parameters`, as name -> text, for the given names or all."""
+        """Name -> text of the bounds called `names`, or of all: the inverse of `from_parameters`."""
         return {name: str(getattr(self, name)) for name in names or self.names()}

@@ -1,26 +1,28 @@
-"""The manifest beside the engines: what the server must know of a checkpoint, and the hashes that tie the files together.
+"""manifest.json in the engines' directory: what serving must know of a checkpoint, and a hash of every file.
 
-Written by export/, read here and by nothing else, so that serving needs neither torch nor the checkpoint.
+In: the file that export/ wrote. Out: a `Manifest`, and the content of the other files once their hashes are checked. Serving needs neither
+torch nor the checkpoint. This module loads no engine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from .gemms import StackSizes
 from .tensors import EngineSizes
 
-FORMAT = 4  # raised when a reader of an older manifest would misunderstand this one
+FORMAT = 4  # raised whenever serving code of an earlier format would misunderstand a manifest
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 ENGINE_NAMES = ("encoder", "cross_kv", "decoder_step")
-SUFFIXES = {"onnxruntime": ".onnx", "onnxruntime-gpu": ".onnx", "tensorrt": ".plan"}  # of engine files, by what runs them
-
-
+SUFFIXES = {"onnxruntime": ".onnx", "onnxruntime-gpu": ".onnx", "tensorrt": ".plan"}  # of engine files, by backend
 REBUILD = "`make export ENGINE=tensorrt` builds it again"
 
 
@@ -29,7 +31,7 @@ class ManifestError(ValueError):
 
 
 class EngineError(RuntimeError):
-    """An engine that cannot be loaded or run here, or does not have the tensors of its manifest."""
+    """An engine that cannot be loaded or run here, or whose tensors are not those of its manifest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +39,9 @@ class Prompt:
     """How a question and a passage become encoder input.
 
     Attributes:
-        template: with the fields {question}, {title} and {context}; everything of it up to {title} is never truncated.
-        passage_length: tokens at most, the end token included.
-        append_eos: whether the end token closes every input.
+        template: text with the fields {question}, {title} and {context}; what precedes {title} is never truncated.
+        passage_length: largest number of tokens, the end token included.
+        append_eos: whether every input ends with the end token.
     """
 
     template: str
@@ -47,16 +49,28 @@ class Prompt:
     append_eos: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineBuild:
-    """What compiled engines were built with and for; they run nowhere else.
+class BuildTarget(NamedTuple):
+    """What a compiled engine depends on besides its graph: it runs only where all three are the same.
 
     Attributes:
-        gpu: its name, as "NVIDIA H200".
-        compute_capability: as "9.0".
-        version: of the compiler, as "8.6.0".
+        gpu: name of the GPU, for example "NVIDIA H200".
+        compute_capability: for example "9.0".
+        version: of TensorRT, for example "8.6.0".
+    """
+
+    gpu: str
+    compute_capability: str
+    version: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineBuild:
+    """How compiled engines were built.
+
+    Attributes:
+        gpu, compute_capability, version: as in BuildTarget.
         profiles: engine file -> its optimization profiles, each input name -> (min, opt, max) shapes.
-        seconds: engine file -> build time.
+        seconds: engine file -> build time in seconds.
     """
 
     gpu: str
@@ -65,23 +79,27 @@ class EngineBuild:
     profiles: dict[str, list[dict[str, tuple[tuple[int, ...], ...]]]]
     seconds: dict[str, float]
 
-    def require_here(self, what: str, gpu: str, compute_capability: str, version: str) -> None:
-        """Refuse engines of another GPU or another TensorRT, which would fail to load or, worse, run slowly.
+    def require_target(self, file: str, here: BuildTarget) -> None:
+        """Refuse an engine that was built for another GPU or TensorRT: it would fail to load or, worse, run slowly.
+
+        Args:
+            file: path of the engine, for the message.
+            here: the GPU and the TensorRT of this process.
 
         Raises:
             EngineError: naming every difference.
         """
-        here = {"gpu": gpu, "compute_capability": compute_capability, "version": version}
-        names = {"gpu": "GPU", "compute_capability": "compute capability", "version": "TensorRT"}
+        built = BuildTarget(self.gpu, self.compute_capability, self.version)
+        names = ("GPU", "compute capability", "TensorRT")
         faults = [
-            f"{names[key]}: built for {getattr(self, key)}, here {found}" for key, found in here.items() if getattr(self, key) != found
+            f"{name}: built for {wanted}, here {found}" for name, wanted, found in zip(names, built, here, strict=True) if wanted != found
         ]
         if faults:
-            raise EngineError(f"{what}: {'; '.join(faults)}; {REBUILD}")
+            raise EngineError(f"{file}: {'; '.join(faults)}; {REBUILD}")
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> EngineBuild:
-        """The inverse of dataclasses.asdict, through JSON."""
+        """The inverse of dataclasses.asdict, also after a round trip through JSON."""
         profiles = {
             file: [{name: tuple(tuple(shape) for shape in shapes) for name, shapes in profile.items()} for profile in listed]
             for file, listed in fields["profiles"].items()
@@ -95,13 +113,13 @@ class Manifest:
 
     Attributes:
         reader: "fid" or "fido".
-        engine: what runs the files: "onnxruntime" (CPU), "onnxruntime-gpu" or "tensorrt".
-        precision: of weights and activations: "float32", "float16" or "bfloat16". GPU engines take and give hidden states in float16.
-        files: name -> SHA-256 of every file that belongs to the engines.
-        weights_sha256: of the checkpoint's weights: engines of one checkpoint share it.
-        provenance: source, versions, opset; informative, not read by the server.
-        encoder, decoder: sizes of the stacks that are cut into gemms (gemms.py), as those of a GPU are; None for whole graphs.
-        build: of compiled engines, what they were built with and for: the server refuses them elsewhere.
+        engine: the backend that runs the engines: "onnxruntime" (CPU), "onnxruntime-gpu" or "tensorrt".
+        precision: dtype of weights and activations: "float32", "float16" or "bfloat16". Hidden states of GPU engines are float16 always.
+        files: name -> SHA-256 of every file of the reader.
+        weights_sha256: of the checkpoint's weights; engines of one checkpoint have the same.
+        provenance: source, versions, opset; for people, not read by serving.
+        encoder, decoder: sizes of a stack that consists of GEMMs (gemms.py); None if the stack is one graph.
+        build: how compiled engines were built; None if they were not compiled.
     """
 
     reader: str
@@ -121,15 +139,15 @@ class Manifest:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the engines run on a GPU, with the decoder step in gemms (gemms.py)."""
+        """Whether the engines run on a GPU."""
         return self.engine != "onnxruntime"
 
     def engine_file(self, name: str) -> str:
-        """File of the engine called `name`."""
+        """File name of the engine called `name`."""
         return name + SUFFIXES[self.engine]
 
     def to_json(self) -> str:
-        """The text of manifest.json; it holds a hash of itself."""
+        """The text of manifest.json; it contains a hash of its other fields."""
         fields = {"format": FORMAT, **dataclasses.asdict(self)}
         return json.dumps({**fields, "sha256": _sha256_of_fields(fields)}, indent=2) + "\n"
 
@@ -158,43 +176,103 @@ class Manifest:
             sizes = {**fields["sizes"], "cross_attention_layers": tuple(fields["sizes"]["cross_attention_layers"])}
             build = EngineBuild.from_dict(fields["build"]) if fields.get("build") else None
             stacks = {name: StackSizes(**fields[name]) for name in ("encoder", "decoder") if fields.get(name)}
-            made = {"sizes": EngineSizes(**sizes), "prompt": Prompt(**fields["prompt"]), "build": build}
-            return cls(**{**fields, **stacks, **made})
+            parsed = {"sizes": EngineSizes(**sizes), "prompt": Prompt(**fields["prompt"]), "build": build}
+            return cls(**{**fields, **stacks, **parsed})
         except (KeyError, TypeError) as error:
             raise ManifestError(f"{path}: other fields than wanted ({error}); `make export` makes it again") from error
 
-    def verify(self, directory: Path, names: tuple[str, ...]) -> None:
-        """Check that the files called `names` (or parts of them, as `encoder.onnx.data`) are there and unaltered.
+    def verify(self, directory: Path, names: Sequence[str]) -> None:
+        """Check that the files called `names` are there and unaltered, each with its external data (`encoder.onnx.data`) if it has some.
+
+        Code that loads a file afterwards uses `verified` or `read` instead: the file might change in between.
 
         Raises:
             ManifestError: naming every missing and every altered file.
         """
-        faults = []
-        for name in names:
-            if name not in self.files:
-                faults.append(f"{name}: not in {MANIFEST_FILE}")
-        for file, wanted in self.files.items():
-            if file not in names and not any(file == f"{name}.data" for name in names):
-                continue
-            if not (directory / file).is_file():
-                faults.append(f"{file}: missing")
-            elif (found := sha256_of_file(directory / file)) != wanted:
-                faults.append(f"{file}: SHA-256 wanted {wanted[:16]}..., got {found[:16]}...")
-        if faults:
-            raise ManifestError(
-                f"{directory}: engine files do not match {MANIFEST_FILE}; `make export` makes them again:\n  " + "\n  ".join(faults)
-            )
+        with self.verified(directory, names):
+            pass
+
+    @contextlib.contextmanager
+    def verified(self, directory: Path, names: Sequence[str]) -> Iterator[None]:
+        """Check files as `verify` does, for a block that lets a library open them by their paths.
+
+        The check covers what the library loads: the block is refused if a file was replaced or written to while it ran.
+
+        Raises:
+            ManifestError: naming every missing, altered or replaced file.
+        """
+        wanted = {*names, *(f"{name}.data" for name in names)}  # the weights of an ONNX graph above 2 GB are in .data
+        faults = [f"{name}: not in {MANIFEST_FILE}" for name in names if name not in self.files]
+        states = {}
+        for file in (file for file in self.files if file in wanted):
+            try:
+                with (directory / file).open("rb") as opened:
+                    states[file] = _state(os.fstat(opened.fileno()))
+                    faults += self._altered(file, _sha256(opened))
+            except OSError as error:
+                faults.append(_unreadable(file, error))
+        _raise_faults(directory, faults)
+        yield
+        for file, state in states.items():
+            try:
+                if _state((directory / file).stat()) != state:
+                    faults.append(f"{file}: replaced or written to while it was loaded")
+            except OSError as error:
+                faults.append(_unreadable(file, error))
+        _raise_faults(directory, faults)
+
+    def read(self, directory: Path, file: str) -> bytes:
+        """The content of a file, read once and checked.
+
+        Raises:
+            ManifestError: if the file is missing, altered or not in the manifest.
+        """
+        content = b""
+        if file not in self.files:
+            faults = [f"{file}: not in {MANIFEST_FILE}"]
+        else:
+            try:
+                content = (directory / file).read_bytes()
+                faults = self._altered(file, hashlib.sha256(content).hexdigest())
+            except OSError as error:
+                faults = [_unreadable(file, error)]
+        _raise_faults(directory, faults)
+        return content
+
+    def _altered(self, file: str, found: str) -> list[str]:
+        wanted = self.files[file]
+        return [] if found == wanted else [f"{file}: SHA-256 wanted {wanted[:16]}..., got {found[:16]}..."]
+
+
+def _unreadable(file: str, error: OSError) -> str:
+    return f"{file}: missing" if isinstance(error, FileNotFoundError) else f"{file}: cannot be read ({error.strerror})"
+
+
+def _raise_faults(directory: Path, faults: Sequence[str]) -> None:
+    if faults:
+        raise ManifestError(
+            f"{directory}: engine files do not match {MANIFEST_FILE}; `make export` makes them again:\n  " + "\n  ".join(faults)
+        )
+
+
+def _state(stat: os.stat_result) -> tuple[int, ...]:
+    """What changes when a path is given to another file, or when its file is written to."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _sha256_of_fields(fields: dict[str, Any]) -> str:
-    """Hash of a manifest's content, whatever its layout in the file."""
+    """Hash of a manifest's fields, independent of the layout of the file."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_of_file(path: Path) -> str:
     """Hex SHA-256 of a file's content."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        return _sha256(file)
+
+
+def _sha256(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()

@@ -1,6 +1,7 @@
-"""The one source of every tensor that crosses a boundary: between graphs, between Triton models, between server and client.
+"""Every tensor that crosses a boundary: between graphs, between Triton models, between server and client.
 
-Comes in: an engine's sizes. Goes out: `TensorSpec`s, from which ONNX axes, sample inputs, `config.pbtxt` entries and checks derive.
+In: the sizes of a reader's engines. Out: `TensorSpec`s, from which ONNX axes, optimization profiles, sample inputs, `config.pbtxt` entries
+and checks derive. The GEMMs of a GPU reader are in gemms.py.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-# NumPy has no bfloat16: the bits travel as integers
+# NumPy has no bfloat16: arrays hold its bits as uint16
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int32": np.int32, "bytes": np.object_}
 TRITON_DTYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int32": "TYPE_INT32", "bytes": "TYPE_STRING"}
 
@@ -21,9 +22,11 @@ class ShapeError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """One tensor at a boundary: a str axis is dynamic and named, an int axis is fixed.
+    """One tensor at a boundary.
 
-    `optional` is for Triton inputs that a request may leave out.
+    Attributes:
+        axes: a str axis is dynamic and has that name, an int axis has that length.
+        optional: a Triton input that a request may omit.
     """
 
     name: str
@@ -39,11 +42,15 @@ class TensorSpec:
         return {i: axis for i, axis in enumerate(self.axes) if isinstance(axis, str)}
 
     def shape(self, lengths: dict[str, int]) -> tuple[int, ...]:
-        """The shape once every dynamic axis has a length."""
+        """The shape for these lengths of the dynamic axes, name -> length."""
         return tuple(lengths[axis] if isinstance(axis, str) else axis for axis in self.axes)
 
     def check(self, array: np.ndarray) -> None:
-        """Raise ShapeError unless `array` has this dtype, rank and these fixed axes."""
+        """Check the dtype, the rank and the fixed axes of `array`.
+
+        Raises:
+            ShapeError: if one differs.
+        """
         wanted = NUMPY_DTYPES[self.dtype]
         fits = array.dtype == wanted and array.ndim == len(self.axes)
         fits = fits and all(isinstance(axis, str) or axis == length for axis, length in zip(self.axes, array.shape, strict=True))
@@ -51,7 +58,7 @@ class TensorSpec:
             raise ShapeError(f"wanted {self}, got {array.dtype}{list(array.shape)}")
 
     def triton(self, *, batched: bool) -> dict[str, Any]:
-        """The entry of config.pbtxt; `batched` leaves out the first axis, as Triton does where max_batch_size is positive."""
+        """The entry of config.pbtxt; `batched` omits the first axis, as Triton does if max_batch_size is positive."""
         axes = self.axes[1:] if batched else self.axes
         entry: dict[str, Any] = {
             "name": self.name,
@@ -71,14 +78,15 @@ class GraphTensors:
 
 @dataclasses.dataclass(frozen=True)
 class EngineSizes:
-    """What the shapes of a reader's engines depend on; travels in the manifest.
+    """The sizes that determine the shapes of a reader's engines; part of the manifest.
 
     Attributes:
         d_model_encoder: width of the hidden states.
         d_model_decoder: width of the decoder's residual stream.
-        cross_attention_layers: decoder layers that have cross-attention, 0-based over the whole decoder.
-        reads_encoder_positions: the checkpoint has a relative bias in cross-attention, so the step needs each key's place in the
-            padded sequence.
+        cross_attention_layers: decoder layers that have cross-attention, 0-based over the whole decoder: with 12 layers, a FiDO reader
+            with cross-attention in every 6th has (5, 11).
+        reads_encoder_positions: the checkpoint has a relative bias in cross-attention; the step therefore needs the position of each key
+            in the padded sequence.
     """
 
     d_model_encoder: int
@@ -92,16 +100,16 @@ class EngineSizes:
     reads_encoder_positions: bool = False
 
     def cross_kv_bytes_per_token(self, bytes_per_element: int) -> int:
-        """Bytes of keys and values that one encoded token costs, over all cross-attending layers."""
+        """Bytes of the keys and values of one encoded token, over all layers with cross-attention."""
         return 2 * len(self.cross_attention_layers) * self.num_kv_heads * self.d_kv * bytes_per_element
 
     def self_kv_bytes_per_token(self, bytes_per_element: int) -> int:
-        """Bytes of keys and values that one generated token costs, over all decoder layers."""
+        """Bytes of the keys and values of one generated token, over all decoder layers."""
         return 2 * self.num_decoder_layers * self.num_kv_heads * self.d_kv * bytes_per_element
 
 
 def encoder_tensors(sizes: EngineSizes, dtype: str = "float32") -> GraphTensors:
-    """The encoder graph: a passage is a row, so that passages of several questions fill one batch."""
+    """Tensors of the encoder graph. A row is a passage: passages of several questions share a batch."""
     rows = ("passages", "passage_length")
     return GraphTensors(
         (TensorSpec("input_ids", "int32", rows), TensorSpec("attention_mask", "int32", rows)),
@@ -110,7 +118,10 @@ def encoder_tensors(sizes: EngineSizes, dtype: str = "float32") -> GraphTensors:
 
 
 def cross_kv_tensors(sizes: EngineSizes, dtype: str = "float32") -> GraphTensors:
-    """The cross_kv graph, run once a question: its valid hidden states, packed, to keys and values of the cross-attending layers."""
+    """Tensors of the cross_kv graph, which runs once per question.
+
+    It takes the question's valid hidden states, packed, and gives keys and values of the layers with cross-attention.
+    """
     shape = (sizes.num_kv_heads, "encoder_sequence_length", sizes.d_kv)
     return GraphTensors(
         (TensorSpec("encoder_hidden_states", dtype, ("encoder_sequence_length", sizes.d_model_encoder)),),
@@ -119,12 +130,12 @@ def cross_kv_tensors(sizes: EngineSizes, dtype: str = "float32") -> GraphTensors
 
 
 def decoder_step_tensors(sizes: EngineSizes, dtype: str = "float32") -> GraphTensors:
-    """The decoder_step graph: one token for a batch of running answers.
+    """Tensors of the decoder_step graph, which decodes one token for a batch of sequences.
 
-    `positions` holds how many tokens each row has in its self-attention cache, `encoder_lengths` how many of its cross-attention keys
-    are valid; what lies beyond in the caches is not looked at. `eos_penalty` is added to the end token's logit: 0, or a large negative
-    number where the answer must go on. `present.*` are the rows to append to the cache at `positions`. `cross_attention` is the weight
-    that each encoded token got, summed over heads and averaged over the cross-attending layers: at position 0, what the answer rests on.
+    `positions`: tokens in each sequence's self-attention cache. `encoder_lengths`: valid keys in its cross-attention cache. The graph
+    ignores what the caches hold beyond them. `eos_penalty` is added to the end token's logit: 0, or a large negative number while the
+    sequence may not end. `present.*`: the rows to write into the cache at `positions`. `cross_attention`: the attention weight of each
+    encoded token, summed over heads and averaged over the layers with cross-attention; at position 0 it scores the passages.
     """
     past = ("batch", sizes.num_kv_heads, "past_length", sizes.d_kv)
     encoder = ("batch", sizes.num_kv_heads, "encoder_sequence_length", sizes.d_kv)
@@ -152,7 +163,7 @@ def decoder_step_tensors(sizes: EngineSizes, dtype: str = "float32") -> GraphTen
     )
 
 
-# What a client of `fid` and `fido` sends and gets; fid_stream and fido_stream take the same.
+# Request and response of the models fid, fido, fid_stream and fido_stream.
 READER_TENSORS = GraphTensors(
     (
         TensorSpec("question", "bytes", (1,)),

@@ -1,45 +1,59 @@
-"""What serving asks of the engines that run a reader, whatever they run on.
+"""The interfaces of the engines that run a reader, and which of their errors end the process.
 
-`load.py` makes them by the manifest: `cpu.py` on ONNX Runtime, `gpu/` on TensorRT or ONNX Runtime's CUDA provider.
+`load.py` makes the engines that the manifest asks for: `cpu.py` runs on ONNX Runtime, `gpu/` on TensorRT or ONNX Runtime's CUDA provider.
+The pipeline and the Triton models use these interfaces only.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 
+def is_fatal(error: BaseException) -> bool:
+    """Whether the process that got `error` from an engine or a packer must end.
+
+    A CUDA error such as an illegal address is sticky: every later CUDA call of the process fails, and only a new process can go on. False
+    for every other error, and always if no reader runs on a GPU. May be called from any thread.
+    """
+    device = sys.modules.get("serving.engines.gpu.device")  # not imported on a CPU: then nothing can be sticky
+    return device is not None and bool(device.is_sticky(error))
+
+
 class Encoder(Protocol):
-    """Passages of several questions in, hidden states out."""
+    """Encodes passages, of several questions in one call."""
 
     def encode(self, batch: list[tuple[np.ndarray, np.ndarray]]) -> list[Any]:
-        """Hidden states of each question.
+        """Compute the hidden states of each question.
 
         Args:
-            batch: (input_ids, attention_mask) of each question, both int32[n_passages, passage_length].
+            batch: (input_ids, attention_mask) of each question, both int32[n_passages, passage_length]; a mask is 1 for valid tokens,
+                which come first in their row.
 
         Returns:
-            float[n_passages, passage_length, d_model] of each question: float32 on the host, or float16 on the GPU.
+            float[n_passages, passage_length, d_model] of each question, zero where the mask is: float32 in host memory, or float16 on the
+            GPU.
         """
         ...
 
 
 class Packer(Protocol):
-    """What happens to hidden states beside the encoder's call. Safe to share between threads."""
+    """Removes the padding from hidden states. Safe to share between threads."""
 
     def pack(self, states: Any, mask: np.ndarray) -> Any:
         """float[n_passages, passage_length, d_model] and int32[n_passages, passage_length] -> float[valid tokens, d_model]."""
         ...
 
     def concatenate(self, chunks: Sequence[Any]) -> Any:
-        """Packed chunks of one question, in order -> float[encoder_sequence_length, d_model]."""
+        """The packed chunks of one question, in order -> float[encoder_sequence_length, d_model]."""
         ...
 
 
 class Decoder(Protocol):
-    """One token a step for the sequences in slots 0 to batch-1. Called from one thread.
+    """Decodes one token per step for the sequences in slots 0 to batch-1, and owns their caches. Called from one thread.
 
     Attributes:
         slots: sequences that can be decoded together.
@@ -51,25 +65,31 @@ class Decoder(Protocol):
         """Compute a question's cross-attention keys and values into a slot.
 
         Args:
-            slot: free, at most `running`.
-            running: slots in use, whose caches are kept.
+            slot: a free one, at most `running`.
+            running: slots in use, whose caches are kept. `slot` may be one of them if its sequence has ended.
             hidden: float[encoder_sequence_length, d_model] from the reader's packer.
-            encoder_positions: int32[encoder_sequence_length].
+            encoder_positions: int32[encoder_sequence_length], the position of each token in the padded sequence.
+
+        Raises:
+            EngineError: if the question does not fit into a slot.
         """
 
     def move(self, source: int, target: int) -> None:
-        """Give the sequence in slot `source` the slot `target`."""
+        """Move the sequence in slot `source` to the slot `target`, whose sequence has ended."""
 
     def step(self, tokens: np.ndarray, positions: np.ndarray, eos_penalty: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Decode one token for slots 0 to batch-1.
 
         Args:
-            tokens: int32[batch], the last token of each sequence.
-            positions: int32[batch], how many tokens each has generated.
+            tokens: int32[batch], the last token of each sequence; the start token at position 0.
+            positions: int32[batch], how many tokens each sequence has in its self-attention cache.
             eos_penalty: float32[batch], added to the end token's logit.
 
         Returns:
-            int32[batch] next tokens, float32[batch] their log-probabilities, and float32[batch, encoder_sequence_length] the
-            cross-attention of each encoded token (of sequences at position 0; what the others hold is not defined).
+            int32[batch] next tokens, float32[batch] their log-probabilities, and float32[batch, at least each encoder_sequence_length]
+            the cross-attention of each encoded token: defined for sequences at position 0, arbitrary for the others.
+
+        Raises:
+            EngineError: if a slot cannot hold another token.
         """
         ...

@@ -1,6 +1,7 @@
-"""Engines on ONNX Runtime's CPU provider: sessions over verified files, the encoder, and the decoder with its key/value slots.
+"""A reader on the CPU, by ONNX Runtime: the encoder, and the decoder with its key/value caches.
 
-The decoder is what the decode loop drives (`DecoderEngine` in scheduler.py): it owns the caches, the loop owns the order of things.
+In: the graphs encoder.onnx, cross_kv.onnx and decoder_step.onnx. Out: an `Encoder` and a `Decoder` (base.py). The order in which sequences
+enter and leave the slots is the scheduler's.
 """
 
 from __future__ import annotations
@@ -10,30 +11,37 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from serving.contract.kv_memory import SELF_LENGTH_START, cache_length, self_cache_length
-from serving.contract.manifest import EngineError, Manifest
+from serving.contract.kv_memory import MIN_SELF_LENGTH, cache_length, self_cache_length
+from serving.contract.manifest import EngineError, Manifest, ManifestError
 from serving.contract.tensors import GraphTensors, cross_kv_tensors, decoder_step_tensors, encoder_tensors
 
-# A call with more tokens than this gains nothing more from batching on a CPU, but its activations outgrow the caches.
+# Larger calls are not faster on a CPU: their activations no longer fit into its caches.
 MAX_TOKENS_PER_CALL = 4096
-# Rows of at least this share of a call's longest row are computed with it; shorter ones go to a call of their own.
-LENGTH_SHARE = 0.8
+# Rows of at least this fraction of a call's longest row join the call; shorter ones go into another call, to compute little padding.
+MIN_LENGTH_FRACTION = 0.8
 
 
 class OnnxSession:
-    """One graph, loaded after its file was checked against the manifest."""
+    """One graph on ONNX Runtime's CPU provider.
+
+    Raises:
+        ManifestError: if its file is not the manifest's.
+        EngineError: if ONNX Runtime cannot load it, or its tensors are not `tensors`.
+    """
 
     def __init__(self, directory: Path, manifest: Manifest, name: str, tensors: GraphTensors, threads: int):
         file = f"{name}.onnx"
-        manifest.verify(directory, (file,))
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        # several processes share the cores: a thread that spins while it waits takes them from another engine
+        # several processes share the cores: a thread that spins while it waits slows another engine
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:
-            self._session = ort.InferenceSession(str(directory / file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions share no base class
+            with manifest.verified(directory, (file,)):
+                self._session = ort.InferenceSession(str(directory / file), options, providers=["CPUExecutionProvider"])
+        except ManifestError:
+            raise
+        except Exception as error:  # onnxruntime's exceptions have no common base class
             raise EngineError(f"{directory / file}: ONNX Runtime cannot load it: {error}") from error
         found = [i.name for i in self._session.get_inputs()], [o.name for o in self._session.get_outputs()]
         wanted = [t.name for t in tensors.inputs], [t.name for t in tensors.outputs]
@@ -41,26 +49,19 @@ class OnnxSession:
             raise EngineError(f"{directory / file}: wanted tensors {wanted}, got {found}; `make export` makes it again")
 
     def run(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """All outputs in the order of the tensor specs; contiguous inputs are not copied."""
+        """All outputs, in the order of the tensor specs. Contiguous inputs are not copied."""
         return self._session.run(None, inputs)
 
 
 class OnnxEncoder:
-    """The encoder: passages of any lengths in, hidden states out, no time spent on padding beyond a fifth."""
+    """Encodes passages of any lengths; at most a fifth of a row that it computes is padding."""
 
     def __init__(self, directory: Path, manifest: Manifest, threads: int = 0):
         self.d_model = manifest.sizes.d_model_encoder
         self._session = OnnxSession(directory, manifest, "encoder", encoder_tensors(manifest.sizes), threads)
 
     def encode(self, batch: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
-        """Encode the passages of several questions at once.
-
-        Args:
-            batch: (input_ids, attention_mask) a question, each int32[n_passages, passage_length]; valid tokens come first in a row.
-
-        Returns:
-            float32[n_passages, passage_length, d_model] a question; zero where the mask is.
-        """
+        """Encode the passages of several questions at once; arguments and results as Encoder.encode, in float32."""
         outputs = [np.zeros((*ids.shape, self.d_model), np.float32) for ids, _ in batch]
         rows = [(int(length), q, r) for q, (_, mask) in enumerate(batch) for r, length in enumerate(mask.sum(1))]
         for group in grouped_by_length(rows):
@@ -76,15 +77,15 @@ class OnnxEncoder:
 
 
 def grouped_by_length(
-    rows: list[tuple[int, int, int]], max_tokens_per_call: int = MAX_TOKENS_PER_CALL, most_rows: int | None = None
+    rows: list[tuple[int, int, int]], max_tokens_per_call: int = MAX_TOKENS_PER_CALL, max_rows: int | None = None
 ) -> list[list[tuple[int, int, int]]]:
-    """Split (length, question, row) triples into calls, longest first, so that little padding is computed. Empty rows are left out."""
-    most_rows = most_rows or len(rows)
+    """Group (length, question, row) triples into calls of similar lengths, the longest first. Empty rows are omitted."""
+    max_rows = max_rows or len(rows)
     groups: list[list[tuple[int, int, int]]] = []
     for row in sorted((row for row in rows if row[0]), reverse=True):
         group = groups[-1] if groups else []
-        room = len(group) < most_rows and (len(group) + 1) * (group[0][0] if group else 0) <= max_tokens_per_call
-        if group and row[0] >= LENGTH_SHARE * group[0][0] and room:
+        room = len(group) < max_rows and (len(group) + 1) * (group[0][0] if group else 0) <= max_tokens_per_call
+        if group and row[0] >= MIN_LENGTH_FRACTION * group[0][0] and room:
             group.append(row)
         else:
             groups.append([row])
@@ -92,10 +93,10 @@ def grouped_by_length(
 
 
 class OnnxDecoder:
-    """cross_kv and decoder_step with their caches: running answers occupy slots 0 to count-1, one row of every cache each.
+    """cross_kv and decoder_step with their caches. The running sequences are in slots 0 to count-1, each a row of every cache.
 
-    A step must see its rows as one contiguous block, so slots are kept without gaps (`move`), and the caches are as long as the longest
-    running question needs: a longer one lets them grow, and they shrink when it has left and at most half is still needed.
+    A step takes its rows as one contiguous block; the scheduler therefore leaves no gaps between slots (`move`). The caches are as long as
+    the longest running question needs: they grow for a longer one, and shrink once half of them or more is unused.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, slots: int, threads: int = 0):
@@ -107,33 +108,26 @@ class OnnxDecoder:
         self._self_names = [f"past_key_values.{i}.decoder.{part}" for i in range(sizes.num_decoder_layers) for part in parts]
         self._cross_names = [f"past_key_values.{i}.encoder.{part}" for i in sizes.cross_attention_layers for part in parts]
         self._encoder_lengths = np.zeros(slots, np.int32)
-        self._self = self._empty(len(self._self_names), SELF_LENGTH_START)
+        self._self = self._empty(len(self._self_names), MIN_SELF_LENGTH)
         self._cross = self._empty(len(self._cross_names), cache_length(1))
         self._encoder_positions = np.zeros((slots, cache_length(1)), np.int32)
 
     def _empty(self, tensors: int, length: int) -> list[np.ndarray]:
-        # zeros, not np.empty: what is masked still meets a weight of 0, and 0 * NaN is NaN
+        # zeros, not np.empty: masked keys have the weight 0, but 0 * NaN is NaN
         return [np.zeros((self.slots, self.sizes.num_kv_heads, length, self.sizes.d_kv), np.float32) for _ in range(tensors)]
 
     def _resize(self, caches: list[np.ndarray], length: int, rows: int) -> None:
         kept = min(length, caches[0].shape[2])
-        for i, old in enumerate(caches):  # one after the other: at no time are all of them there twice
+        for i, old in enumerate(caches):  # one after the other, so that only one of them exists twice at a time
             (caches[i],) = self._empty(1, length)
             caches[i][:rows, :, :kept] = old[:rows, :, :kept]
 
     def reserved_bytes(self) -> int:
-        """Bytes that the caches take now."""
+        """Bytes of the caches at present."""
         return sum(cache.nbytes for cache in (*self._self, *self._cross))
 
     def admit(self, slot: int, running: int, hidden: np.ndarray, encoder_positions: np.ndarray) -> None:
-        """Compute a question's cross-attention keys and values into a slot.
-
-        Args:
-            slot: free, at most `running`.
-            running: rows in use, whose caches are kept; `slot` may lie among them if its answer has ended.
-            hidden: float32[encoder_sequence_length, d_model], the valid hidden states of all passages, packed.
-            encoder_positions: int32[encoder_sequence_length].
-        """
+        """Compute a question's cross-attention keys and values into a slot; arguments as Decoder.admit, hidden in float32."""
         length = len(hidden)
         self._encoder_lengths[slot] = length
         rows = max(running, slot + 1)
@@ -146,33 +140,26 @@ class OnnxDecoder:
             positions[:rows, :kept] = self._encoder_positions[:rows, :kept]
             self._encoder_positions = positions
         present = self._cross_kv.run({"encoder_hidden_states": hidden})
-        for cache, rows_of_slot in zip(self._cross, present, strict=True):
-            cache[slot, :, :length] = rows_of_slot
+        for cache, tokens in zip(self._cross, present, strict=True):
+            cache[slot, :, :length] = tokens
         self._encoder_positions[slot, :length] = encoder_positions
 
     def move(self, source: int, target: int) -> None:
-        """Give the answer in slot `source` the slot `target`."""
+        """Copy the caches of slot `source` to slot `target`."""
         self._encoder_lengths[target] = self._encoder_lengths[source]
         self._encoder_positions[target] = self._encoder_positions[source]
         for cache in (*self._self, *self._cross):
             cache[target] = cache[source]
 
     def step(self, tokens: np.ndarray, positions: np.ndarray, eos_penalty: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One token for slots 0 to len(tokens)-1.
+        """Decode one token for slots 0 to len(tokens)-1; arguments and results as Decoder.step.
 
-        Args:
-            tokens: int32[batch], the last token of each answer (at position 0: the start token).
-            positions: int32[batch], tokens already in the self-attention cache.
-            eos_penalty: float32[batch], added to the end token's logit.
-
-        Returns:
-            int32[batch] next tokens, float32[batch] their log-probabilities, and float32[batch, at least each encoder_sequence_length]
-            the cross-attention that each encoded token got.
+        The cross-attention is defined for sequences at any position.
         """
         batch = len(tokens)
         needed = int(positions.max()) + 1
         held = self._self[0].shape[2]
-        if needed > held or (held > SELF_LENGTH_START and needed * 4 <= held):
+        if needed > held or (held > MIN_SELF_LENGTH and needed * 4 <= held):
             self._resize(self._self, self_cache_length(needed), batch)
         inputs = {
             "decoder_input_ids": tokens,

@@ -1,25 +1,35 @@
-"""Which engine runs a reader: the manifest says, and what that needs is imported here and only then."""
+"""Loads the engines of a reader: on the CPU or a GPU, as its manifest says.
+
+In: the engines' directory, its manifest, the limits. Out: an Encoder, a Packer, a Decoder. CuPy and TensorRT are imported only for a reader
+that uses them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from serving.contract.gpu_profiles import cache_capacities
-from serving.contract.kv_memory import KVBudget, plan
+from serving.contract.kv_memory import KVBudget, cache_capacities, plan
 from serving.contract.limits import Limits
 from serving.contract.manifest import EngineError, Manifest, ManifestError
+from serving.contract.profiles import require_covered
 from serving.contract.tensors import GraphTensors
 
 from .base import Decoder, Encoder, Packer
 from .cpu import OnnxDecoder, OnnxEncoder
 from .packing import HostPacker
 
-BYTES_PER_ELEMENT = {"onnxruntime": 4, "onnxruntime-gpu": 2, "tensorrt": 2}  # of a cached key
+BYTES_PER_ELEMENT = {"onnxruntime": 4, "onnxruntime-gpu": 2, "tensorrt": 2}  # of a cached key or value
 
 
 def kv_budget(manifest: Manifest, limits: Limits) -> KVBudget:
-    """Slots and bytes a question for this reader on this engine."""
+    """The reader's slots, and its bytes of keys and values per question.
+
+    Raises:
+        LimitsError: if kv_cache_bytes does not allow one slot.
+        ManifestError: if the backend is unknown.
+    """
     return plan(manifest.sizes, limits, manifest.prompt.passage_length, bytes_per_element(manifest))
 
 
@@ -27,7 +37,7 @@ def bytes_per_element(manifest: Manifest) -> int:
     """Bytes of one number in the caches.
 
     Raises:
-        ManifestError: if the engine is none that is known here.
+        ManifestError: if the backend is unknown.
     """
     if manifest.engine not in BYTES_PER_ELEMENT:
         raise ManifestError(f"engine: wanted one of {', '.join(BYTES_PER_ELEMENT)}, got {manifest.engine!r}; `make export` makes it again")
@@ -35,17 +45,27 @@ def bytes_per_element(manifest: Manifest) -> int:
 
 
 def load_encoder(directory: Path, manifest: Manifest, limits: Limits, device: int = 0) -> Encoder:
-    """The encoder of a reader; on a GPU on the current device of this thread, which becomes `device`."""
+    """Load the encoder. On a GPU, `device` becomes this thread's current device.
+
+    Raises:
+        ManifestError: if a file is missing or altered.
+        EngineError: if an engine cannot run here.
+        LimitsError: if the limits exceed what the engines were built for.
+    """
     if not manifest.on_gpu:
         return OnnxEncoder(directory, manifest, limits.intra_op_threads)
-    load = _gpu_loader(directory, manifest, device)
-    from serving.engines.gpu.encoder import GpuEncoder
+    load = gpu_loader(directory, manifest, limits, device)
+    from .gpu.encoder import GpuEncoder
 
     return GpuEncoder(directory, manifest, load, limits)
 
 
 def load_packer(directory: Path, manifest: Manifest, device: int = 0) -> Packer:
-    """What packs this reader's hidden states; on a GPU on `device`, which becomes this thread's current one."""
+    """Load what packs the encoder's hidden states. On a GPU, `device` becomes this thread's current device.
+
+    Raises:
+        EngineError: if the GPU cannot be used.
+    """
     if not manifest.on_gpu:
         return HostPacker()
     _use_device(directory, device)
@@ -55,19 +75,27 @@ def load_packer(directory: Path, manifest: Manifest, device: int = 0) -> Packer:
 
 
 def load_decoder(directory: Path, manifest: Manifest, limits: Limits, device: int = 0) -> Decoder:
-    """The decoder of a reader with as many slots as the budget affords."""
+    """Load the decoder, with as many slots as the limits and the memory budget allow. On a GPU as `load_encoder`.
+
+    Raises:
+        ManifestError, EngineError, LimitsError: as `load_encoder`, and LimitsError if kv_cache_bytes does not allow one slot.
+    """
     slots = kv_budget(manifest, limits).slots
     if not manifest.on_gpu:
         return OnnxDecoder(directory, manifest, slots, limits.intra_op_threads)
-    load = _gpu_loader(directory, manifest, device)
-    from serving.engines.gpu.decoder import GpuDecoder
+    load = gpu_loader(directory, manifest, dataclasses.replace(limits, slots=slots), device)
+    from .gpu.decoder import GpuDecoder
 
     return GpuDecoder(directory, manifest, load, slots, cache_capacities(limits, manifest.prompt.passage_length))
 
 
-def _gpu_loader(directory: Path, manifest: Manifest, device: int) -> Any:
-    """Makes the engine of a name, after the device was made this thread's."""
-    bytes_per_element(manifest)  # refuses an engine that nobody knows
+def gpu_loader(directory: Path, manifest: Manifest, limits: Limits, device: int) -> Any:
+    """A `LoadEngine` (gpu/engine.py) for the manifest's backend. `device` becomes this thread's current device.
+
+    Raises:
+        EngineError: if the GPU or the backend cannot be used.
+    """
+    bytes_per_element(manifest)  # refuses an unknown backend
     _use_device(directory, device)
     try:
         if manifest.engine == "tensorrt":
@@ -78,6 +106,10 @@ def _gpu_loader(directory: Path, manifest: Manifest, device: int) -> Any:
         raise EngineError(f"{directory}: made for {manifest.engine}, which is not installed ({error}); see requirements-gpu.txt") from error
 
     def load(name: str, tensors: GraphTensors, scratch: Any) -> Any:
+        if manifest.build is not None:
+            file = manifest.engine_file(name)
+            profiles = manifest.build.profiles[file]
+            require_covered(str(directory / file), name, tensors, profiles, limits, manifest.prompt.passage_length)
         if manifest.engine == "tensorrt":
             return TensorRTEngine(directory, manifest, name, tensors, scratch)
         return OnnxGpuEngine(directory, manifest, name, tensors, device)
@@ -86,13 +118,9 @@ def _gpu_loader(directory: Path, manifest: Manifest, device: int) -> Any:
 
 
 def _use_device(directory: Path, device: int) -> None:
-    try:
-        import cupy as cp
+    from .gpu.device import use_device
 
-        cp.cuda.Device(device).use()
-    except ImportError as error:
-        raise EngineError(
-            f"{directory}: engines for the GPU need CuPy, which is not installed ({error}); see requirements-gpu.txt"
-        ) from error
-    except cp.cuda.runtime.CUDARuntimeError as error:
-        raise EngineError(f"{directory}: engines for the GPU, but CUDA device {device} cannot be used ({error})") from error
+    try:
+        use_device(device)
+    except EngineError as error:
+        raise EngineError(f"{directory}: {error}") from error

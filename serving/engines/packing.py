@@ -1,6 +1,6 @@
-"""What happens to hidden states beside the encoder's call: padding is dropped, chunks of a question become one.
+"""Removes padding from hidden states in host memory, and joins the chunks of a question.
 
-A packer belongs to the encoder's side of the chain: it runs on the threads that call the encoder, never on the scheduler's.
+Runs on the threads that call the encoder, never on the scheduler's. gpu/packing.py does the same on a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class HostPacker:
 
     @staticmethod
     def pack(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """The valid hidden states of some passages, one after the other: padding is then neither stored nor attended to.
+        """Pack the valid hidden states of some passages; padding is then neither stored nor attended to.
 
         Args:
             states: float32[n_passages, passage_length, d_model].
@@ -28,5 +28,5 @@ class HostPacker:
 
     @staticmethod
     def concatenate(chunks: Sequence[np.ndarray]) -> np.ndarray:
-        """Packed chunks of one question, in order -> float32[encoder_sequence_length, d_model]."""
+        """The packed chunks of one question, in order -> float32[encoder_sequence_length, d_model]."""
         return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)

@@ -7,8 +7,8 @@ import pytest
 
 cp = pytest.importorskip("cupy")
 
+from serving.contract.call_sizes import attention_tiles  # noqa: E402
 from serving.contract.gemms import StackSizes  # noqa: E402
-from serving.contract.gpu_profiles import attention_tiles  # noqa: E402
 from serving.engines.gpu.kernels import EncoderAttention, RowKernels  # noqa: E402
 from tests.serving.engines.numpy_rows import activate, attend_within_passages, norm  # noqa: E402
 
@@ -42,7 +42,7 @@ def test_attention_stays_within_each_passage(stack: StackSizes) -> None:
     bias = rng.standard_normal((2 * max_relative_distance + 1, stack.num_heads)).astype(np.float32)
     out = cp.full((rows, width), cp.nan, cp.float16)
     tiles = cp.asarray(attention_tiles(np.array(LENGTHS)))
-    EncoderAttention(stack, max_relative_distance)(cp.asarray(made), tiles, max(LENGTHS), cp.asarray(bias), out)
+    EncoderAttention(stack, max_relative_distance, max(LENGTHS))(cp.asarray(made), tiles, max(LENGTHS), cp.asarray(bias), out)
     wanted = attend_within_passages(made[:rows].astype(np.float64), LENGTHS, bias, stack)
     assert np.abs(out.get() - wanted).max() < 4e-3 * np.abs(wanted).max()
 
@@ -54,7 +54,7 @@ def test_large_scores_do_not_overflow() -> None:
     bias = rng.standard_normal((257, 12)).astype(np.float32) * 30
     out = cp.full((300, 768), cp.nan, cp.float16)
     tiles = cp.asarray(attention_tiles(np.array([100, 200])))
-    EncoderAttention(stack, 128)(cp.asarray(made), tiles, 200, cp.asarray(bias), out)
+    EncoderAttention(stack, 128, 200)(cp.asarray(made), tiles, 200, cp.asarray(bias), out)
     wanted = attend_within_passages(made.astype(np.float64), [100, 200], bias, stack)
     assert np.abs(out.get() - wanted).max() < 4e-3 * np.abs(wanted).max()
 

@@ -15,7 +15,7 @@ from export.tensorrt.compiler import graphs_of  # noqa: E402
 from serving.engines.cpu import OnnxDecoder  # noqa: E402
 from serving.engines.gpu.encoder import GpuEncoder  # noqa: E402
 from serving.engines.gpu.engine import Scratch  # noqa: E402
-from serving.engines.load import _gpu_loader, load_decoder, load_encoder, load_packer  # noqa: E402
+from serving.engines.load import gpu_loader, load_decoder, load_encoder, load_packer  # noqa: E402
 from serving.pipeline.scheduler import DecodeSequence, Scheduler  # noqa: E402
 from tests.gpu.conftest import GpuReader  # noqa: E402
 
@@ -34,7 +34,7 @@ def test_every_engine_equals_its_graph(gpu_reader: GpuReader, record_property) -
     """The same half-precision graph by TensorRT and by ONNX Runtime's CPU provider."""
     rng = np.random.default_rng(0)
     manifest = gpu_reader.manifest
-    load = _gpu_loader(gpu_reader.engines, manifest, 0)
+    load = gpu_loader(gpu_reader.engines, manifest, gpu_reader.limits, 0)
     lengths = {"encoder_sequence_length": 300, "tokens": 300, "batch": gpu_reader.limits.slots}
     for name, tensors in graphs_of(manifest).items():
         given = {}

@@ -1,1 +1,1 @@
-"""A reader on a GPU: GEMM engines of TensorRT or ONNX Runtime with our kernels between them, replayed as CUDA graphs."""
+"""A reader on a GPU: its GEMMs by TensorRT or ONNX Runtime, CUDA kernels between them, replayed as CUDA graphs."""

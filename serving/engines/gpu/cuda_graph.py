@@ -1,10 +1,12 @@
-"""CUDA graphs with programmatic dependent launch: our kernels start while the kernel before them still runs.
+"""CUDA graphs with programmatic dependent launch: a kernel starts while the kernel before it still runs.
 
-Between two kernels the GPU idles for about a microsecond: the second is launched once the first has ended and its writes are visible.
-From compute capability 9.0 on, a kernel may start as soon as all blocks of its predecessor have started. It loads what does not depend on
-the predecessor and then waits for its end (`grid_dependency_wait` in cuda/vectors.cuh). This is a property of the graph's edge between the
-two. A capture sets it only for pairs that were launched that way, and an engine's kernels are not. So the edges are changed after the
-capture, before the graph is instantiated.
+In: a function that enqueues work on a stream. Out: that work as one launch.
+
+Between two kernels the GPU idles for about a microsecond: it launches the second once the first has ended and its writes are visible. From
+compute capability 9.0 on, the second kernel may start as soon as all blocks of the first have started. It then loads data that does not
+depend on the first, and waits for the end of the first (`grid_dependency_wait` in cuda/vectors.cuh). Whether a kernel may start early is a
+property of the graph's edge to it. A capture sets the property only if the kernel was launched with an attribute for it, and neither CuPy
+nor the engines launch kernels so. This module therefore changes the edges after the capture, before it instantiates the graph.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 
 import cupy as cp
 
-# Kernels of cuda/ that await the one before. Every one that does not begin a step does.
+# The kernels of cuda/ that call grid_dependency_wait: all but `embed`, which begins a graph, and the encoder's `attention`.
 DEPENDENT_KERNELS = frozenset(
     (
         "add_and_norm",
@@ -30,15 +32,15 @@ DEPENDENT_KERNELS = frozenset(
         "combine_argmax",
     )
 )
-PDL_CAPABILITY = 90  # 10 * compute capability from which on kernels can wait for the one before
-PDL_DRIVER = 12_030  # the driver's CUDA version from which on edges have properties
-ANY_THREAD_MAY_CALL = 2  # cudaStreamCaptureModeRelaxed: other threads load and pack meanwhile
-# Of CUDA's driver interface: CUgraphNodeType, CUgraphDependencyType, and the port of a kernel's node that opens when all its blocks run.
+PDL_CAPABILITY = 90  # 10 * the first compute capability with programmatic dependent launch
+PDL_DRIVER = 12_030  # the first CUDA version of the driver whose edges have properties
+ANY_THREAD_MAY_CALL = 2  # cudaStreamCaptureModeRelaxed: other threads may allocate and copy during a capture
+# Node type, edge type and port of CUDA's driver interface. The port of a kernel node fires when all its blocks have started.
 KERNEL, PROGRAMMATIC, ALL_BLOCKS_STARTED = 0, 1, 2
 
 
 class CudaGraphError(RuntimeError):
-    """The driver refused to read or change a graph."""
+    """The driver refused to read or to change a graph."""
 
 
 class _Edge(ctypes.Structure):
@@ -58,15 +60,15 @@ class _KernelNode(ctypes.Structure):
 
 
 class CudaGraph:
-    """Everything that `run` enqueues on a stream, as one launch.
+    """The work that `run` enqueues on a stream, as one launch.
 
     Args:
-        stream: what `run` enqueues on; nothing else is enqueued there meanwhile.
-        run: has run before, so that nothing is loaded or set up any more.
-        dependent_launch: False = every kernel waits for the end of the one before, to compare.
+        stream: the stream that `run` enqueues on. Nothing else may be enqueued there during the capture.
+        run: enqueues the work. It must have run before: a capture fails if something is loaded or allocated.
+        dependent_launch: False = no kernel starts before the one before it has ended; for comparisons.
 
     Attributes:
-        dependent_launches: kernels that come up while the one before them still runs.
+        dependent_launches: number of kernels that start while the one before them still runs.
 
     Raises:
         CudaGraphError: if the driver refuses.
@@ -85,7 +87,7 @@ class CudaGraph:
         runtime.graphUpload(self._launchable, stream.ptr)
 
     def launch(self, stream: cp.cuda.Stream) -> None:
-        """Enqueue it; does not wait."""
+        """Enqueue the graph on `stream`, without waiting for the result."""
         cp.cuda.runtime.graphLaunch(self._launchable, stream.ptr)
 
     def __del__(self) -> None:
@@ -94,12 +96,12 @@ class CudaGraph:
 
 
 def supports_dependent_launch() -> bool:
-    """Whether this thread's GPU and its driver let a kernel come up before the one before it has ended."""
+    """Whether this thread's GPU and the driver have programmatic dependent launch."""
     return int(cp.cuda.Device().compute_capability) >= PDL_CAPABILITY and cp.cuda.runtime.driverGetVersion() >= PDL_DRIVER
 
 
 def _launch_dependents_early(graph: int) -> int:
-    """Let every kernel that awaits the one before start when all blocks of that one run; gives how many do."""
+    """Change the edges to DEPENDENT_KERNELS to programmatic ones; returns how many there are."""
     changed = 0
     for source, target, edge in _edges(graph):
         if _kernel_name(source) is None or _kernel_name(target) not in DEPENDENT_KERNELS:
@@ -113,7 +115,7 @@ def _launch_dependents_early(graph: int) -> int:
 
 
 def _edges(graph: int) -> list[tuple[int, int, _Edge]]:
-    """Nodes between which there is an edge, and the edge."""
+    """(source node, target node, properties) of each edge."""
     count = ctypes.c_size_t()
     _driver("cuGraphGetEdges_v2", ctypes.c_void_p(graph), None, None, None, ctypes.byref(count))
     if not count.value:  # a graph of one node
@@ -125,7 +127,7 @@ def _edges(graph: int) -> list[tuple[int, int, _Edge]]:
 
 
 def _kernel_name(node: int) -> str | None:
-    """The name of the kernel that a node launches; None if it does something else."""
+    """The name of the kernel that a node launches; None if the node is not a kernel."""
     kind, found, name = ctypes.c_int(), _KernelNode(), ctypes.c_char_p()
     _driver("cuGraphNodeGetType", ctypes.c_void_p(node), ctypes.byref(kind))
     if kind.value != KERNEL:
@@ -144,6 +146,6 @@ def _library() -> Any:
 
 
 def _driver(function: str, *arguments: Any) -> None:
-    """Call the driver, of whose interface CuPy has no part that knows edges."""
+    """Call the CUDA driver directly: CuPy has no interface to a graph's edges."""
     if code := getattr(_library(), function)(*arguments):
         raise CudaGraphError(f"{function}: CUDA driver error {code}")

@@ -1,4 +1,4 @@
-"""What the GPU decoder and encoder ask of an engine, whichever runs it: tensorrt.py or onnxruntime.py."""
+"""The interface of one engine on a GPU, which tensorrt.py and onnxruntime.py implement, and the memory that engines share."""
 
 from __future__ import annotations
 
@@ -11,43 +11,58 @@ from serving.contract.tensors import GraphTensors
 
 
 class Call(Protocol):
-    """An engine with its inputs and outputs bound."""
+    """An engine whose inputs and outputs are bound."""
 
     def enqueue(self, stream: cp.cuda.Stream) -> None:
-        """Run on `stream`, without waiting."""
+        """Run on `stream`, without waiting for the result.
+
+        Raises:
+            EngineError: if the engine refuses to run.
+        """
 
 
 class GpuEngine(Protocol):
-    """What runs a graph on the GPU: TensorRT, or ONNX Runtime's CUDA provider."""
+    """One graph on a GPU.
 
-    capturable: bool  # whether an enqueued call may be captured into a CUDA graph
+    Attributes:
+        capturable: whether an enqueued call may be captured into a CUDA graph.
+        weight_bytes: device memory of the weights that the engine contains.
+    """
+
+    capturable: bool
     weight_bytes: int
 
     def bind(self, inputs: Mapping[str, cp.ndarray], outputs: Mapping[str, cp.ndarray], *, context: int = 0) -> Call:
-        """Bind contiguous arrays by tensor name. A later `bind` of the same profile and `context` takes the place of this one.
+        """Bind contiguous arrays by tensor name.
 
-        What is captured into a graph must not meet other shapes later: each batch size has a context of its own.
+        A later `bind` with the same profile and `context` replaces this one. A call that was captured into a CUDA graph must keep its
+        binding: each captured batch size uses a context of its own.
         """
         ...
 
 
 class Scratch:
-    """Activation memory that engines share which never run at the same time."""
+    """Device memory for activations, shared by engines that never run at the same time.
+
+    Attributes:
+        bytes: its size.
+    """
 
     def __init__(self) -> None:
         self.bytes = 0
         self._memory: Any = None
 
     def reserve(self, size: int) -> None:
-        """Make it at least so large; before its address is first asked for."""
+        """Make it at least `size` bytes large. Call it for all engines before the first `address`."""
         assert self._memory is None or size <= self.bytes, "scratch memory must be reserved before it is used"
         self.bytes = max(self.bytes, size)
 
     def address(self) -> int:
-        """Device address; allocates on first use."""
+        """Its device address; the first call allocates it."""
         if self._memory is None:
             self._memory = cp.cuda.alloc(max(self.bytes, 1))
         return int(self._memory.ptr)
 
 
+# Loads an engine by its name; an engine reserves its activations in the scratch memory.
 LoadEngine = Callable[[str, GraphTensors, Scratch], GpuEngine]

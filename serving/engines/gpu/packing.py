@@ -1,4 +1,4 @@
-"""Packing on the GPU: see serving/engines/packing.py."""
+"""Removes padding from hidden states on a GPU, and joins the chunks of a question; see serving/engines/packing.py."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 
 
 class GpuPacker:
-    """Packs hidden states on the current device of the thread that makes it. Safe to share between threads."""
+    """Packs hidden states on the device that is current when it is made. Safe to share between threads."""
 
     def __init__(self) -> None:
         self._device = cp.cuda.Device()
-        # One stream for all threads: CuPy's pool keeps freed memory by stream, and a new stream would start with a cudaMalloc.
+        # One stream for all threads: CuPy's memory pool keeps freed memory per stream, and a new stream would begin with a cudaMalloc.
         self._stream = cp.cuda.Stream(non_blocking=True)
 
     def pack(self, states: object, mask: np.ndarray) -> cp.ndarray:
-        """The valid hidden states of some passages, one after the other.
+        """Pack the valid hidden states of some passages.
 
         Args:
-            states: float16[n_passages, passage_length, d_model], on the GPU or not.
+            states: float16[n_passages, passage_length, d_model], on the GPU or in host memory.
             mask: int32[n_passages, passage_length], 1 = valid.
 
         Returns:
@@ -33,14 +33,14 @@ class GpuPacker:
         return packed
 
     def concatenate(self, chunks: Sequence[cp.ndarray]) -> cp.ndarray:
-        """Packed chunks of one question, in order -> float16[encoder_sequence_length, d_model]; the copy is finished."""
+        """The packed chunks of one question, in order -> float16[encoder_sequence_length, d_model]; the copy is finished."""
         if len(chunks) == 1:
             return chunks[0]
         with self._device, self._stream:
-            whole = cp.empty((sum(map(len, chunks)), chunks[0].shape[1]), cp.float16)
+            joined = cp.empty((sum(map(len, chunks)), chunks[0].shape[1]), cp.float16)
             start = 0
             for chunk in chunks:
-                whole[start : start + len(chunk)] = chunk
+                joined[start : start + len(chunk)] = chunk
                 start += len(chunk)
             self._stream.synchronize()
-        return whole
+        return joined

@@ -1,7 +1,8 @@
-"""The gemms of a stack and the arrays of its kernels, loaded to the GPU from verified files."""
+"""Loads the GEMMs of a stack and the arrays of its kernels to the GPU, from verified files."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,13 +17,13 @@ from .kernels import SkinnyGemm
 
 
 class LoadedGemm:
-    """One gemm: its kind's engine, its own weights, and what multiplies few rows in the engine's place."""
+    """One GEMM: the engine of its kind, its weights, and the kernel that replaces the engine for few rows."""
 
     def __init__(self, engine: GpuEngine, weight: cp.ndarray, skinny_gemm: SkinnyGemm | None = None):
         self.engine, self.weight, self.skinny_gemm = engine, weight, skinny_gemm
 
     def enqueue(self, x: cp.ndarray, y: cp.ndarray, stream: cp.cuda.Stream, context: int = 0) -> None:
-        """Multiply: y = x @ weight, on `stream`, which is the current one, without waiting."""
+        """Enqueue y = x @ weight on `stream`, which must be the current one; does not wait."""
         if self.skinny_gemm is not None and self.skinny_gemm.takes(x, self.weight):
             self.skinny_gemm.multiply(x, self.weight, y)
         else:
@@ -30,14 +31,12 @@ class LoadedGemm:
 
 
 def load_arrays(directory: Path, manifest: Manifest, stack: StackName, names: Sequence[str]) -> list[cp.ndarray]:
-    """Verified arrays of a stack, on the GPU.
+    """Load arrays of a stack to the GPU.
 
     Raises:
-        ManifestError: if one is missing or altered.
+        ManifestError: if a file is missing or altered.
     """
-    files = [array_file(stack, name) for name in names]
-    manifest.verify(directory, tuple(files))
-    return [cp.asarray(np.load(directory / file, allow_pickle=False)) for file in files]
+    return [_load(directory, manifest, array_file(stack, name)) for name in names]
 
 
 def load_gemms(
@@ -49,25 +48,29 @@ def load_gemms(
     scratch: Scratch,
     skinny_gemm: SkinnyGemm | None = None,
 ) -> dict[Gemm, LoadedGemm]:
-    """Products of a stack with their weights on the GPU, in the order given; those of a kind share an engine, all share `skinny_gemm`.
+    """Load GEMMs of a stack with their weights to the GPU, in the order of `gemms`.
+
+    GEMMs of one kind share an engine; all share `skinny_gemm`.
 
     Raises:
         ManifestError: if a file is missing or altered.
-        EngineError: if an engine cannot be loaded here.
+        EngineError: if an engine cannot run here.
     """
-    manifest.verify(directory, tuple(gemm.weight for gemm in gemms))
     engines: dict[str, GpuEngine] = {}
     loaded = {}
     for gemm in gemms:
         if gemm.engine not in engines:
             tensors = gemm_tensors(stack, gemm, manifest.precision)
             engines[gemm.engine] = load(gemm.engine, tensors, scratch)
-        weight = cp.asarray(np.load(directory / gemm.weight, allow_pickle=False))
-        loaded[gemm] = LoadedGemm(engines[gemm.engine], weight, skinny_gemm)
+        loaded[gemm] = LoadedGemm(engines[gemm.engine], _load(directory, manifest, gemm.weight), skinny_gemm)
     return loaded
 
 
 def weight_bytes(gemms: Mapping[Gemm, LoadedGemm]) -> int:
-    """Bytes of the weights, and of the engines that share them."""
+    """Bytes of the GEMMs' weights and of the engines that they share."""
     engines = {id(loaded.engine): loaded.engine for loaded in gemms.values()}
     return sum(loaded.weight.nbytes for loaded in gemms.values()) + sum(engine.weight_bytes for engine in engines.values())
+
+
+def _load(directory: Path, manifest: Manifest, file: str) -> cp.ndarray:
+    return cp.asarray(np.load(io.BytesIO(manifest.read(directory, file)), allow_pickle=False))

@@ -1,4 +1,4 @@
-"""Memory of keys and values: what the arithmetic says is what the engine reserves, and a budget is kept."""
+"""Memory of keys and values: the engine reserves what the arithmetic says, and a budget is kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.contract.kv_memory import cache_length, plan, self_cache_length
+from serving.contract.kv_memory import cache_capacities, cache_length, decoder_memory, plan, self_cache_length
 from serving.contract.limits import Limits, LimitsError
 from serving.contract.manifest import Manifest
 from serving.contract.tensors import EngineSizes
@@ -19,17 +19,23 @@ FIDO_BASE = EngineSizes(768, 768, 12, (5, 11), 12, 1, 64, 32128)
 
 
 @pytest.mark.parametrize(("sizes", "megabytes"), [(FID_BASE, 377.5), (FIDO_BASE, 5.2)])
-def test_cross_attention_cache_of_the_base_size_is_what_the_arithmetic_says(sizes, megabytes):
+def test_cross_attention_cache_of_the_base_size(sizes, megabytes):
     assert 40 * 256 * sizes.cross_kv_bytes_per_token(2) / 1e6 == pytest.approx(megabytes, abs=0.1)
 
 
 @given(st.integers(1, 200_000))
 def test_reserved_lengths_cover_and_waste_at_most_a_quarter(tokens):
     assert tokens <= cache_length(tokens) <= max(tokens + 63, tokens * 1.25)
-    assert tokens <= self_cache_length(tokens) <= max(16, 2 * tokens)
 
 
-def test_a_budget_lowers_the_slots_and_none_leaves_them():
+@given(st.integers(1, 200_000))
+def test_a_self_attention_cache_is_the_smallest_power_of_two_that_holds_the_tokens(tokens):
+    length = self_cache_length(tokens)
+    assert tokens <= length and length in [2**n for n in range(4, 19)]
+    assert length == 16 or length // 2 < tokens
+
+
+def test_only_a_budget_lowers_the_slots():
     limits = Limits(max_passages=40, max_new_tokens=32, slots=16)
     free = plan(FID_BASE, limits, 256, 4)
     assert free.slots == 16
@@ -38,7 +44,7 @@ def test_a_budget_lowers_the_slots_and_none_leaves_them():
     assert f"{free.bytes_per_question:,} bytes of keys and values a question" in str(free)
 
 
-def test_a_budget_too_small_for_one_question_says_what_it_takes():
+def test_a_budget_too_small_for_one_question_says_how_much_is_needed():
     with pytest.raises(LimitsError, match=r"kv_cache_bytes: wanted at least [\d,]+ for one question of 40 passages x 256 tokens"):
         plan(FID_BASE, Limits(kv_cache_bytes=1000), 256, 4)
 
@@ -57,4 +63,15 @@ def test_the_engine_never_reserves_more_than_planned(engines):
         decoder.step(np.zeros(3, np.int32), np.full(3, step, np.int32), np.zeros(3, np.float32))
     assert decoder.reserved_bytes() == budget.slots * budget.bytes_per_question
     decoder.admit(0, 0, np.zeros((10, manifest.sizes.d_model_encoder), np.float32), np.zeros(10, np.int32))
-    assert decoder.reserved_bytes() < budget.slots * budget.bytes_per_question, "a long question's memory is given back once it has left"
+    assert decoder.reserved_bytes() < budget.slots * budget.bytes_per_question, "the memory of a long question is freed once it has left"
+
+
+def test_gpu_memory_is_that_of_the_slots_and_lengths() -> None:
+    limits = Limits(slots=24, max_passages=40, max_new_tokens=512)
+    capacities = cache_capacities(limits, 256)
+    assert capacities == (10240, 512)
+    memory = decoder_memory(FID_BASE, 24, capacities, 1000, 10)
+    # 377 MB of cross-attention keys and values a question: 10,240 tokens, 12 layers, key and value, 768 halves
+    assert memory.cross_kv == 24 * 10240 * 12 * 2 * 768 * 2 and memory.self_kv == 24 * 512 * 12 * 2 * 768 * 2
+    assert memory.total == memory.cross_kv + memory.self_kv + 1010
+    assert decoder_memory(FIDO_BASE, 24, capacities, 0, 0).cross_kv == 24 * 10240 * 2 * 2 * 64 * 2

@@ -47,6 +47,17 @@ class Context:
     def synchronize(self) -> None:
         pass
 
+    def use(self) -> None:
+        pass
+
+
+class CudaError(RuntimeError):
+    """An error of CUDA with its number, as CuPy's have."""
+
+    def __init__(self, status: int):
+        self.status = status
+        super().__init__(f"CUDA error {status}")
+
 
 def memcpy(target: int, source: int, size: int, *_: object) -> None:
     ctypes.memmove(target, source, size)
@@ -55,14 +66,15 @@ def memcpy(target: int, source: int, size: int, *_: object) -> None:
 def modules() -> dict[str, types.ModuleType]:
     """What to put into sys.modules."""
     cupy, cupyx = types.ModuleType("cupy"), types.ModuleType("cupyx")
-    runtime = types.SimpleNamespace(memcpyAsync=memcpy, memGetInfo=lambda: (1 << 40, 1 << 40))
+    runtime = types.SimpleNamespace(memcpyAsync=memcpy, memGetInfo=lambda: (1 << 40, 1 << 40), CUDARuntimeError=CudaError)
+    driver = types.SimpleNamespace(CUDADriverError=CudaError)
     contents = {name: getattr(np, name) for name in ("float16", "float32", "int32", "uint64")} | {
         "ndarray": Array,
         "asarray": array,
         "asnumpy": np.asarray,
         "empty": lambda shape, dtype: array(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else -7, dtype)),
         "zeros": lambda shape, dtype: array(np.zeros(shape, dtype)),
-        "cuda": types.SimpleNamespace(Stream=Context, Device=Context, runtime=runtime),
+        "cuda": types.SimpleNamespace(Stream=Context, Device=Context, runtime=runtime, driver=driver),
     }
     for name, value in contents.items():
         setattr(cupy, name, value)
@@ -109,13 +121,13 @@ class SkinnyGemm:
 
 
 class EncoderAttention:
-    def __init__(self, stack: StackSizes, max_relative_distance: int):
-        self.stack, self.max_relative_distance = stack, max_relative_distance
+    def __init__(self, stack: StackSizes, max_relative_distance: int, max_length: int):
+        self.stack, self.max_relative_distance, self.max_length = stack, max_relative_distance, max_length
 
     def __call__(self, query_key_value: Array, tiles: Array, longest: int, bias: Array, out: Array) -> None:
         assert len(bias) == 2 * self.max_relative_distance + 1
         lengths = [int(length) for _, length, start in tiles if start == 0 and length > 0]
-        assert max(lengths, default=0) <= longest
+        assert max(lengths, default=0) <= longest <= self.max_length
         rows = sum(lengths)  # behind them is what nobody reads
         out[:rows] = attend_within_passages(query_key_value[:rows].astype(np.float32), lengths, bias, self.stack)
 

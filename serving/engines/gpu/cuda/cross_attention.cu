@@ -1,22 +1,25 @@
-// Cross-attention of one token a row over one chunk of its question's keys; combine_split_kv puts the chunks together.
-// Grid (splits, KV_HEADS * HEAD_TILES, batch), block WARPS * 32; where heads share keys, dynamic shared memory for the keys and values.
+// Cross-attention of a decoder step, split-KV: a block attends to one chunk of a question's keys, combine_split_kv combines the chunks.
+//
+// The kernel has two forms, chosen at compile time. With MHA (KV_HEADS == HEADS) every key is used by one head. With MQA and GQA heads
+// share keys, and tensor cores compute sixteen heads at a time.
+// Grid (splits, KV_HEADS * HEAD_TILES, batch), block WARPS * 32; with shared keys, dynamic shared memory for two stages of keys and values.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
     const __half* __restrict__ queries,  // [batch][HEADS * D_KV]
     const __half* __restrict__ cache, const int* __restrict__ slots, const int* __restrict__ lengths,
     const int* __restrict__ positions,
-    const float* __restrict__ bias,            // [max_relative_distance + 1][HEADS], or null where the reader has none
-    const int* __restrict__ encoder_positions,  // [slots][capacity], read with the bias only
+    const float* __restrict__ bias,             // [max_relative_distance + 1][HEADS], or null if the reader has none
+    const int* __restrict__ encoder_positions,  // [slots][capacity], read only if there is a bias
     int max_relative_distance, int capacity, int chunk,
-    float* __restrict__ partial)  // [batch][HEADS][splits][D_KV + 2]
+    float* __restrict__ partial)  // [batch][HEADS][splits][D_KV + 2]: weighted sum of values, largest score, sum of weights
 {
     const int split = blockIdx.x, splits = gridDim.x, row = blockIdx.z;
     const int length = lengths[row], start = split * chunk, end = min(start + chunk, length);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const size_t slot = slots[row];
-    const int* places = encoder_positions + slot * capacity;
+    const int* token_positions = encoder_positions + slot * capacity;
     const int position = positions[row];
 #if KV_HEADS == HEADS
-    // Every head has keys of its own: they are read once, by lanes that hold a few tokens between them.
+    // MHA: LANES lanes hold a token's key of this head; each key is read once.
     __shared__ float shared[WARPS][D_KV + 2];
     grid_dependency_wait(queries, partial);
     if (start >= length) return;
@@ -39,7 +42,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
             const int token = base + u * WARPS * TOKENS + lane / LANES;
             scores[u] = sum_of_token(dot(query, widen(key_bits[u])));
             if (token >= end) scores[u] = MASKED;
-            else if (bias != nullptr) scores[u] += bias[min(max(position - places[token], 0), max_relative_distance) * HEADS + head];
+            else if (bias != nullptr) {
+                const int distance = min(max(position - token_positions[token], 0), max_relative_distance);
+                scores[u] += bias[distance * HEADS + head];
+            }
             largest = fmaxf(largest, scores[u]);
         }
         state.rescale(largest);
@@ -54,15 +60,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
         out[D_KV + 1] = combined.total;
     }
 #else
-    // Heads that share keys are the rows of a tile: a warp reads its tokens once and multiplies them with sixteen heads.
+    // MQA and GQA: the heads that share keys are the rows of a tile. A warp reads its tokens once for sixteen heads.
     constexpr int HEAD_TILES = (GROUP + 15) / 16, K_STEPS = D_KV / 16, N_TILES = WARP_TOKENS / 8, D_TILES = D_KV / 8;
-    constexpr int PITCH = D_KV + VECTOR;  // neighbouring rows start four banks apart
+    constexpr int PITCH = D_KV + VECTOR;  // padded: neighbouring rows start four banks apart
     constexpr int STAGE = 2 * WARP_TOKENS * PITCH, ROUND = WARPS * WARP_TOKENS;
-    extern __shared__ __align__(16) __half tokens[];  // [WARPS][stages][keys, values][WARP_TOKENS][PITCH]; at the end what the warps found
+    extern __shared__ __align__(16) __half tokens[];  // [WARPS][2 stages][keys, values][WARP_TOKENS][PITCH], then the results
     __half* const stages = tokens + warp * 2 * STAGE;
     const int kv_head = blockIdx.y / HEAD_TILES, tile = blockIdx.y % HEAD_TILES * 16, group = lane / 4, pair = lane % 4;
     const __half* source = cache + slot * capacity * STRIDE + kv_head * D_KV;
-    // While a warp computes with one stage, its next tokens come into the other.
+    // Copies tokens into a stage. While a warp computes with one stage, its next tokens are copied into the other.
     const auto fetch = [&](int from, int stage) {
         __half* keys = stages + stage * STAGE;
         if (from < end) {
@@ -78,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
     fetch(start + warp * WARP_TOKENS, 0);
     grid_dependency_wait(queries, partial);
     if (start >= length) return;
-    int heads[2];  // past the group's end the last head is computed again
+    int heads[2];  // beyond the group's last head that head is computed again, and not written
     unsigned query[K_STEPS][4];
     for (int half = 0; half < 2; ++half) heads[half] = kv_head * GROUP + min(tile + group + 8 * half, GROUP - 1);
 #pragma unroll
@@ -89,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
             query[k][i] = *reinterpret_cast<const unsigned*>(of_head + k * 16 + pair * 2 + i / 2 * 8);
         }
     }
-    float mixed[D_TILES][4] = {}, largest[2] = {LEAST, LEAST}, total[2] = {};
+    float weighted[D_TILES][4] = {}, largest[2] = {LOWEST, LOWEST}, total[2] = {};
     for (int from = start + warp * WARP_TOKENS, stage = 0; from < end; from += ROUND, stage ^= 1) {
         __syncwarp();
         fetch(from + ROUND, stage ^ 1);
@@ -97,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
         __syncwarp();
         const __half* keys = stages + stage * STAGE;
         const __half* values = keys + WARP_TOKENS * PITCH;
-        float score[N_TILES][4] = {}, most[2] = {largest[0], largest[1]};
+        float score[N_TILES][4] = {}, new_largest[2] = {largest[0], largest[1]};
 #pragma unroll
         for (int n = 0; n < N_TILES; n += 2) {
 #pragma unroll
@@ -113,20 +119,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
             for (int i = 0; i < 4; ++i) {
                 const int token = from + n * 8 + pair * 2 + i % 2;
                 if (token >= end) score[n][i] = MASKED;
-                else if (bias != nullptr) score[n][i] += bias[min(max(position - places[token], 0), max_relative_distance) * HEADS + heads[i / 2]];
-                most[i / 2] = fmaxf(most[i / 2], score[n][i]);
+                else if (bias != nullptr) {
+                    const int distance = min(max(position - token_positions[token], 0), max_relative_distance);
+                    score[n][i] += bias[distance * HEADS + heads[i / 2]];
+                }
+                new_largest[i / 2] = fmaxf(new_largest[i / 2], score[n][i]);
             }
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            most[half] = max_of_row(most[half]);
-            const float factor = __expf(largest[half] - most[half]);
-            largest[half] = most[half];
+            new_largest[half] = max_of_row(new_largest[half]);
+            const float factor = __expf(largest[half] - new_largest[half]);
+            largest[half] = new_largest[half];
             total[half] *= factor;
 #pragma unroll
             for (int d = 0; d < D_TILES; ++d) {
-                mixed[d][2 * half] *= factor;
-                mixed[d][2 * half + 1] *= factor;
+                weighted[d][2 * half] *= factor;
+                weighted[d][2 * half + 1] *= factor;
             }
         }
 #pragma unroll
@@ -144,47 +153,48 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
 #pragma unroll
             for (int d = 0; d < D_TILES; d += 2) {
                 const Fragments f = load_transposed(values + (j * 16 + lane % 16) * PITCH + d * 8 + lane / 16 * 8);
-                multiply(mixed[d], weight, f.at[0], f.at[1]);
-                multiply(mixed[d + 1], weight, f.at[2], f.at[3]);
+                multiply(weighted[d], weight, f.at[0], f.at[1]);
+                multiply(weighted[d + 1], weight, f.at[2], f.at[3]);
             }
         }
     }
-    // the warps' shares lie where their tokens were; a warp that had none weighs 0
+    // The warps' results replace the tokens in shared memory. A warp without tokens has the weight 0.
     __syncthreads();
-    float(*shares)[16][D_KV + 2] = reinterpret_cast<float(*)[16][D_KV + 2]>(tokens);
+    float(*results)[16][D_KV + 2] = reinterpret_cast<float(*)[16][D_KV + 2]>(tokens);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        float* share = shares[warp][group + 8 * half];
+        float* result = results[warp][group + 8 * half];
 #pragma unroll
         for (int d = 0; d < D_TILES; ++d) {
-            share[d * 8 + pair * 2] = mixed[d][2 * half];
-            share[d * 8 + pair * 2 + 1] = mixed[d][2 * half + 1];
+            result[d * 8 + pair * 2] = weighted[d][2 * half];
+            result[d * 8 + pair * 2 + 1] = weighted[d][2 * half + 1];
         }
         const float sum = sum_of_row(total[half]);
         if (pair == 0) {
-            share[D_KV] = largest[half];
-            share[D_KV + 1] = sum;
+            result[D_KV] = largest[half];
+            result[D_KV + 1] = sum;
         }
     }
     __syncthreads();
     for (int i = threadIdx.x; i < 16 * (D_KV + 1); i += WARPS * 32) {
         const int head = i / (D_KV + 1), d = i % (D_KV + 1);
         if (tile + head >= GROUP) continue;
-        float best = LEAST, sum = 0.f;
-        for (int w = 0; w < WARPS; ++w) best = fmaxf(best, shares[w][head][D_KV]);
-        for (int w = 0; w < WARPS; ++w) sum += shares[w][head][d < D_KV ? d : D_KV + 1] * __expf(shares[w][head][D_KV] - best);
+        float max_score = LOWEST, sum = 0.f;
+        for (int w = 0; w < WARPS; ++w) max_score = fmaxf(max_score, results[w][head][D_KV]);
+        for (int w = 0; w < WARPS; ++w) sum += results[w][head][d < D_KV ? d : D_KV + 1] * __expf(results[w][head][D_KV] - max_score);
         float* out = partial + (static_cast<size_t>(row * HEADS + kv_head * GROUP + tile + head) * splits + split) * (D_KV + 2);
         out[d < D_KV ? d : D_KV + 1] = sum;
-        if (d == D_KV) out[D_KV] = best;
+        if (d == D_KV) out[D_KV] = max_score;
     }
 #endif
 }
 
-// Puts the chunks of cross_attention together. Grid (HEADS, batch), block max(32, D_KV), dynamic shared memory: a float a split.
+// Combines the chunks of cross_attention. `k_splits` is the number of splits of the GEMM that reads `attended`.
+// Grid (HEADS, batch), block max(32, D_KV), dynamic shared memory of one float per split.
 extern "C" __global__ void combine_split_kv(
     const float* __restrict__ partial, const int* __restrict__ lengths, int splits, int chunk, int k_splits,
-    __half* __restrict__ attended,  // [batch][HEADS * D_KV], in k_splits
-    float* __restrict__ softmax)   // [batch][HEADS][2]: largest score and sum of weights, for `attribution`
+    __half* __restrict__ attended,  // [k_splits][batch][HEADS * D_KV / k_splits]
+    float* __restrict__ softmax)    // [batch][HEADS][2]: largest score and sum of weights, for `attribution`
 {
     extern __shared__ float factors[];
     const int head = blockIdx.x, row = blockIdx.y, d = threadIdx.x;
@@ -193,7 +203,7 @@ extern "C" __global__ void combine_split_kv(
     const float* chunks = partial + static_cast<size_t>(row * HEADS + head) * splits * (D_KV + 2);
     for (int split = d; split < used; split += blockDim.x) factors[split] = chunks[split * (D_KV + 2) + D_KV];
     __syncthreads();
-    float largest = LEAST, total = 0.f, value = 0.f;
+    float largest = LOWEST, total = 0.f, value = 0.f;
     for (int split = 0; split < used; ++split) largest = fmaxf(largest, factors[split]);
 #pragma unroll 8
     for (int split = 0; split < used; ++split) {
@@ -212,12 +222,15 @@ extern "C" __global__ void combine_split_kv(
     }
 }
 
-// The weight that each encoded token got from a row's first decoded token, summed over heads and averaged over layers.
-// Grid (splits, batch), block WARPS * 32. Rows that are past their first token, and idle ones, leave at once.
+// The attention weight of each encoded token in the step at position 0, summed over heads and averaged over layers.
+//
+// It is launched once per layer with cross-attention and adds the layer's weights, times `layer_weight`. Rows at another position and idle
+// rows are skipped.
+// Grid (capacity / ATTRIBUTION_TOKENS rounded up, batch), block WARPS * 32.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) attribution(
     const __half* __restrict__ queries, const __half* __restrict__ cache, const int* __restrict__ slots, const int* __restrict__ lengths,
-    const int* __restrict__ positions, const float* __restrict__ bias, const int* __restrict__ encoder_positions, int max_relative_distance, int capacity,
-    const float* __restrict__ softmax, int is_first_layer, float share,
+    const int* __restrict__ positions, const float* __restrict__ bias, const int* __restrict__ encoder_positions,
+    int max_relative_distance, int capacity, const float* __restrict__ softmax, int is_first_layer, float layer_weight,
     float* __restrict__ weights)  // [batch][capacity]
 {
     __shared__ __align__(16) __half query[HEADS * D_KV];
@@ -232,20 +245,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attribution(
         const int token = base + lane / LANES;
         const int read = min(token, end - 1);
         const __half* keys = cache + (slot * capacity + read) * STRIDE + part * VECTOR;
-        const int behind = bias == nullptr ? 0 : min(max(-encoder_positions[slot * capacity + read], 0), max_relative_distance);
+        const int distance = bias == nullptr ? 0 : min(max(-encoder_positions[slot * capacity + read], 0), max_relative_distance);
         float weight = 0.f;
         for (int kv_head = 0; kv_head < KV_HEADS; ++kv_head) {
             const Vector key = widen(load(keys + kv_head * D_KV));
             for (int head = kv_head * GROUP; head < (kv_head + 1) * GROUP; ++head) {
                 float score = sum_of_token(dot(widen(load(query + head * D_KV + part * VECTOR)), key));
-                if (bias != nullptr) score += bias[behind * HEADS + head];
+                if (bias != nullptr) score += bias[distance * HEADS + head];
                 const float* sums = softmax + (row * HEADS + head) * 2;
                 weight += __expf(score - sums[0]) / sums[1];
             }
         }
         if (token < end && part == 0) {
             float* out = weights + static_cast<size_t>(row) * capacity + token;
-            *out = is_first_layer ? weight * share : *out + weight * share;
+            *out = is_first_layer ? weight * layer_weight : *out + weight * layer_weight;
         }
     }
 }

@@ -1,27 +1,29 @@
-// Self-attention of one new token a row: its key and value are written to the cache, then it attends to all up to itself. The gemm
-// before made its rows in `splits_in`, the one behind wants them in `k_splits`.
-// Grid (HEADS, batch), block WARPS * 32. Rows with a negative position are idle.
+// Self-attention of a decoder step: writes the key and value of each row's new token to the cache, and attends to all tokens up to it.
+//
+// `splits_in` is the number of splits of the qkv GEMM, `k_splits` that of the GEMM that reads `attended`. Rows with a negative position are
+// idle. The caller guarantees position < capacity.
+// Grid (HEADS, batch), block WARPS * 32.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
     const __half* __restrict__ query_key_value, int splits_in,  // [splits_in][batch][(HEADS + 2 * KV_HEADS) * D_KV]
     __half* __restrict__ cache, const int* __restrict__ slots, const int* __restrict__ positions,
-    const float* __restrict__ bias,  // [max_relative_distance + 1][HEADS], by how far a key lies behind
+    const float* __restrict__ bias,  // [max_relative_distance + 1][HEADS]: row d is for a key d tokens before the query
     int max_relative_distance, int capacity, int k_splits,
-    __half* __restrict__ attended)  // [batch][HEADS * D_KV], in k_splits
+    __half* __restrict__ attended)  // [k_splits][batch][HEADS * D_KV / k_splits]
 {
     __shared__ float shared[WARPS][D_KV + 2];
     const int head = blockIdx.x, row = blockIdx.y, kv_head = head / GROUP;
     const int position = positions[row];
     __half* out = attended + split_offset(row, gridDim.y, head * D_KV + threadIdx.x % D_KV, HEADS * D_KV, k_splits) - threadIdx.x % D_KV;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES;
-    __half* past = cache + static_cast<size_t>(slots[row]) * capacity * STRIDE + kv_head * D_KV;
-    // Tokens before this step's, of which the kernel before knows nothing.
+    __half* cached = cache + static_cast<size_t>(slots[row]) * capacity * STRIDE + kv_head * D_KV;
+    // The cached tokens were written in earlier steps, so they may be read before grid_dependency_wait.
     uint4 keys[UNROLL], values[UNROLL];
     const auto fetch = [&](int base) {
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
             const int token = base + u * WARPS * TOKENS + lane / LANES;
             if (token >= position) continue;
-            const __half* row_of_token = past + static_cast<size_t>(token) * STRIDE + part * VECTOR;
+            const __half* row_of_token = cached + static_cast<size_t>(token) * STRIDE + part * VECTOR;
             keys[u] = load(row_of_token);
             values[u] = load(row_of_token + KV_HEADS * D_KV);
         }
@@ -32,15 +34,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
         if (threadIdx.x < D_KV) out[threadIdx.x] = __half(0.f);
         return;
     }
-    const __half* made = query_key_value + row * (HEADS + 2 * KV_HEADS) * D_KV;
-    const __half* new_key = made + (HEADS + kv_head) * D_KV;
+    const __half* qkv = query_key_value + row * (HEADS + 2 * KV_HEADS) * D_KV;
+    const __half* new_key = qkv + (HEADS + kv_head) * D_KV;
     const __half* new_value = new_key + KV_HEADS * D_KV;
-    const size_t apart = static_cast<size_t>(gridDim.y) * (HEADS + 2 * KV_HEADS) * D_KV;
-    const Vector query = sum_splits(made + head * D_KV + part * VECTOR, splits_in, apart);
-    const uint4 present_key = narrow(sum_splits(new_key + part * VECTOR, splits_in, apart));
-    const uint4 present_value = narrow(sum_splits(new_value + part * VECTOR, splits_in, apart));
+    const size_t split_stride = static_cast<size_t>(gridDim.y) * (HEADS + 2 * KV_HEADS) * D_KV;
+    const Vector query = sum_splits(qkv + head * D_KV + part * VECTOR, splits_in, split_stride);
+    const uint4 present_key = narrow(sum_splits(new_key + part * VECTOR, splits_in, split_stride));
+    const uint4 present_value = narrow(sum_splits(new_value + part * VECTOR, splits_in, split_stride));
     if (head % GROUP == 0 && threadIdx.x < LANES) {
-        __half* present = past + static_cast<size_t>(position) * STRIDE + part * VECTOR;
+        __half* present = cached + static_cast<size_t>(position) * STRIDE + part * VECTOR;
         store(present, present_key);
         store(present + KV_HEADS * D_KV, present_value);
     }
@@ -52,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
             const int token = base + u * WARPS * TOKENS + lane / LANES;
             scores[u] = token <= position ? bias[min(position - token, max_relative_distance) * HEADS + head] : MASKED;
             if (token < position) continue;
-            // the new token's may still be on its way to the cache
+            // the new token's key and value may not be in the cache yet
             keys[u] = present_key;
             values[u] = present_value;
         }

@@ -1,31 +1,32 @@
-// Attention of a decoder step over the caches, what self_attention.cu and cross_attention.cu share.
+// Attention of a decoder step over the caches: the code that self_attention.cu and cross_attention.cu share.
 //
-// Compiled with both for one reader by kernels.py, which defines D_KV, HEADS, KV_HEADS, WARPS (a block), WARP_TOKENS (that a warp has
-// at a time where heads share keys) and ATTRIBUTION_TOKENS (a block).
+// kernels.py compiles the three files together for one reader. It defines D_KV, HEADS, KV_HEADS, WARPS (per block), WARP_TOKENS (tokens
+// that a warp of cross-attention with shared keys processes at a time) and ATTRIBUTION_TOKENS (per block).
 //
-// A cache is half[slots][capacity][2 * KV_HEADS * D_KV]: of each token the keys of all heads, then the values. A step reads each valid token
-// once, so memory bounds these kernels: they must ask for enough of it at a time. Sums and softmax are fp32.
+// A cache is half[slots][capacity][2 * KV_HEADS * D_KV]: for each token the keys of all heads, then the values of all heads. A step reads
+// each valid token once, so memory bandwidth bounds these kernels: they must keep enough loads in flight. Sums and softmax are in fp32.
 
 namespace {
 
-constexpr int GROUP = HEADS / KV_HEADS;      // query heads that read one key/value head
-constexpr int LANES = D_KV / VECTOR;         // neighbouring lanes that hold one token's key between them
-constexpr int TOKENS = 32 / LANES;           // tokens that a warp reads at once
-constexpr int UNROLL = 4;                    // loads in flight a thread, of keys and of values each
-constexpr int STRIDE = 2 * KV_HEADS * D_KV;  // halves a token
-static_assert(D_KV % VECTOR == 0 && 32 % LANES == 0, "a key must fill a power of two of lanes");
-static_assert(HEADS % KV_HEADS == 0, "query heads must share key heads evenly");
+constexpr int GROUP = HEADS / KV_HEADS;      // query heads per key/value head
+constexpr int LANES = D_KV / VECTOR;         // neighbouring lanes that together hold one token's key
+constexpr int TOKENS = 32 / LANES;           // tokens that a warp reads at a time
+constexpr int UNROLL = 4;                    // loads in flight per thread, of keys and of values
+constexpr int STRIDE = 2 * KV_HEADS * D_KV;  // halves per token in a cache
+static_assert(D_KV % VECTOR == 0 && 32 % LANES == 0, "D_KV / 8 must be a power of two that is at most 32");
+static_assert(HEADS % KV_HEADS == 0, "HEADS must be a multiple of KV_HEADS");
 
-// The sum over the LANES lanes that hold one token, in all of them.
+// Sum over the LANES lanes that hold one token; every one of them gets it.
 __device__ float sum_of_token(float x) {
 #pragma unroll
     for (int step = 1; step < LANES; step *= 2) x += __shfl_xor_sync(0xffffffff, x, step);
     return x;
 }
 
-// A softmax in progress: the largest score, the sum of weights relative to it, and the weighted sum of values of this lane's dimensions.
+// State of an online softmax: the largest score so far, the sum of the weights exp(score - largest), and the weighted sum of the values in
+// this lane's dimensions.
 struct OnlineSoftmax {
-    float largest = LEAST, total = 0.f;
+    float largest = LOWEST, total = 0.f;
     Vector value = {};
 
     __device__ void rescale(float new_largest) {
@@ -43,7 +44,7 @@ struct OnlineSoftmax {
         for (int i = 0; i < VECTOR; ++i) value.at[i] += weight * v.at[i];
     }
 
-    // Joins the mixes of all tokens of a warp; every lane then has the warp's.
+    // Combines the states of all lanes of a warp; every lane gets the result.
     __device__ void combine_warp() {
 #pragma unroll
         for (int step = LANES; step < 32; step *= 2) {
@@ -62,7 +63,7 @@ __device__ float dot(const Vector& a, const Vector& b) {
     return sum;
 }
 
-// The mixes of a block's warps, combined through shared memory. Thread d < D_KV gets the value of dimension d.
+// Combines the states of a block's warps through shared memory. Thread d < D_KV gets the value of dimension d, not yet divided by `total`.
 struct Combined { float largest, total, value; };
 
 __device__ Combined combine_block(OnlineSoftmax& state, float (*shared)[D_KV + 2]) {
@@ -78,7 +79,7 @@ __device__ Combined combine_block(OnlineSoftmax& state, float (*shared)[D_KV + 2
         }
     }
     __syncthreads();
-    Combined combined = {LEAST, 0.f, 0.f};
+    Combined combined = {LOWEST, 0.f, 0.f};
     for (int w = 0; w < WARPS; ++w) combined.largest = fmaxf(combined.largest, shared[w][D_KV]);
     for (int w = 0; w < WARPS; ++w) {
         const float factor = __expf(shared[w][D_KV] - combined.largest);

@@ -1,12 +1,13 @@
-// Tiles of 16 rows by 8 columns on tensor cores, fp16 in and fp32 sums, and what feeds them.
+// Matrix multiplication on tensor cores (mma.m16n8k16: fp16 operands, fp32 sums), and asynchronous copies to shared memory.
 //
-// A warp holds a tile of sums with the rows lane / 4 and lane / 4 + 8 in a thread, two neighbouring columns of each: at 2 * (lane % 4).
+// A warp holds a tile of sums of 16 rows and 8 columns. Each thread has four of them: columns 2 * (lane % 4) and the next one, of the rows
+// lane / 4 and lane / 4 + 8.
 
 namespace {
 
 constexpr float LOG2E = 1.44269504f;
-constexpr float LEAST = -1e30f;   // below every score
-constexpr float MASKED = -3e38f;  // a score that weighs 0 even where nothing else was seen
+constexpr float LOWEST = -1e30f;  // less than every score: the largest score of no keys
+constexpr float MASKED = -3e38f;  // the score of a masked key: so low that its weight is 0 even if all keys so far were masked
 
 __device__ unsigned shared_address(const void* pointer) { return static_cast<unsigned>(__cvta_generic_to_shared(pointer)); }
 
@@ -23,6 +24,7 @@ struct Fragments {
     unsigned at[4];
 };
 
+// Loads four 8x8 matrices from shared memory; lane i passes the address of row i % 8 of matrix i / 8.
 __device__ Fragments load_matrices(const __half* row) {
     Fragments f;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -31,6 +33,7 @@ __device__ Fragments load_matrices(const __half* row) {
     return f;
 }
 
+// The same, with each matrix transposed.
 __device__ Fragments load_transposed(const __half* row) {
     Fragments f;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -39,6 +42,7 @@ __device__ Fragments load_transposed(const __half* row) {
     return f;
 }
 
+// sum += a * b for one tile: a is 16 by 16, b is 16 by 8.
 __device__ void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -46,13 +50,14 @@ __device__ void multiply(float (&sum)[4], const unsigned (&a)[4], unsigned b0, u
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// 2 to the power of x.
 __device__ float exp2_of(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// Over the four lanes that hold one row of an accumulator.
+// Reductions over the four lanes that hold one row of a tile.
 __device__ float max_of_row(float x) {
     x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
     return fmaxf(x, __shfl_xor_sync(ALL, x, 2));

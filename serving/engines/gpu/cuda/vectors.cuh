@@ -1,4 +1,6 @@
-// Eight halves at a time, as all kernels load, store and compute. kernels.py defines MAX_SPLITS, that a gemm is made in.
+// Vectors of eight fp16 numbers: all kernels load and store 16 bytes at a time. Every module of kernels.py begins with this file.
+//
+// kernels.py defines MAX_SPLITS, the largest number of splits of a split-K GEMM.
 #include <cuda_fp16.h>
 
 namespace {
@@ -34,10 +36,11 @@ __device__ uint4 narrow(const Vector& v) {
     return make_uint4(pack(v.at[0], v.at[1]), pack(v.at[2], v.at[3]), pack(v.at[4], v.at[5]), pack(v.at[6], v.at[7]));
 }
 
-// Waits until what the kernels before have written is visible. In a graph a kernel may be launched before that (cuda_graph.py), and so may
-// the one before it and the one before that: every thread calls this before it writes anything or ends, and reads whatever any kernel of the
-// step writes through these pointers, behind this call. That they are passed keeps the compiler from reading earlier, as it may for
-// __restrict__ ones.
+// Waits until all earlier kernels of the graph have ended and their writes are visible.
+//
+// With programmatic dependent launch (cuda_graph.py) this kernel may start before that, and so may the kernels before it. Every thread must
+// therefore call this before it writes anything and before it returns, and must read what earlier kernels write only after the call. The
+// pointers to such data are arguments: otherwise the compiler might move reads through __restrict__ pointers to before the call.
 template <typename... Pointers> __device__ void grid_dependency_wait(Pointers&... pointers) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -46,28 +49,28 @@ template <typename... Pointers> __device__ void grid_dependency_wait(Pointers&..
     (hide(pointers), ...);
 }
 
-// What a gemm of several k_splits made: the sum of the k_splits, which lie `apart` halves from each other.
-__device__ Vector sum_splits(const __half* first, int k_splits, size_t apart) {
+// Sums one vector over the splits of a split-K GEMM's output; `stride` halves lie between a split's vector and the next one's.
+__device__ Vector sum_splits(const __half* first, int k_splits, size_t stride) {
     uint4 bits[MAX_SPLITS];
 #pragma unroll
-    for (int part = 0; part < MAX_SPLITS; ++part) {
-        if (part < k_splits) bits[part] = load(first + part * apart);
+    for (int split = 0; split < MAX_SPLITS; ++split) {
+        if (split < k_splits) bits[split] = load(first + split * stride);
     }
     Vector sum = widen(bits[0]);
 #pragma unroll
-    for (int part = 1; part < MAX_SPLITS; ++part) {
-        if (part >= k_splits) break;
-        const Vector more = widen(bits[part]);
+    for (int split = 1; split < MAX_SPLITS; ++split) {
+        if (split >= k_splits) break;
+        const Vector more = widen(bits[split]);
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) sum.at[i] += more.at[i];
     }
     return sum;
 }
 
-// Where a vector of a row lies for a gemm of `k_splits` k_splits, each of which reads its share of the columns of all rows.
+// Offset of element (row, column) in the input of a split-K GEMM, which is [k_splits][rows][columns / k_splits].
 __device__ size_t split_offset(size_t row, size_t rows, int column, int columns, int k_splits) {
-    const int share = columns / k_splits;
-    return (column / share * rows + row) * share + column % share;
+    const int split_columns = columns / k_splits;
+    return (column / split_columns * rows + row) * split_columns + column % split_columns;
 }
 
 }  // namespace
