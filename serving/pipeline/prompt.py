@@ -17,6 +17,8 @@ from .tokenizer_pool import TokenizerPool
 
 # Rows are padded to a multiple of this length. Triton's batcher joins requests of equal shape, so fewer lengths make larger batches.
 LENGTH_MULTIPLE = 16
+# A question that has its reader to itself is encoded in chunks: one is encoded while the next is tokenized.
+PASSAGES_PER_CHUNK = 20
 
 
 class PromptError(ValueError):

@@ -13,11 +13,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from serving.engines.base import Packer
-from serving.pipeline.prompt import EncoderInput, PromptEncoder
+from serving.pipeline.prompt import PASSAGES_PER_CHUNK, EncoderInput, PromptEncoder
 from serving.pipeline.request import ReaderRequest
 
-# A question that is alone in the reader is encoded in chunks: one is encoded while the next is tokenized.
-PASSAGES_PER_CHUNK = 20
 CONCURRENT_CALLS = 4  # chunks at the encoder model at the same time
 
 

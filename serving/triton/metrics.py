@@ -111,12 +111,12 @@ class Metrics:
         for name, text in COUNTERS.items():
             self._add(name, text)
         for outcome in OUTCOMES:
-            self._add(OUTCOME_COUNTER[0], OUTCOME_COUNTER[1], outcome, outcome=outcome)
+            self._add(OUTCOME_COUNTER[0], OUTCOME_COUNTER[1], outcome, {"outcome": outcome})
         self._histograms = {name: Histogram() for name in HISTOGRAMS}
         for name, histogram in self._histograms.items():
             for suffix in histogram.totals():
                 series, _, edge = suffix.partition(" ")
-                self._add(f"{name}{series}", HISTOGRAMS[name], f"{name}{suffix}", **({"le": edge} if edge else {}))
+                self._add(f"{name}{series}", HISTOGRAMS[name], f"{name}{suffix}", {"le": edge} if edge else {})
         self._published: dict[str, float] = collections.defaultdict(float)
         self._ended: collections.Counter[str] = collections.Counter()
         self._first_token_s = 0.0
@@ -125,11 +125,11 @@ class Metrics:
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
 
-    def _add(self, name: str, description: str, key: str = "", *, gauge: bool = False, **labels: str) -> None:
+    def _add(self, name: str, description: str, key: str = "", labels: dict[str, str] | None = None, *, gauge: bool = False) -> None:
         if name not in self._families:
             kind = pb_utils.MetricFamily.GAUGE if gauge else pb_utils.MetricFamily.COUNTER
             self._families[name] = pb_utils.MetricFamily(name=name, description=description, kind=kind)
-        self._metrics[key or name] = self._families[name].Metric(labels={**self._labels, **labels})
+        self._metrics[key or name] = self._families[name].Metric(labels={**self._labels, **(labels or {})})
 
     def refused(self) -> None:
         """Count a request that was refused before it was accepted."""

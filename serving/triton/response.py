@@ -41,7 +41,10 @@ class Caller:
         return None
 
     def poll_cancelled(self) -> None:
-        """Ask Triton whether the client has cancelled. Takes 20 to 60 us and then waits for Python's lock: not for the scheduler's thread."""
+        """Ask Triton whether the client has cancelled.
+
+        Takes 20 to 60 us and then a wait for Python's lock, so the scheduler's thread does not call it.
+        """
         with self._polling:
             if not self._closed and not self._cancelled:
                 self._cancelled = bool(self.sender.is_cancelled())

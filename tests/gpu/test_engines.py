@@ -16,7 +16,7 @@ from serving.engines.cpu import OnnxDecoder  # noqa: E402
 from serving.engines.gpu.encoder import GpuEncoder  # noqa: E402
 from serving.engines.gpu.engine import Scratch  # noqa: E402
 from serving.engines.load import gpu_loader, load_decoder, load_encoder, load_packer  # noqa: E402
-from serving.pipeline.scheduler import DecodeSequence, Scheduler  # noqa: E402
+from serving.pipeline.scheduler import CancelledError, DecodeSequence, Scheduler  # noqa: E402
 from tests.gpu.conftest import GpuReader  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -122,7 +122,7 @@ def test_batch_of_n_equals_n_times_one(gpu_reader: GpuReader) -> None:
     def ask(i: int, most: int, leave_at: int | None = None) -> tuple[list[int], threading.Event]:
         tokens: list[int] = []
         done = threading.Event()
-        cancel_reason = (lambda: "enough" if len(tokens) >= leave_at else None) if leave_at else (lambda: None)
+        cancel_reason = (lambda: CancelledError("enough") if len(tokens) >= leave_at else None) if leave_at else (lambda: None)
         loop.submit(
             DecodeSequence(*packed[i], most, 0, lambda token, _: tokens.append(token), lambda _: done.set(), cancel_reason=cancel_reason)
         )

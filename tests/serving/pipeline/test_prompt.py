@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,6 +17,7 @@ from serving.contract.manifest import Manifest, ManifestError, Prompt
 from serving.contract.tensors import EngineSizes
 from serving.pipeline.detokenizer import IncrementalDetokenizer
 from serving.pipeline.prompt import PromptEncoder, PromptError
+from serving.pipeline.tokenizer_pool import TokenizerPool
 from tests.conftest import word_tokenizer
 
 MANIFEST = Manifest(
@@ -137,3 +139,13 @@ def test_pieces_join_to_exactly_the_text_whatever_the_tokens(chunks):
 def test_a_character_of_three_bytes_comes_whole():
     pieces = IncrementalDetokenizer(BYTE_PROMPT)
     assert [pieces.add(token) for token in [259, *(3 + b for b in "€".encode()), 260]] == ["a", "", "", "", "€b"]
+
+
+def test_a_tokenizer_that_cannot_be_copied_fails_the_load_and_hangs_nothing(monkeypatch):
+    def broken(serialized):
+        raise ValueError("no memory for another vocabulary")
+
+    stand_in = types.SimpleNamespace(from_str=broken)
+    monkeypatch.setattr("serving.pipeline.tokenizer_pool.Tokenizer", stand_in)
+    with pytest.raises(ValueError, match="no memory for another vocabulary"):
+        TokenizerPool(word_tokenizer(), 16, threads=3)

@@ -1,0 +1,156 @@
+"""The Triton models on a stand-in of the Python backend: what fails alone, what ends the process, what is published."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serving.contract.tensors import EngineSizes, encoder_tensors
+from tests.serving.triton import fake_backend
+from tests.serving.triton.fake_backend import Request
+
+SIZES = EngineSizes(4, 4, 1, (0,), 1, 1, 4, vocab_size=10)
+GOOD = {"input_ids": np.full((2, 3), 5, np.int32), "attention_mask": np.ones((2, 3), np.int32)}
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], types.ModuleType]]:
+    fake_backend.forget_models()
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake_backend.module())
+    yield lambda name: importlib.import_module(f"serving.triton.{name}")
+    fake_backend.forget_models()
+
+
+class Encoder:
+    """Doubles ids; fails where an id is 7, as an engine fails on an input that it cannot run."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def encode(self, batch: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+        self.batches.append(len(batch))
+        if any((ids == 7).any() for ids, _ in batch):
+            raise RuntimeError("7 breaks the engine")
+        return [np.repeat(ids[..., None] * 2.0, 4, axis=2).astype(np.float32) for ids, _ in batch]
+
+
+@pytest.fixture
+def encoder_model(load: Any) -> Any:
+    module = load("encoder_model")
+    model = module.EncoderModel()
+    model._name, model._encoder, model._vocab_size, model._on_gpu = "fid_encoder", Encoder(), SIZES.vocab_size, False
+    model._tensors, model._metrics = encoder_tensors(SIZES), module.EncoderMetrics("fid_encoder")
+    return model
+
+
+def changed(**arrays: np.ndarray) -> Request:
+    return Request({**GOOD, **arrays})
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (changed(attention_mask=np.ones((2, 4), np.int32)), "attention_mask: wanted the shape of input_ids, [2, 3], got [2, 4]"),
+        (changed(attention_mask=np.ones((1, 3), np.int32)), "attention_mask: wanted the shape of input_ids, [2, 3], got [1, 3]"),
+        (changed(input_ids=np.array([[1, 2, 10]] * 2, np.int32)), "input_ids: wanted 0 to 9, got 10"),
+        (changed(input_ids=np.array([[1, -1, 3]] * 2, np.int32)), "input_ids: wanted 0 to 9, got -1"),
+        (Request({name: array[:0] for name, array in GOOD.items()}), "input_ids: wanted at least one passage of at least one token"),
+        (Request({name: array[:, :0] for name, array in GOOD.items()}), "input_ids: wanted at least one passage of at least one token"),
+    ],
+)
+def test_a_bad_request_to_the_encoder_gets_its_own_error_and_the_batch_lives(encoder_model, bad, message):
+    first, wrong, last = encoder_model.execute([Request(GOOD), bad, Request(GOOD)])
+    assert wrong.error().message().startswith(message) and wrong.error().code() == "INVALID_ARG"
+    for response in (first, last):
+        assert np.array_equal(response.output_tensors()[0].as_numpy(), np.full((2, 3, 4), 10, np.float32))
+    assert encoder_model._encoder.batches == [2]
+
+
+def test_a_request_that_breaks_the_engine_fails_alone(encoder_model):
+    first, broken, last = encoder_model.execute([Request(GOOD), changed(input_ids=np.full((2, 3), 7, np.int32)), Request(GOOD)])
+    assert broken.error().message() == "7 breaks the engine" and broken.error().code() == "INTERNAL"
+    assert not first.has_error() and not last.has_error()
+
+
+def test_a_sticky_cuda_error_ends_the_encoders_process_once_all_are_answered(encoder_model, monkeypatch):
+    ended = []
+    monkeypatch.setattr(sys.modules["serving.triton.encoder_model"], "is_fatal", lambda error: True)
+    monkeypatch.setattr(sys.modules["serving.triton.encoder_model"], "end_process", ended.append)
+    responses = encoder_model.execute([Request(GOOD), changed(input_ids=np.full((2, 3), 7, np.int32))])
+    assert [response.has_error() for response in responses] == [True, True]
+    assert ended == ["fid_encoder: 7 breaks the engine"] and encoder_model._encoder.batches == [2]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened within 10 s"
+        time.sleep(0.005)
+
+
+def test_an_exception_of_is_cancelled_ends_no_other_questions_cancellation(load):
+    module, response = load("reader_model"), load("response")
+    model = module.ReaderModel()
+    model._name, model._stopping = "fid", threading.Event()
+    broken, cancelled = (types.SimpleNamespace(caller=response.Caller(r, r.sender)) for r in (Request({}, "a"), Request({}, "b")))
+    broken.caller.sender.cancelled, cancelled.caller.sender.cancelled = RuntimeError("the request is gone"), True
+    model._in_flight = [broken, cancelled]  # polled in this order
+    thread = threading.Thread(target=model._poll_cancellations, daemon=True)
+    thread.start()
+    wait_for(lambda: cancelled.caller.cancel_reason() is not None)
+    assert broken.caller.cancel_reason() is None and "the request is gone" in fake_backend.Logger.lines[0]
+    model._stopping.set()
+    thread.join(10)
+
+
+def test_metrics_go_on_after_an_exception_and_count_answers_by_time(load, monkeypatch):
+    module = load("metrics")
+    monkeypatch.setattr(module, "PERIOD_S", 0.01)
+    calls: list[int] = []
+
+    def counts() -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("not now")
+        return types.SimpleNamespace(running=2, waiting=1, tokens=30, steps=10, step_s=0.5, encoder_tokens=7)
+
+    metrics = module.Metrics("fid", counts, lambda: 4, lambda counts: 99)
+    caller = types.SimpleNamespace(arrived_s=100.0)
+    times = types.SimpleNamespace(first_token=100.2, ended=100.25)
+    metrics.ended(types.SimpleNamespace(outcome="answered", caller=caller, times=times, queue_s=0.015))
+    metrics.refused()
+    wait_for(lambda: len(calls) > 2)
+    metrics.close()
+    families = fake_backend.MetricFamily.every
+
+    def value(name: str, **labels: str) -> float:
+        return families[name].metrics[tuple(sorted({"model": "fid", **labels}.items()))].value
+
+    assert value("reader_in_flight_questions") == value("reader_in_hand_questions") == 4
+    assert value("reader_generated_tokens_total") == 30 and value("reader_active_slots") == 2
+    assert value("reader_questions_total", outcome="answered") == value("reader_questions_total", outcome="refused") == 1
+    edges = {"0.2": 0, "0.3": 1, "30": 1, "+Inf": 1}
+    assert {edge: value("reader_answer_seconds_bucket", le=edge) for edge in edges} == edges
+    assert value("reader_answer_seconds_sum") == pytest.approx(0.25) and value("reader_answer_seconds_count") == 1
+    assert value("reader_queue_seconds_bucket", le="0.02") == 1 and value("reader_queue_seconds_bucket", le="0.01") == 0
+    assert "not now" in fake_backend.Logger.lines[0] and len(fake_backend.Logger.lines) == 1
+
+
+def test_a_fatal_error_of_the_decoder_ends_the_readers_process(load, monkeypatch):
+    module = load("reader_model")
+    ended: list[str] = []
+    monkeypatch.setattr(module, "end_process", ended.append)
+    monkeypatch.setattr(module, "is_fatal", lambda error: "illegal" in str(error))
+    model = module.ReaderModel()
+    model._name = "fid"
+    model._end_if_fatal(RuntimeError("out of memory"))
+    model._end_if_fatal(RuntimeError("an illegal memory access"))
+    assert ended == ["fid: an illegal memory access"]
