@@ -72,7 +72,7 @@ def measure_steps(reader: Reader, batch: int, tokens: int, past: int, rounds: in
 
 def main() -> int:
     """Measure and print JSON."""
-    parser = argparse.ArgumentParser(prog="python -m perf.peers.transformers_fid.torch_gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m perf.peers.torch_gpu", description=__doc__)
     parser.add_argument("--preset", default="base")
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--passages", type=int, default=40)
