@@ -36,7 +36,9 @@ def test_packages_import_only_what_they_may():
 
 def test_every_import_contract_notices_an_import_that_it_forbids(tmp_path):
     for package in ("serving", "export", "perf", "training", "clients", "examples"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=lambda _, names: [n for n in names if "." in n and not n.endswith(".py")])
+        shutil.copytree(
+            ROOT / package, tmp_path / package, ignore=lambda _, names: [n for n in names if "." in n and not n.endswith(".py")]
+        )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     forbidden = {
         "serving/launcher/liveness.py": "import torch",

@@ -30,11 +30,19 @@ ENGINES_VARIABLE = "TEST_ENGINES"  # tests/conftest.py keeps its exported engine
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """One changed module: its path, the whole changed source, and the line on which the change is."""
+    """One changed module.
+
+    Attributes:
+        path: Of the module, relative to the repository's root.
+        line: Of the change.
+        original: The module's source.
+        source: The changed source.
+    """
 
     path: str
-    source: str
     line: int
+    original: str
+    source: str
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,15 +78,16 @@ def main(argv: list[str] | None = None) -> int:
 def sample(paths: list[str], count: int, seed: int) -> list[Mutant]:
     """At most `count` mutants, one at a site, drawn without replacement from the sites of all modules; the same ones for the same seed."""
     numbers = random.Random(seed)
-    everywhere = [(path, site) for path in paths for site in sites.mutation_sites((ROOT / path).read_text(encoding="utf-8"))]
+    originals = {path: (ROOT / path).read_text(encoding="utf-8") for path in paths}
+    everywhere = [(path, site) for path, original in originals.items() for site in sites.mutation_sites(original)]
     numbers.shuffle(everywhere)
     chosen: list[Mutant] = []
     for path, site in everywhere:
         if len(chosen) == count:
             break
-        source = sites.mutated((ROOT / path).read_text(encoding="utf-8"), numbers.choice(site.variants))
+        source = sites.mutated(originals[path], numbers.choice(site.variants))
         if source is not None:
-            chosen.append(Mutant(path, source, site.line))
+            chosen.append(Mutant(path, site.line, originals[path], source))
     return chosen
 
 
@@ -102,9 +111,7 @@ def _baselines(copy: Path, groups: set[tuple[str, ...]], verbose: bool) -> dict[
     return timeouts_s
 
 
-def _try_all(
-    mutants: list[Mutant], copies: list[Path], timeouts_s: dict[tuple[str, ...], float], deadline_s: float
-) -> Iterator[Tried]:
+def _try_all(mutants: list[Mutant], copies: list[Path], timeouts_s: dict[tuple[str, ...], float], deadline_s: float) -> Iterator[Tried]:
     """Try the mutants in their order, one in each copy at a time; none is started after the deadline."""
     waiting = collections.deque(mutants)
     running: dict[Path, tuple[Mutant, runner.TestRun]] = {}
@@ -120,9 +127,8 @@ def _try_all(
                 outcome = run.outcome()
                 if outcome is not None:
                     del running[copy]
-                    original = (ROOT / mutant.path).read_text(encoding="utf-8")
-                    (copy / mutant.path).write_text(original, encoding="utf-8")
-                    tried = notes.tried(mutant.path, mutant.line, original, mutant.source, outcome)
+                    (copy / mutant.path).write_text(mutant.original, encoding="utf-8")
+                    tried = notes.tried(mutant.path, mutant.line, mutant.original, mutant.source, outcome)
                     print(f"{outcome:9} {run.elapsed_s():5.1f} s  {tried}", flush=True)
                     yield tried
             time.sleep(runner.POLL_S)
@@ -139,7 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sample (default: 0)")
     parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="start no mutant after so many minutes (default: 10)")
     parser.add_argument("--paths", nargs="+", default=[], metavar="PATH", help="only modules at or below these paths (default: all)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="test runs at a time (default: one for each CPU)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="test runs at a time (default: one for each CPU)"
+    )
     parser.add_argument("--notes", type=Path, metavar="FILE", help=f"where to write (default: {NOTES}, with --paths build/mutants.md)")
     parser.add_argument("--verbose", action="store_true", help="print the times of the runs without a mutant")
     return parser

@@ -41,7 +41,7 @@ class Tried:
 def tried(path: str, line: int, original: str, mutant: str, outcome: str) -> Tried:
     """The record of one mutant, with the lines that differ."""
     changes = [text for text in difflib.ndiff(original.splitlines(), mutant.splitlines()) if text[:2] in ("- ", "+ ")]
-    before, after = (" ".join(text[2:].strip() for text in changes if text.startswith(sign)) for sign in "-+")
+    before, after = (" ".join(" ".join(text[2:].split()) for text in changes if text.startswith(sign)) for sign in "-+")
     return Tried(path, line, before, after, outcome)
 
 

@@ -17,7 +17,18 @@ import time
 from pathlib import Path
 
 # Imported once, before the forks. None of them starts threads when imported; gRPC does, so it is left out.
-PRELOADED = ("numpy", "onnx", "onnxruntime", "onnxscript", "safetensors.torch", "tokenizers", "torch", "hypothesis", "pytest", "transformers")
+PRELOADED = (
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "safetensors.torch",
+    "tokenizers",
+    "torch",
+    "hypothesis",
+    "pytest",
+    "transformers",
+)
 PYTEST = ("-x", "-q", "-m", "not server and not slow and not gpu", "-p", "no:cacheprovider", "--hypothesis-seed=0", "--no-header")
 POLL_S = 0.02
 LEFT_OUT = ("perf/results/",)  # large, and read by no test that is run

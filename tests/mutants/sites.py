@@ -110,7 +110,10 @@ def mutated(source: str, variant: Variant) -> str | None:
 
 def _operator_names() -> Iterator[tuple[str, str]]:
     """Each cosmic-ray operator in use, and its family: operators of one family at one place are variants of one site."""
-    for family, prefix, table in (("binary", "ReplaceBinaryOperator", NEAR_BINARY), ("comparison", "ReplaceComparisonOperator", NEAR_COMPARISONS)):
+    for family, prefix, table in (
+        ("binary", "ReplaceBinaryOperator", NEAR_BINARY),
+        ("comparison", "ReplaceComparisonOperator", NEAR_COMPARISONS),
+    ):
         for before, near in table.items():
             yield from ((f"{prefix}_{before}_{after}", family) for after in near)
     for name in OTHER_OPERATORS:

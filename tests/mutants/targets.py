@@ -7,7 +7,12 @@ from pathlib import Path
 # A folder stands for the modules and the test files in it. The first prefix that matches a module decides. The tests that are the quickest
 # to fail come first.
 TESTS_OF_MODULES: dict[str, tuple[str, ...]] = {
-    "serving/contract/gemms.py": ("tests/serving/contract", "tests/serving/engines", "tests/export/tensorrt", "tests/export/test_repository.py"),
+    "serving/contract/gemms.py": (
+        "tests/serving/contract",
+        "tests/serving/engines",
+        "tests/export/tensorrt",
+        "tests/export/test_repository.py",
+    ),
     "serving/contract/gpu_profiles.py": ("tests/serving/contract", "tests/serving/engines", "tests/export/tensorrt"),
     "serving/contract/manifest.py": ("tests/serving/contract", "tests/export/test_repository.py", "tests/serving/pipeline/test_prompt.py"),
     "serving/contract/limits.py": ("tests/serving/contract", "tests/export/test_repository.py", "tests/serving/pipeline/test_request.py"),
