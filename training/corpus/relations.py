@@ -1,6 +1,6 @@
 """The relations that questions are asked about: where a fact stands, and which short string answers it.
 
-Comes in: ``Passage`` (``factbook.py``). Goes out: ``Fact``: passage, answers, place of the trained answer.
+In: ``Passage`` (``factbook.py``). Out: ``Fact``: passage, answers, place of the trained answer.
 The questions' question templates stand in ``question templates.py``.
 
 Every answer is a substring of its passage, so that a reader can copy it. ``answers[0]`` is the one that is

@@ -1,6 +1,6 @@
 """BM25 over the Factbook's passages.
 
-Comes in: passages. Goes out: for a question, the best passages with scores. Question words that the Factbook does not
+In: passages. Out: for a question, the best passages with scores. Question words that the Factbook does not
 use are expanded by one hand-written table, at query time only; nothing is learned here.
 """
 

@@ -1,6 +1,6 @@
 """The demo readers' tokenizer: a Unigram vocabulary learned from the corpus.
 
-Comes in: text. Goes out: one ``tokenizer.json`` for the ``tokenizers`` library, ids as in T5: pad 0, eos 1, unk 2.
+In: text. Out: one ``tokenizer.json`` for the ``tokenizers`` library, ids as in T5: pad 0, eos 1, unk 2.
 
 Pieces never cross white space, so a prompt's ids are the concatenation of its words' ids. ``WordEncoder`` relies on
 it: questions and passages are tokenized apart and laid together.

@@ -1,6 +1,6 @@
 """The whole training on one machine: FiD and FiDO side by side, then the conversion, then every evaluation.
 
-Goes out, under ``--out``: ``fid/``, ``fido/``, ``fido_converted/`` (checkpoints, logs, state) and ``results/``
+Out, under ``--out``: ``fid/``, ``fido/``, ``fido_converted/`` (checkpoints, logs, state) and ``results/``
 (an evaluation's printout and predictions each). Run again after a cut, it goes on where it stood.
 """
 

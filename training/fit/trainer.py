@@ -1,6 +1,6 @@
 """The training loop: from random weights or from a converted reader, resumable, within a budget of seconds or steps.
 
-Comes in: ``build/corpus/`` and options. Goes out, in the output directory:
+In: ``build/corpus/`` and options. Out, in the output directory:
     state.pt            everything a resumed run needs, replaced in one step every ``save_every_s`` seconds
     training_log.jsonl  one line an evaluation: elapsed seconds, step, loss, learning rate, exact match
     config.json, model.safetensors, tokenizer.json: the averaged weights in fp16, as ``export.checkpoint.files`` saves them
