@@ -123,7 +123,8 @@ class ScriptedPeer:
     """A peer whose batches take stated seconds of a clock that only it moves."""
 
     def __init__(self, clock: list[float], first_s: float, later_s: float, *, compiled: bool):
-        self._clock, self._seconds, self.compiled, self._calls_of_size = clock, (first_s, later_s), compiled, collections.Counter()
+        self._clock, self._seconds, self.compiled = clock, (first_s, later_s), compiled
+        self._calls_of_size: collections.Counter[int] = collections.Counter()
         self.calls: list[tuple[int, int, int]] = []
 
     def answer(self, questions, max_new_tokens, min_new_tokens=0):
