@@ -46,7 +46,7 @@ def test_a_sample_depends_on_its_seed_alone_and_differs_from_the_module_in_the_s
     for mutant in first:
         before, after = mutant.original.splitlines(), mutant.source.splitlines()
         assert mutant.original == (ROOT / mutant.path).read_text()
-        assert before != after and before[: mutant.line - 2] == after[: mutant.line - 2]
+        assert before != after and before[: mutant.line - 3] == after[: mutant.line - 3]
 
 
 def test_every_module_in_the_scope_has_fast_tests():
