@@ -122,8 +122,8 @@ $(BASE)/%/manifest.json: $(INSTALLED) $(EXPORT_CODE)
 
 gpu-bench: $(BASE)/fid/manifest.json $(BASE)/fido/manifest.json ## on a GPU: the same at base size, 24 questions x 40 passages x 256 tokens (RUN=folder)
 	$(PY) -m perf.bounds.rates --device gpu --run $(RUN)
-	$(PY) -m perf.served.sweep --plan card --engines $(BASE) $(BASE_SERVED) --run $(RUN)
-	$(PY) -m perf.bounds.stages --plan card --engines $(BASE) --batches 1 8 24 --encoder-batch 120 --run $(RUN)
+	$(PY) -m perf.served.sweep --plan gpu --engines $(BASE) $(BASE_SERVED) --run $(RUN)
+	$(PY) -m perf.bounds.stages --plan gpu --engines $(BASE) --batches 1 8 24 --encoder-batch 120 --run $(RUN)
 	$(PY) -m perf.gpu.step $(BASE)/fido $(BASE_SLOTS) --out $(RUN)/gpu_step_fido.json
 	$(PY) -m perf.gpu.step $(BASE)/fid $(BASE_SLOTS) --out $(RUN)/gpu_step_fid.json
 	$(PY) -m perf.peers.transformers_fid --preset base --device cuda --requests 8 --compiled-batches 8 --out $(RUN)/peers.json

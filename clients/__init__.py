@@ -1,5 +1,5 @@
-"""What asks a served reader: a Triton gRPC client, FiD's data format and metric, and `python -m clients`.
+"""A Triton gRPC client for served readers, FiD's data format and metric, and the command line `python -m clients`.
 
-In: a question and its passages. Out: the reader's answer, its log-probability and what it cost. Nothing here imports anything heavier than
-NumPy, tritonclient and tqdm; `clients.metrics` and `clients.examples` are standard library alone, so training may use them without gRPC.
+In: a question and its passages. Out: the reader's answer, its log-probability and its latency. The package imports nothing heavier than
+NumPy, tritonclient and tqdm; `clients.metrics` and `clients.examples` need only the standard library, so training uses them without gRPC.
 """

@@ -1,8 +1,8 @@
-"""The client's command line: `python -m clients ask` puts one question, `python -m clients evaluate` a whole data set.
+"""The client's command line: `python -m clients ask` asks one question, `python -m clients evaluate` a whole data set.
 
-Exit codes: 0 all was answered, 1 a request failed, 2 the command line or a file is wrong (nothing was sent), 3 every request failed, 130
-interrupted. Answers and figures go to standard output, the progress bar and errors to standard error. With --json the last line of standard
-output is JSON.
+Exit codes: 0 every request was answered, 1 a request failed, 2 the command line or a file is wrong (nothing was sent), 3 every request
+failed, 130 interrupted. Answers and results go to standard output, the progress bar and errors to standard error. With --json the last
+line of standard output is JSON.
 """
 
 import argparse
@@ -23,17 +23,17 @@ from clients.passage_file import PassageFileError, read_passages
 from clients.reader_client import ReaderClient, ReaderError
 
 EXIT_OK, EXIT_SOME_FAILED, EXIT_USAGE, EXIT_ALL_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
-_EVIDENCE_SHOWN = 3  # passages under an answer
-_EVIDENCE_WIDTH = 100  # characters of each
+_PASSAGES_SHOWN = 3  # under an answer
+_PASSAGE_WIDTH = 100  # characters
 _ERRORS_SHOWN = 5
 
 
 class _UsageError(Exception):
-    """Nothing was sent: what the command line names cannot be used."""
+    """The command line or a file that it names is invalid; nothing was sent."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and gives its exit code."""
+    """Run one command and return its exit code."""
     args = _parser().parse_args(argv)
     try:
         return args.command(args)
@@ -100,21 +100,21 @@ def _answer_text(answer: Answer, passages: list[Any]) -> str:
         mean_ms = _ms(answer.mean_inter_token_s)
         rows += [
             ("first token", f"{_ms(answer.time_to_first_token_s)} ms"),
-            ("inter-token", "not known: all came at once" if mean_ms is None else f"{mean_ms} ms on average"),
+            ("inter-token", "unknown: a single response" if mean_ms is None else f"{mean_ms} ms on average"),
         ]
     else:
         rows.insert(0, ("answer", answer.text))
     lines = [f"{name:<12} {value}" for name, value in rows]
     total = sum(answer.passage_scores)
     if total > 0:
-        best = sorted(zip(answer.passage_scores, passages, strict=False), key=lambda pair: -pair[0])[:_EVIDENCE_SHOWN]
-        lines += ["rests on"] + [f"  {100 * score / total:3.0f} %  {_shortened(passage)}" for score, passage in best]
+        best = sorted(zip(answer.passage_scores, passages, strict=False), key=lambda pair: -pair[0])[:_PASSAGES_SHOWN]
+        lines += ["passages"] + [f"  {100 * score / total:3.0f} %  {_shortened(passage)}" for score, passage in best]
     return "\n".join(lines)
 
 
 def _shortened(passage: Any) -> str:
     text = f"{passage.get('title', '')}: {passage['text']}" if isinstance(passage, dict) else str(passage)
-    return textwrap.shorten(text, _EVIDENCE_WIDTH, placeholder=" ...")
+    return textwrap.shorten(text, _PASSAGE_WIDTH, placeholder=" ...")
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -126,7 +126,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         client = resources.enter_context(_client(args))
         write_line = resources.enter_context(_predictions_file(args.predictions))
     failures = 0
-    # disable=None: no bar where standard error is not a terminal, so that logs stay readable
+    # disable=None hides the bar when standard error is not a terminal, to keep logs readable
     with resources, tqdm(total=len(examples), unit="question", file=sys.stderr, disable=None) as bar:
 
         def on_prediction(prediction: Prediction) -> None:
@@ -147,7 +147,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             on_prediction=on_prediction,
         )
     if failures > _ERRORS_SHOWN:
-        where = f"see {args.predictions}" if args.predictions else "--predictions FILE keeps them all"
+        where = f"see {args.predictions}" if args.predictions else "--predictions FILE lists them all"
         print(f"... and {failures - _ERRORS_SHOWN} more failed: {where}", file=sys.stderr)
     print(_evaluation_text(evaluation))
     if args.json:
@@ -159,10 +159,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _predictions_file(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that writes one JSON line, or does nothing where no file is asked for.
+    """A function that writes one JSON line; without a path it writes nothing.
 
-    Lines go to a file beside it, which takes the wanted name only once it is whole: an interrupted run leaves PATH.partial and an older
-    PATH as it was.
+    Lines go to PATH.partial, which is renamed to PATH at the end. An interrupted run leaves PATH.partial and does not touch an older PATH.
     """
     if path is None:
         yield lambda line: None
@@ -180,7 +179,7 @@ def _predictions_file(path: str | None) -> Iterator[Callable[[dict[str, Any]], N
 
 def _evaluation_text(evaluation: Evaluation) -> str:
     figures = evaluation.as_json()
-    em = "not known: the data hold no answers" if figures["em"] is None else f"{figures['em']:.2f} %"
+    em = "unknown: the data have no answers" if figures["em"] is None else f"{figures['em']:.2f} %"
     rows = [("model", figures["model"]), ("questions", figures["questions"]), ("failed", figures["failed"]), ("exact match", em)]
     if evaluation.measured:
         rows += [
@@ -196,7 +195,7 @@ def _ms(seconds: float | None) -> float | None:
 
 @contextlib.contextmanager
 def _usage_errors() -> Iterator[None]:
-    """What cannot be read or is no valid setting, as an error of the command line."""
+    """Turn unreadable files and invalid settings into errors of the command line."""
     try:
         yield
     except OSError as error:
@@ -223,11 +222,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m clients",
         description="Ask a served FiD or FiDO reader.",
-        epilog="Exit codes: 0 all was answered, 1 a request failed, 2 wrong command line or file, 3 every request failed, 130 interrupted.",
+        epilog="Exit codes: 0 all answered, 1 a request failed, 2 wrong command line or file, 3 every request failed, 130 interrupted.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    ask = commands.add_parser("ask", help="put one question", description="Put one question and print the answer.")
+    ask = commands.add_parser("ask", help="ask one question", description="Ask one question and print the answer.")
     ask.set_defaults(command=_ask)
     ask.add_argument("--question", required=True, help="the question, without any prompt words")
     ask.add_argument(
@@ -236,19 +235,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help='JSON list (or JSONL) of strings or {"title", "text"}, or text with one passage a line; - is stdin',
     )
-    ask.add_argument("--min-new-tokens", type=_whole_number(0), metavar="N", help="at least so many answer tokens")
-    ask.add_argument("--stream", action="store_true", help="print the answer as it is generated (asks MODEL_stream)")
+    ask.add_argument("--min-new-tokens", type=_whole_number(0), metavar="N", help="minimum number of answer tokens")
+    ask.add_argument("--stream", action="store_true", help="print the answer while it is generated (by MODEL_stream)")
 
     evaluation = commands.add_parser(
         "evaluate",
-        help="put the questions of a data set and score the answers",
-        description="Put every question of a data set in FiD's format and print exact match, throughput and latency.",
+        help="ask the questions of a data set and score the answers",
+        description="Ask every question of a data set in FiD's format and print exact match, throughput and latency.",
     )
     evaluation.set_defaults(command=_evaluate)
     evaluation.add_argument("data", metavar="DATA", help="a .jsonl or .json file in FiD's format")
-    evaluation.add_argument(
-        "--concurrency", type=_whole_number(1), default=8, metavar="N", help="requests in flight at a time (default: 8)"
-    )
+    evaluation.add_argument("--concurrency", type=_whole_number(1), default=8, metavar="N", help="requests in flight (default: 8)")
     evaluation.add_argument("--n-passages", type=_whole_number(1), metavar="K", help="the first K passages of each question (default: all)")
     evaluation.add_argument("--limit", type=_whole_number(1), metavar="N", help="the first N questions (default: all)")
     evaluation.add_argument(
@@ -264,28 +261,28 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--model", default="fido", help="fid or fido (default: fido)")
         command.add_argument("--url", default="127.0.0.1:8001", help="host:port of Triton's gRPC endpoint (default: 127.0.0.1:8001)")
         command.add_argument(
-            "--timeout-s", type=float, default=60.0, metavar="S", help="how long one request may take (default: 60; inf: no limit)"
+            "--timeout-s", type=float, default=60.0, metavar="S", help="time-out of one request in seconds (default: 60; inf: none)"
         )
         command.add_argument(
-            "--max-new-tokens", type=_whole_number(1), metavar="N", help="at most so many answer tokens, the end token included"
+            "--max-new-tokens", type=_whole_number(1), metavar="N", help="maximum number of answer tokens, with the end token"
         )
         command.add_argument("--json", action="store_true", help="print JSON; it is the last line of standard output")
         tls = command.add_argument_group("encryption")
         tls.add_argument("--ssl", action="store_true", help="encrypt the connection")
-        tls.add_argument("--root-certificates", metavar="PEM", help="whom to trust (default: gRPC's own)")
-        tls.add_argument("--private-key", metavar="PEM", help="our key, for servers that ask for a client certificate")
-        tls.add_argument("--certificate-chain", metavar="PEM", help="our certificate, with --private-key")
+        tls.add_argument("--root-certificates", metavar="PEM", help="trusted certificates (default: gRPC's)")
+        tls.add_argument("--private-key", metavar="PEM", help="the client's key, for servers that require a client certificate")
+        tls.add_argument("--certificate-chain", metavar="PEM", help="the client's certificate, with --private-key")
     return parser
 
 
-def _whole_number(least: int) -> Callable[[str], int]:
+def _whole_number(minimum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"wanted a whole number from {least}, got {text!r}")
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"wanted a whole number from {minimum}, got {text!r}")
         return value
 
     return parse

@@ -1,4 +1,4 @@
-"""What comes back from a reader: responses -> Answer, or pieces and then StreamedAnswer. The one place where results are parsed."""
+"""A reader's responses -> Answer, or StreamPieces and a StreamedAnswer. Only this module parses results."""
 
 import dataclasses
 import itertools
@@ -17,11 +17,11 @@ class Answer:
     Attributes:
         text: The answer.
         log_prob: Natural log-probability of the answer: the sum over its tokens.
-        tokens: How many tokens were generated, the end token included.
-        latency_s: From just before the request was encoded until the answer had arrived.
-        passage_scores: What the answer rests on: for each passage, in the order given, the cross-attention of the first token over its
-            tokens, summed over heads and averaged over layers. Empty if the server does not tell.
-        token_log_probs: Log-probability of each token, the end token included. Empty if the server does not tell.
+        tokens: Number of generated tokens, with the end token.
+        latency_s: Seconds from just before the request was encoded until the answer arrived.
+        passage_scores: Attribution to the passages, in the request's order: the first token's cross-attention to each passage's tokens,
+            summed over heads and averaged over layers. Empty if the server does not send it.
+        token_log_probs: Log-probability of each token, with the end token. Empty if the server does not send it.
     """
 
     text: str
@@ -34,11 +34,11 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class StreamPiece:
-    """A part of an answer under way: the texts of all pieces, joined with nothing between them, are the answer.
+    """A part of a streamed answer: the concatenated texts of all pieces are the answer.
 
     Attributes:
         text: Never empty.
-        elapsed_s: From just before the request was encoded until this piece was taken from the stream.
+        elapsed_s: Seconds from just before the request was encoded until this piece was read from the stream.
     """
 
     text: str
@@ -47,14 +47,14 @@ class StreamPiece:
 
 @dataclasses.dataclass(frozen=True)
 class StreamedAnswer(Answer):
-    """An answer that came in pieces.
+    """An answer that was streamed.
 
-    All times are of responses being taken from the stream, so a consumer slower than the reader sees its own pace in them. A reader answers
-    each token as it comes, but for a token without text of its own, which comes with the next that has some.
+    Times are taken when a response is read from the stream, so a consumer slower than the reader measures itself. A reader sends each token
+    at once, except a token without text, which it sends with the next token that has some.
 
     Attributes:
-        time_to_first_token_s: Until the first response.
-        inter_token_times_s: Between one response and the next, the last being the one with the totals.
+        time_to_first_token_s: Seconds until the first response.
+        inter_token_times_s: Seconds between consecutive responses; the last response has the totals.
     """
 
     time_to_first_token_s: float
@@ -64,8 +64,8 @@ class StreamedAnswer(Answer):
     def mean_inter_token_s(self) -> float | None:
         """Mean time per token after the first; None for an answer of one token or one response.
 
-        Divided by the tokens generated and not by the responses that came, so that it holds as well where one response brings several
-        tokens and where the totals come right behind the last token.
+        The divisor is the number of tokens, not of responses: one response may carry several tokens, and the totals may follow the last
+        token at once.
         """
         if self.tokens < 2 or not self.inter_token_times_s:
             return None
@@ -89,10 +89,10 @@ def answer_from_result(result: InferResult, *, model: str, latency_s: float) -> 
 
 
 class StreamAssembler:
-    """Makes one StreamedAnswer of a decoupled model's responses; knows nothing of gRPC.
+    """Assembles a decoupled model's responses into one StreamedAnswer, without gRPC.
 
-    Every response carries a piece in `answer`; the last one, whose piece is often empty, also the totals `log_prob` and `tokens`. A
-    response without outputs (the bare final flag) says nothing.
+    Every response carries a piece in `answer`. The last one, whose piece is often empty, also carries the totals `log_prob` and `tokens`. A
+    response without outputs (only the final flag) is ignored.
     """
 
     def __init__(self, model: str) -> None:
@@ -103,11 +103,11 @@ class StreamAssembler:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the totals have come: whatever goes wrong afterwards, the answer is whole."""
+        """Whether the totals arrived: an error after them does not matter, since the answer is complete."""
         return self._totals is not None
 
     def feed(self, result: InferResult, elapsed_s: float) -> StreamPiece | None:
-        """Takes the next response, which came `elapsed_s` after the start; gives its piece, or None where it has no text.
+        """Add the next response, `elapsed_s` after the start; return its piece, or None if it has no text.
 
         Raises:
             ReaderError: If the response is not one of a streaming reader's.
@@ -123,16 +123,16 @@ class StreamAssembler:
         return StreamPiece(text, elapsed_s) if text else None
 
     def finish(self) -> StreamedAnswer:
-        """The whole answer.
+        """The complete answer.
 
         Raises:
-            ReaderError: If the stream ended before the totals came.
+            ReaderError: If the stream ended before the totals arrived.
         """
         if self._totals is None:
             count = len(self._texts)
             raise ReaderError(
-                f"{self._model}: the stream ended after {count} responses without log_prob and tokens, so the answer is not whole; "
-                "check that it is a streaming reader (fid_stream, fido_stream) and look into the server's log",
+                f"{self._model}: the stream ended after {count} responses without log_prob and tokens, so the answer is incomplete; "
+                "check that it is a streaming reader (fid_stream, fido_stream), and the server's log",
                 model=self._model,
             )
         times_s = self._response_times_s

@@ -1,4 +1,4 @@
-"""AsyncReaderClient: the same questions and answers as ReaderClient, for asyncio.
+"""AsyncReaderClient: ReaderClient for asyncio.
 
     async with AsyncReaderClient("127.0.0.1:8001", model="fido") as reader:
         print((await reader.answer("who wrote Faust?", ["Faust is a play by Goethe."])).text)
@@ -26,9 +26,9 @@ from clients.request import Passage, ReaderRequest, infer_inputs_from_tensors, r
 
 
 class AsyncAnswerStream(AsyncIterator[StreamPiece]):
-    """An answer under way: an asynchronous iterator over its pieces, and once it has ended, `answer`.
+    """A streamed answer: an asynchronous iterator over its pieces, and after the end, `answer`.
 
-    Closing it (or leaving its `async with` block) before the end cancels the request on the server.
+    Closing it, or leaving its `async with` block, before the end cancels the request on the server.
     """
 
     def __init__(self, responses: Any, endpoint: Endpoint, model: str, *, deadline_s: float, start_s: float) -> None:
@@ -45,7 +45,7 @@ class AsyncAnswerStream(AsyncIterator[StreamPiece]):
         """The next piece.
 
         Raises:
-            ReaderError: If the server refused or failed; no more pieces come after that.
+            ReaderError: If the server refused or failed; the stream ends there.
         """
         try:
             while not self._ended:
@@ -59,23 +59,23 @@ class AsyncAnswerStream(AsyncIterator[StreamPiece]):
 
     @property
     def answer(self) -> StreamedAnswer:
-        """The whole answer with its totals and times.
+        """The complete answer with its totals and times.
 
         Raises:
             RuntimeError: If the stream has not been read to its end.
         """
         if self._answer is None:
-            raise RuntimeError("the answer is not whole yet: read the stream to its end first, or call read_to_end()")
+            raise RuntimeError("the answer is incomplete: read the stream to its end first, or call read_to_end()")
         return self._answer
 
     async def read_to_end(self) -> StreamedAnswer:
-        """Reads what is left and gives the whole answer."""
+        """Read the rest and return the complete answer."""
         async for _ in self:
             pass
         return self.answer
 
     async def aclose(self) -> None:
-        """Ends the stream; a request still under way is cancelled on the server. Harmless when done twice."""
+        """End the stream and cancel an unfinished request on the server. Calling it twice is harmless."""
         self._ended = True
         self._responses.cancel()
 
@@ -95,7 +95,7 @@ class AsyncAnswerStream(AsyncIterator[StreamPiece]):
         except grpc.RpcError as rpc_error:
             if not self._assembler.is_complete:
                 raise self._endpoint.error(rpc_error, model=self._model, timeout_s=self._deadline_s) from rpc_error
-            self._ended = True  # the connection broke behind the totals: nothing is missing
+            self._ended = True  # the connection broke after the totals: nothing is missing
             self._answer = self._assembler.finish()
             return None
         if error is not None:
@@ -111,7 +111,7 @@ class AsyncAnswerStream(AsyncIterator[StreamPiece]):
 
 
 class AsyncReaderClient:
-    """Asks one reader from one event loop, the one that runs at its first question; ReaderClient describes the arguments."""
+    """A client of one reader, bound to the event loop of its first question; ReaderClient describes the arguments."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class AsyncReaderClient:
         self._closed = False
 
     async def is_ready(self, timeout_s: float = 5.0) -> bool:
-        """Whether the server answers and serves the unary model now."""
+        """Whether the server responds and the unary model is ready."""
         try:
             return bool(await self._client().is_model_ready(self.endpoint.model, client_timeout=timeout_s))
         except InferenceServerException:
@@ -147,7 +147,7 @@ class AsyncReaderClient:
         min_new_tokens: int | None = None,
         timeout_s: float | None = None,
     ) -> Answer:
-        """Asks one question and waits for the answer; arguments and errors are those of ReaderClient.answer."""
+        """Ask one question and wait for the answer; arguments and errors are those of ReaderClient.answer."""
         start_s = time.perf_counter()
         client, endpoint, deadline_s = self._client(), self.endpoint, self.endpoint.deadline_s(timeout_s)
         request = ReaderRequest(question, passages, titles, max_new_tokens, min_new_tokens)
@@ -161,7 +161,7 @@ class AsyncReaderClient:
     async def answer_many(
         self, requests: Iterable[ReaderRequest | Mapping[str, Any]], concurrency: int = 8
     ) -> AsyncIterator[Answer | ReaderError]:
-        """Asks many questions, `concurrency` at a time, and gives the results in the order of the requests.
+        """Ask many questions, `concurrency` at a time, and yield the results in the order of the requests.
 
         As in ReaderClient.answer_many, a request that fails yields its ReaderError in its place. Closing the generator early (`aclose`) or
         cancelling the task that reads it cancels what is in flight.

@@ -1,4 +1,4 @@
-"""Where a reader is served and how to reach it: address, model names, time-out and TLS. Opens no connection itself."""
+"""The address of a reader: host and port, model names, time-out and TLS. It opens no connection."""
 
 import dataclasses
 import math
@@ -8,9 +8,9 @@ import grpc
 
 from clients.errors import ReaderError, error_from_exception
 
-# gRPC's ceiling: how large a request may be is the server's to say
+# gRPC's maximum: the server limits the size of a request
 _MAX_MESSAGE_BYTES = 2**31 - 1
-# gRPC's default grows to two minutes: far too long for whoever waits for a server to start
+# gRPC's default grows to two minutes, too long for a caller that waits for a server to start
 _MAX_RECONNECT_BACKOFF_MS = 2000
 _LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
@@ -23,11 +23,11 @@ class Endpoint:
         url: "host:port" of Triton's gRPC endpoint, without a scheme.
         model: The unary model, "fid" or "fido".
         stream_model: The same reader under the decoupled policy; None: `model` + "_stream".
-        timeout_s: The time-out of a request that names none; math.inf for none at all.
-        ssl: Encrypt the connection. The three files below are PEM and only read if so.
-        root_certificates: Whom to trust; None: gRPC's own default.
-        private_key: Our key, where the server asks for a client certificate.
-        certificate_chain: Our certificate, to go with `private_key`.
+        timeout_s: Time-out in seconds of a request that sets none; math.inf for no limit.
+        ssl: Encrypt the connection. The three PEM files below are read only then.
+        root_certificates: Trusted certificates; None: gRPC's default.
+        private_key: The client's key, for servers that require a client certificate.
+        certificate_chain: The client's certificate, with `private_key`.
     """
 
     url: str = "127.0.0.1:8001"
@@ -44,7 +44,7 @@ class Endpoint:
             raise ValueError(f"url: wanted host:port of Triton's gRPC endpoint, such as 127.0.0.1:8001, got {self.url!r}")
         if not self.model:
             raise ValueError("model: wanted the name of a served model, such as fido, got an empty string")
-        self.deadline_s(None)  # refuses a bad timeout_s now, not at the first question
+        self.deadline_s(None)  # refuses a bad timeout_s here rather than at the first question
         if not self.ssl and (self.root_certificates or self.private_key or self.certificate_chain):
             raise ValueError("root_certificates, private_key and certificate_chain need ssl=True: only an encrypted connection uses them")
         if bool(self.private_key) != bool(self.certificate_chain):
@@ -52,13 +52,13 @@ class Endpoint:
 
     @property
     def streaming_model(self) -> str:
-        """The model that `stream` asks."""
+        """The model that `stream` uses."""
         if self.stream_model is not None:
             return self.stream_model
         return self.model if self.model.endswith("_stream") else f"{self.model}_stream"
 
     def deadline_s(self, timeout_s: float | None) -> float:
-        """The time-out of one request in seconds: its own, or else this endpoint's.
+        """Time-out of one request in seconds: its own, else the endpoint's.
 
         Raises:
             ValueError: If it is not a number above 0.
@@ -76,7 +76,7 @@ class Endpoint:
             ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_BACKOFF_MS),
         ]
         if self.url.rsplit(":", 1)[0] in _LOOPBACK_HOSTS:
-            # gRPC obeys http_proxy even for loopback, and no proxy can reach our loopback
+            # gRPC applies http_proxy to loopback too, which no proxy can reach
             args.append(("grpc.enable_http_proxy", 0))
         return args
 
@@ -84,7 +84,7 @@ class Endpoint:
         """The TLS credentials, or None for a connection that is not encrypted.
 
         Raises:
-            FileNotFoundError: If one of the PEM files is not there.
+            FileNotFoundError: If a PEM file does not exist.
         """
         if not self.ssl:
             return None
@@ -92,10 +92,10 @@ class Endpoint:
         return grpc.ssl_channel_credentials(**{name: pathlib.Path(path).read_bytes() if path else None for name, path in files.items()})
 
     def error(self, exception: Exception, *, model: str, timeout_s: float) -> ReaderError:
-        """What an exception of gRPC or tritonclient means for a question asked here."""
+        """The ReaderError for an exception of gRPC or tritonclient at this endpoint."""
         return error_from_exception(exception, model=model, url=self.url, timeout_s=timeout_s)
 
 
 def grpc_timeout_s(deadline_s: float) -> float | None:
-    """The same time-out as gRPC wants it: None, not infinity, for no limit."""
+    """The time-out in gRPC's form: None instead of infinity for no limit."""
     return None if math.isinf(deadline_s) else deadline_s

@@ -1,6 +1,6 @@
-"""The errors of the client, and their making from what gRPC and tritonclient raise.
+"""The client's errors: exceptions of gRPC and tritonclient -> ReaderError and its subclasses.
 
-Every error keeps the server's own words in `message`; `str(error)` adds which model, where, and what to do.
+Every error keeps the server's message in `message`; `str(error)` adds the model, the address and what to do.
 """
 
 import grpc
@@ -8,12 +8,12 @@ from tritonclient.utils import InferenceServerException
 
 
 class ReaderError(RuntimeError):
-    """A question that got no answer.
+    """A question was not answered.
 
     Attributes:
-        message: The server's own words, or what the client found wrong before sending.
-        model: The model that was asked, as Triton knows it.
-        status: The gRPC status ("INTERNAL", "DEADLINE_EXCEEDED", ...); None where the server gave none or nothing was sent.
+        message: The server's message, or the client's if nothing was sent.
+        model: The model's name in Triton.
+        status: The gRPC status ("INTERNAL", "DEADLINE_EXCEEDED", ...); None if the server sent none or nothing was sent.
     """
 
     def __init__(self, text: str, *, message: str | None = None, model: str | None = None, status: str | None = None) -> None:
@@ -24,18 +24,18 @@ class ReaderError(RuntimeError):
 
 
 class RequestRefused(ReaderError):  # noqa: N818 - the caller reads it as what happened
-    """The request itself is at fault: sending it again will fail again. `status` is None when the client refused it before sending."""
+    """The request is invalid: sending it again fails again. `status` is None if the client refused it before sending."""
 
 
 class ReaderTimeout(ReaderError):  # noqa: N818
-    """No answer within the request's time-out; the server was told to drop the request."""
+    """No answer within the request's time-out; the request was cancelled on the server."""
 
 
 class ReaderUnavailable(ReaderError):  # noqa: N818
-    """Nobody answers at the address, or the server there does not serve this model (now)."""
+    """No server responds at the address, or it does not serve this model now."""
 
 
-# Triton answers NOT_FOUND for a model it has never heard of: whoever asks cannot mend that by changing the question.
+# NOT_FOUND means an unknown model in Triton: changing the question does not help.
 _CLASS_OF_STATUS: dict[str | None, type[ReaderError]] = {
     "INVALID_ARGUMENT": RequestRefused,
     "OUT_OF_RANGE": RequestRefused,
@@ -46,18 +46,18 @@ _CLASS_OF_STATUS: dict[str | None, type[ReaderError]] = {
 
 
 def error_from_exception(exception: Exception, *, model: str, url: str, timeout_s: float) -> ReaderError:
-    """The ReaderError that says what an `InferenceServerException` or a `grpc.RpcError` means.
+    """The ReaderError for an `InferenceServerException` or a `grpc.RpcError`.
 
     Args:
         exception: What tritonclient or gRPC raised.
-        model: The model that was asked.
-        url: Where it was asked.
-        timeout_s: The time-out that the request ran under.
+        model: The model's name in Triton.
+        url: The server's address.
+        timeout_s: The request's time-out in seconds.
     """
     if isinstance(exception, grpc.RpcError):
         status, message = exception.code().name, exception.details() or ""
     elif isinstance(exception, InferenceServerException):
-        # "StatusCode.INTERNAL"; None for an error inside a stream, where Triton sends words alone
+        # "StatusCode.INTERNAL"; None for an error inside a stream, which Triton sends without a status
         status, message = (exception.status() or "").removeprefix("StatusCode.") or None, exception.message() or ""
     else:
         raise TypeError(f"wanted a grpc.RpcError or an InferenceServerException, got {type(exception).__name__}") from exception
@@ -76,7 +76,7 @@ def error_from_exception(exception: Exception, *, model: str, url: str, timeout_
 
 
 def _hint(status: str | None, message: str) -> str:
-    """What to look at, where the server's words do not say it: a full queue, for one, explains itself."""
+    """What to check, if the server's message does not say it."""
     if status == "NOT_FOUND":
         return "; check the model's name, and that the server has loaded it"
     return "; is the server running there, and is this its gRPC port?" if "failed to connect" in message else ""

@@ -1,4 +1,4 @@
-"""A reader over a data set: Examples in, one Prediction per question and one Evaluation out. Prints nothing."""
+"""A reader evaluated on a data set: Examples -> one Prediction per question and one Evaluation. Prints nothing."""
 
 import dataclasses
 import time
@@ -12,14 +12,14 @@ from clients.reader_client import Answer, ReaderClient, ReaderError, ReaderReque
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the reader made of one example.
+    """The reader's answer to one example.
 
     Attributes:
         id: The example's.
         question: The example's.
         answers: The example's right answers.
-        answer: The reader's; None where the request failed.
-        error: Why it failed; None where it did not.
+        answer: The reader's; None if the request failed.
+        error: Why it failed; None if it did not.
     """
 
     id: str
@@ -30,13 +30,13 @@ class Prediction:
 
     @property
     def em(self) -> bool | None:
-        """Whether the answer is right, by FiD's exact match. A failed request is wrong; None where no right answer is known."""
+        """Whether the answer is right, by FiD's exact match. A failed request is wrong; None if no right answer is known."""
         if not self.answers:
             return None
         return self.answer is not None and exact_match(self.answer.text, self.answers)
 
     def as_json(self) -> dict[str, Any]:
-        """The line of a predictions file: with prediction, log_prob, tokens and latency_s, or with error in their place."""
+        """The line of a predictions file: prediction, log_prob, tokens and latency_s, or error instead."""
         line: dict[str, Any] = {"id": self.id, "question": self.question, "answers": list(self.answers), "em": self.em}
         if self.answer is None:
             return line | {"prediction": None, "error": self.error}
@@ -49,13 +49,13 @@ class Evaluation:
     """A run's totals.
 
     Attributes:
-        model: The model that was asked.
-        questions: How many examples were asked, warm-up and failures included.
-        failed: How many of them got no answer.
-        em: Percent of the examples with known answers that were answered right, failures counted as wrong; None without any.
-        measured: How many answers the times below are of: those after the warm-up that did not fail.
-        wall_s: From the first request after the warm-up until the last result.
-        latencies_s: Of each measured answer, as the client saw it.
+        model: The model's name in Triton.
+        questions: Number of examples, with warm-up and failures.
+        failed: Number of examples without an answer.
+        em: Exact match in percent of the examples with known answers, failures counted as wrong; None if there are none.
+        measured: Number of answers in the times below: those after the warm-up that did not fail.
+        wall_s: Seconds from the first request after the warm-up until the last result.
+        latencies_s: Seconds of each measured answer, measured by the client.
     """
 
     model: str
@@ -68,11 +68,11 @@ class Evaluation:
 
     @property
     def questions_per_s(self) -> float | None:
-        """Answers per second of wall clock; None where nothing was measured."""
+        """Answers per second of wall clock; None if nothing was measured."""
         return self.measured / self.wall_s if self.measured else None
 
     def latency_s(self, percent: float) -> float | None:
-        """A percentile of the measured latencies; None where nothing was measured."""
+        """A percentile of the measured latencies; None if nothing was measured."""
         return percentile(self.latencies_s, percent) if self.latencies_s else None
 
     def as_json(self) -> dict[str, Any]:
@@ -97,14 +97,14 @@ def evaluate(
     max_new_tokens: int | None = None,
     on_prediction: Callable[[Prediction], None] = lambda prediction: None,
 ) -> Evaluation:
-    """Asks every example once.
+    """Ask every example once.
 
     Args:
-        client: Whom to ask.
-        examples: What to ask.
-        concurrency: How many requests are in flight at a time.
-        warmup: The first so many examples are asked and scored as all others, but are over before the clock starts and count in no time.
-        max_new_tokens: At most so many answer tokens; None: the server's default.
+        client: Of the reader.
+        examples: The questions.
+        concurrency: Requests in flight.
+        warmup: Number of first examples that are asked and scored like the others, but end before the timed part starts.
+        max_new_tokens: Maximum number of answer tokens; None: the server's default.
         on_prediction: Called with each prediction, in the order of the examples.
     """
     if warmup < 0:

@@ -1,8 +1,8 @@
-"""Reads questions in FiD's data format, standard library alone: JSON or JSONL in, Examples out.
+"""FiD's data format: a JSON or JSONL file -> Examples. Needs only the standard library.
 
 An example is {"question", "answers": [...], "ctxs": [{"title", "text"}]}, and optionally "id", "target" and each context's "id" and
-"score"; other keys are ignored. A .json file holds a list of them, a .jsonl file one a line; any other name is taken by what its first
-character is.
+"score"; other keys are ignored. A .json file holds a list of examples, a .jsonl file one per line; for any other name the first
+character decides.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ class Context:
 
     Attributes:
         text: Its text.
-        title: Its title; None where the data have none.
-        score: The retriever's score, higher is better; None where the data have none.
+        title: Its title; None if the data have none.
+        score: The retriever's score, higher is better; None if the data have none.
     """
 
     text: str
@@ -33,20 +33,20 @@ class Context:
     score: float | None = None
 
     def as_passage(self) -> dict[str, str]:
-        """The passage as a ReaderRequest takes it."""
+        """The passage in the form that ReaderRequest accepts."""
         return {"text": self.text} if self.title is None else {"text": self.text, "title": self.title}
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One question with what is known about it.
+    """One question with its answers and passages.
 
     Attributes:
-        id: The data's own, as a string; else the example's index in the file, as FiD numbers them.
+        id: The data's id as a string; else the example's index in the file, as in FiD.
         question: The question.
-        answers: Every right answer; where the data have only a "target", that; empty where nothing is known.
+        answers: Every right answer; if the data have only a "target", that one; empty if none is known.
         contexts: The passages, best first.
-        target: The answer to train on, where the data name one.
+        target: The answer to train on, if the data name one.
     """
 
     id: str
@@ -57,15 +57,15 @@ class Example:
 
 
 def read_examples(path: str | pathlib.Path, *, n_context: int | None = None, limit: int | None = None) -> Iterator[Example]:
-    """The examples of a file in its order.
+    """The examples of a file, in file order.
 
-    As FiD does, contexts are sorted by score, highest first and ties in file order, where every context of the example has a score; else
-    they keep the file's order. Only then are they cut.
+    As in FiD, contexts are sorted by score, highest first and ties in file order, if every context of the example has a score; else they
+    keep the file's order. They are truncated to `n_context` after sorting.
 
     Args:
         path: The file.
-        n_context: Keep the first so many contexts of each example; None keeps all.
-        limit: Stop after so many examples; what follows is not even checked.
+        n_context: Maximum number of contexts of each example; None: all.
+        limit: Maximum number of examples; the rest of the file is not checked.
 
     Yields:
         One Example at a time; a JSONL file is read no further than that.
@@ -109,8 +109,7 @@ def _json_lines(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
 def _json_list(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
     """Line number and value of every element of the list that the file holds.
 
-    Element by element and not by json.load: that forgets where each one stood, and a message without the line is no help in a file of
-    79,000.
+    Decoded element by element, because json.load loses the line numbers, which error messages need.
     """
     content = path.read_bytes()
     text = _decoded(content, path, 1)
@@ -196,7 +195,7 @@ def _context(ctx: Any, name: str, faults: list[str]) -> Context:
     if not isinstance(title, str | None):
         faults.append(f"{name}.title: wanted a string, got {_kind(title)}")
     try:
-        # DPR writes its scores as strings, and FiD takes those too
+        # DPR writes scores as strings, which FiD accepts
         number = None if score is None else float(score)
     except (TypeError, ValueError):
         number = math.nan
@@ -206,7 +205,7 @@ def _context(ctx: Any, name: str, faults: list[str]) -> Context:
 
 
 def _kind(value: Any) -> str:
-    """What JSON calls a value."""
+    """The JSON name of a value's type."""
     if value is None:
         return "nothing"
     names = {bool: "a boolean", str: "a string", list: "a list", dict: "an object"}

@@ -1,4 +1,4 @@
-"""FiD's exact match and the percentile of a list: standard library alone, so that training, perf and the client score alike."""
+"""FiD's exact match and the percentile of a list, shared by training, perf and the client. Needs only the standard library."""
 
 import itertools
 import math
@@ -14,11 +14,11 @@ _JOINERS = "\u200c\u200d"
 
 
 def normalize_answer(text: str) -> str:
-    r"""Text as FiD compares it: lower case, without ASCII punctuation, without the articles a, an, the, white space collapsed.
+    r"""Text normalized as in FiD: lower case, no ASCII punctuation, no articles (a, an, the), white space collapsed.
 
     In this order, so that "U.S.A." is "usa" and "the-end" is "theend". FiD removes articles by `regex.sub(r"\b(a|an|the)\b", " ", text)`
-    with the package `regex`, for which a combining mark is part of the word and a superscript digit is not; the standard `re` has it the
-    other way round. Here is `regex`'s word, without needing the package.
+    with the package `regex`, where a combining mark is a word character and a superscript digit is not; the standard `re` does the
+    opposite. This function follows `regex` without the package.
     """
     text = text.lower().translate(_PUNCTUATION)
     runs = ("".join(run) for _, run in itertools.groupby(text, key=_is_word_character))
@@ -26,10 +26,10 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Iterable[str]) -> bool:
-    """Whether the prediction, normalised, is one of the answers, normalised. Without answers nothing matches.
+    """Whether the normalized prediction equals one of the normalized answers; False without answers.
 
     Raises:
-        TypeError: If `answers` is a string: its letters would be taken for answers.
+        TypeError: If `answers` is one string, whose letters would count as answers.
     """
     if isinstance(answers, str):
         raise TypeError(f"answers: wanted a list of strings, got the one string {answers!r}")

@@ -1,4 +1,4 @@
-"""Which request starts next and whose result is due: the order behind `answer_many`, without threads or an event loop."""
+"""The order of `answer_many`: which request starts next and which result is due. Uses neither threads nor an event loop."""
 
 from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
@@ -6,13 +6,13 @@ from typing import Generic, TypeVar
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 
-_READ_AHEAD = 16  # times the concurrency: one slow request must not starve the server, nor let finished results pile up without end
+_READ_AHEAD = 16  # times the concurrency: a slow request neither starves the server nor lets finished results grow without bound
 
 
 class OrderedWindow(Generic[Request, Result]):
-    """Takes requests from an iterable as places come free, and hands results out in the order of their requests.
+    """Starts requests from an iterable up to a concurrency, and returns results in the order of the requests.
 
-    An iterable that raises ends the intake; its error is raised by `due` after the results of all that came before it.
+    If the iterable raises, no further request starts; `due` raises the error after the results of all earlier requests.
     """
 
     def __init__(self, requests: Iterable[Request], concurrency: int) -> None:
@@ -28,12 +28,12 @@ class OrderedWindow(Generic[Request, Result]):
 
     @property
     def in_flight(self) -> int:
-        """Started and not yet finished."""
+        """Number of requests that are started and not finished."""
         return self._started - self._handed_out - len(self._finished)
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether nothing is left to start, to finish or to hand out."""
+        """Whether nothing is left to start, to finish or to return."""
         return self._source is None and self._source_error is None and self._started == self._handed_out
 
     def start(self) -> Iterator[tuple[int, Request]]:
@@ -51,11 +51,11 @@ class OrderedWindow(Generic[Request, Result]):
             yield self._started - 1, request
 
     def finish(self, index: int, result: Result) -> None:
-        """Takes the result of a started request."""
+        """Store the result of a started request."""
         self._finished[index] = result
 
     def due(self) -> Iterator[Result]:
-        """The results whose turn it is, as far as they are there."""
+        """The finished results that are next in order."""
         while self._handed_out in self._finished:
             result = self._finished.pop(self._handed_out)
             self._handed_out += 1

@@ -1,4 +1,4 @@
-"""Reads the passages of one question from a file: JSON, JSONL or plain text in, what ReaderRequest takes out. Standard library alone."""
+"""The passages of one question: a JSON, JSONL or plain text file -> passages for ReaderRequest. Needs only the standard library."""
 
 import json
 import sys
@@ -6,17 +6,17 @@ from typing import Any
 
 
 class PassageFileError(ValueError):
-    """A passage file that cannot be read; the message names the file and, where it can, the line."""
+    """A passage file that cannot be read; the message names the file and, if possible, the line."""
 
 
 def read_passages(name: str) -> list[str | dict[str, Any]]:
-    """The passages of a file, or of standard input where the name is "-".
+    """The passages of a file, or of standard input if the name is "-".
 
     A name ending in .json, or content that opens with "[" and closes with "]", is a JSON list of strings or {"title", "text"}; a name
-    ending in .jsonl is one such value a line; anything else is plain text, one passage a line. Blank lines are no passages.
+    ending in .jsonl is one such value per line; anything else is plain text, one passage per line. Blank lines are skipped.
 
     Raises:
-        PassageFileError: If it holds no passages, or not what its name says. What each passage must look like is the request's to check.
+        PassageFileError: If it holds no passages, or not the format of its name. ReaderRequest checks each passage.
         OSError: If it cannot be read.
     """
     shown = "standard input" if name == "-" else name
@@ -31,7 +31,7 @@ def read_passages(name: str) -> list[str | dict[str, Any]]:
         line = content.count(b"\n", 0, error.start) + 1
         raise PassageFileError(f"{shown}:{line}: wanted UTF-8, got the byte 0x{content[error.start]:02x}") from error
 
-    # split at line feeds alone: splitlines() would also cut a passage at the line separators that web text holds
+    # split at line feeds only: splitlines() would also split at the Unicode line separators in web text
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     stripped = text.strip()
     if name.endswith(".jsonl"):

@@ -3,8 +3,8 @@
     with ReaderClient("127.0.0.1:8001", model="fido") as reader:
         print(reader.answer("who wrote Faust?", ["Faust is a play by Goethe.", "Schiller wrote The Robbers."]).text)
 
-Everything that a program needs is importable from here, the asyncio client included. Nothing is retried: what to do about a
-ReaderUnavailable is the caller's to say.
+All public names, the asyncio client's too, can be imported from here. Nothing is retried: the caller decides what to do about a
+ReaderUnavailable.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class _Arrival:
-    """The end of one request of `answer_many`, as gRPC's thread saw it."""
+    """The result of one request of `answer_many`, passed from gRPC's thread."""
 
     index: int
     result: InferResult | None
@@ -62,9 +62,9 @@ class _Arrival:
 
 
 class AnswerStream(Iterator[StreamPiece]):
-    """An answer under way: an iterator over its pieces, and once it has ended, `answer`.
+    """A streamed answer: an iterator over its pieces, and after the end, `answer`.
 
-    Closing it or leaving its `with` block before the end cancels the request on the server; so does dropping it, which gRPC sees to.
+    Closing it, leaving its `with` block, or dropping the last reference before the end cancels the request on the server.
     """
 
     def __init__(self, call: Any, endpoint: Endpoint, model: str, *, deadline_s: float, start_s: float) -> None:
@@ -81,7 +81,7 @@ class AnswerStream(Iterator[StreamPiece]):
         """The next piece.
 
         Raises:
-            ReaderError: If the server refused or failed; no more pieces come after that.
+            ReaderError: If the server refused or failed; the stream ends there.
         """
         try:
             while not self._ended:
@@ -95,23 +95,23 @@ class AnswerStream(Iterator[StreamPiece]):
 
     @property
     def answer(self) -> StreamedAnswer:
-        """The whole answer with its totals and times.
+        """The complete answer with its totals and times.
 
         Raises:
             RuntimeError: If the stream has not been read to its end.
         """
         if self._answer is None:
-            raise RuntimeError("the answer is not whole yet: read the stream to its end first, or call read_to_end()")
+            raise RuntimeError("the answer is incomplete: read the stream to its end first, or call read_to_end()")
         return self._answer
 
     def read_to_end(self) -> StreamedAnswer:
-        """Reads what is left and gives the whole answer."""
+        """Read the rest and return the complete answer."""
         for _ in self:
             pass
         return self.answer
 
     def close(self) -> None:
-        """Ends the stream; a request still under way is cancelled on the server. Harmless when done twice."""
+        """End the stream and cancel an unfinished request on the server. Calling it twice is harmless."""
         self._ended = True
         self._call.cancel()
 
@@ -131,7 +131,7 @@ class AnswerStream(Iterator[StreamPiece]):
         except grpc.RpcError as error:
             if not self._assembler.is_complete:
                 raise self._endpoint.error(error, model=self._model, timeout_s=self._deadline_s) from error
-            self._ended = True  # the connection broke behind the totals: nothing is missing
+            self._ended = True  # the connection broke after the totals: nothing is missing
             self._answer = self._assembler.finish()
             return None
         if response.error_message:
@@ -140,28 +140,28 @@ class AnswerStream(Iterator[StreamPiece]):
         return self._assembler.feed(InferResult(response.infer_response), time.perf_counter() - self._start_s)
 
     def _read_out(self) -> None:
-        """Waits for the server's end of a stream: of one cancelled at its error Triton (2.51) keeps the whole request for good."""
+        """Wait for the server to end the stream: Triton 2.51 leaks the request of a stream that is cancelled after its error."""
         with contextlib.suppress(grpc.RpcError):
             for _ in self._call:
                 pass
 
 
 class ReaderClient:
-    """Asks one reader; safe to share between threads. Its connection is made at the first question and reused.
+    """A client of one reader; safe to share between threads. It connects at the first question and reuses the connection.
 
     Args:
         url: "host:port" of Triton's gRPC endpoint.
         model: The unary reader, "fid" or "fido".
-        timeout_s: How long a request may take that does not say so itself; math.inf for no limit.
-        stream_model: The reader that `stream` asks; None: `model` + "_stream".
+        timeout_s: Time-out in seconds of a request that sets none; math.inf for no limit.
+        stream_model: The model that `stream` uses; None: `model` + "_stream".
         ssl: Encrypt the connection.
-        root_certificates: PEM file of whom to trust; None: gRPC's own default.
-        private_key: PEM file of our key, where the server asks for a client certificate.
-        certificate_chain: PEM file of our certificate.
+        root_certificates: PEM file of trusted certificates; None: gRPC's default.
+        private_key: PEM file of the client's key, for servers that require a client certificate.
+        certificate_chain: PEM file of the client's certificate.
 
     Raises:
-        ValueError: If an argument cannot be right.
-        FileNotFoundError: If a PEM file is not there.
+        ValueError: If an argument is invalid.
+        FileNotFoundError: If a PEM file does not exist.
     """
 
     def __init__(
@@ -179,14 +179,14 @@ class ReaderClient:
         self.endpoint = Endpoint(url, model, timeout_s, stream_model, ssl, root_certificates, private_key, certificate_chain)
         args, credentials = self.endpoint.channel_args(), self.endpoint.credentials()
         self._client = InferenceServerClient(url, creds=credentials, channel_args=args)
-        # tritonclient allows one stream per client and leaves a thread behind for every stream that is cancelled, hence the bare call here;
-        # gRPC lets both channels share one connection
+        # tritonclient allows one stream per client and leaks a thread for each cancelled stream, so streams use the stub directly. gRPC
+        # shares one connection between both channels.
         self._stream_channel = grpc.secure_channel(url, credentials, args) if credentials else grpc.insecure_channel(url, args)
         self._stream_stub = service_pb2_grpc.GRPCInferenceServiceStub(self._stream_channel)
         self._closed = False
 
     def is_ready(self, timeout_s: float = 5.0) -> bool:
-        """Whether the server answers and serves the unary model now."""
+        """Whether the server responds and the unary model is ready."""
         try:
             return bool(self._client.is_model_ready(self.endpoint.model, client_timeout=timeout_s))
         except InferenceServerException:
@@ -202,20 +202,20 @@ class ReaderClient:
         min_new_tokens: int | None = None,
         timeout_s: float | None = None,
     ) -> Answer:
-        """Asks one question and waits for the answer.
+        """Ask one question and wait for the answer.
 
         Args:
             question: The question, without any prompt words.
             passages: At least one: plain strings, or mappings with "text" and optionally "title".
             titles: One per passage, where the passages do not carry them.
-            max_new_tokens: At most so many answer tokens, the end token included; None: the server's default.
-            min_new_tokens: At least so many; None: the server's default.
-            timeout_s: How long it may take; None: the client's.
+            max_new_tokens: Maximum number of answer tokens, with the end token; None: the server's default.
+            min_new_tokens: Minimum number of answer tokens; None: the server's default.
+            timeout_s: Time-out of this request in seconds; None: the client's.
 
         Raises:
-            RequestRefused: If the request is at fault, found here or by the server.
-            ReaderTimeout: If no answer came in time.
-            ReaderUnavailable: If the server or the model is not there.
+            RequestRefused: If the request is invalid, by the client's or the server's checks.
+            ReaderTimeout: If no answer arrived in time.
+            ReaderUnavailable: If the server or the model is not available.
             ReaderError: If the server failed in another way.
         """
         self._check_open()
@@ -257,24 +257,23 @@ class ReaderClient:
         min_new_tokens: int | None = None,
         timeout_s: float | None = None,
     ) -> AnswerStream:
-        """Asks one question and gives the answer in pieces as they are generated; the arguments and errors are those of `answer`.
+        """Ask one question and stream the answer while it is generated; arguments and errors are those of `answer`, with one exception.
 
-        But for one thing: Triton answers an error inside a stream in words alone, so what the server itself refuses there is a plain
-        ReaderError
-        with status None. The request is on its way when this returns. `timeout_s` is for the whole answer.
+        Triton sends errors inside a stream without a status, so a request that the server refuses raises a plain ReaderError with status
+        None. The request has been sent when this returns. `timeout_s` applies to the complete answer.
         """
         self._check_open()
         start_s = time.perf_counter()
         model, deadline_s = self.endpoint.streaming_model, self.endpoint.deadline_s(timeout_s)
         request = ReaderRequest(question, passages, titles, max_new_tokens, min_new_tokens)
         message = infer_message_from_tensors(model, tensors_from_request(request, model=model))
-        # the iterator ends after one request, which tells Triton to end the stream after its answer Never with the header
-        # triton_grpc_error, which would give errors their status: each one it ends may kill Triton 2.51 (segmentation fault)
+        # The iterator ends after one request, so Triton ends the stream after its answer. Do not send the header triton_grpc_error, which
+        # would give errors their status: in Triton 2.51 an error under it may crash the server (segmentation fault).
         call = self._stream_stub.ModelStreamInfer(iter([message]), timeout=grpc_timeout_s(deadline_s))
         return AnswerStream(call, self.endpoint, model, deadline_s=deadline_s, start_s=start_s)
 
     def close(self) -> None:
-        """Closes the connection; what is in flight is cancelled. Harmless when done twice."""
+        """Close the connection and cancel the requests in flight. Calling it twice is harmless."""
         self._closed = True
         self._client.close()
         self._stream_channel.close()
@@ -312,7 +311,7 @@ class ReaderClient:
                 call.cancel()
 
     def _send(self, index: int, item: ReaderRequest | Mapping[str, Any], arrivals: "queue.SimpleQueue[_Arrival]") -> Any:
-        """Starts one request; its arrival, good or bad, is put into the queue by gRPC's thread."""
+        """Start one request; gRPC's thread puts its result or error into the queue."""
         self._check_open()
         start_s = time.perf_counter()
         endpoint = self.endpoint

@@ -1,7 +1,7 @@
-"""A question and its passages -> the tensors that Triton wants: the one place where requests are checked and encoded.
+"""A question and its passages -> Triton's input tensors. Only this module checks and encodes requests.
 
-In: a ReaderRequest. Out: `question: bytes[1]`, `passages: bytes[n]`, and where given `titles: bytes[n]`, `max_new_tokens: int32[1]`,
-`min_new_tokens: int32[1]`. Limits that belong to a server (how many passages, how long, how many tokens) are the server's to refuse.
+In: a ReaderRequest. Out: `question: bytes[1]`, `passages: bytes[n]`, and if set `titles: bytes[n]`, `max_new_tokens: int32[1]`,
+`min_new_tokens: int32[1]`. It does not check the server's limits (number and length of passages, number of tokens): the server does.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ Passage = str | Mapping[str, Any]
 """A passage's text, or a mapping with "text" and, optionally, "title"; other keys ("id", "score") are ignored."""
 
 _INT32_MAX = 2**31 - 1
-_FAULTS_SHOWN = 5  # a list of wrong passages is wrong in the same way a hundred times
+_FAULTS_SHOWN = 5  # a long list of passages often has one fault in all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +27,12 @@ class ReaderRequest:
     """One question to a reader.
 
     Attributes:
-        question: The question, as a person asks it: the server adds the prompt's words.
+        question: The question without prompt words, which the server adds.
         passages: At least one. Plain strings, or mappings that carry their own titles.
-        titles: One per passage, where the passages do not carry them.
-        max_new_tokens: At most so many answer tokens, the end token included; None: the server's default.
-        min_new_tokens: At least so many; None: the server's default.
-        timeout_s: This request's time-out; None: the client's.
+        titles: One per passage, if the passages do not carry them.
+        max_new_tokens: Maximum number of answer tokens, with the end token; None: the server's default.
+        min_new_tokens: Minimum number of answer tokens; None: the server's default.
+        timeout_s: Time-out of this request in seconds; None: the client's.
     """
 
     question: str
@@ -44,10 +44,10 @@ class ReaderRequest:
 
 
 def request_from(item: ReaderRequest | Mapping[str, Any]) -> ReaderRequest:
-    """A ReaderRequest as it is, or made from a mapping of its fields.
+    """The ReaderRequest itself, or one built from a mapping of its fields.
 
     Raises:
-        RequestRefused: If it is neither, or if the mapping lacks a field or has one too many.
+        RequestRefused: If it is neither, or if the mapping lacks a required field or has an unknown one.
     """
     if isinstance(item, ReaderRequest):
         return item
@@ -65,7 +65,7 @@ def tensors_from_request(request: ReaderRequest, *, model: str | None = None) ->
     """The request's input tensors by name, text as UTF-8 in object arrays, in the order in which they are sent.
 
     Raises:
-        RequestRefused: If the request could not be right for any server; it names every fault.
+        RequestRefused: If the request is invalid for any server; the message names the faults.
     """
     faults: list[str] = []
     question = _encoded(request.question, "question", faults)
@@ -73,9 +73,9 @@ def tensors_from_request(request: ReaderRequest, *, model: str | None = None) ->
         faults.append(f"question: wanted some text, got {request.question!r}")
     texts, titles = _texts_and_titles(request, faults)
     limits = {name: _token_count(getattr(request, name), name, faults) for name in ("max_new_tokens", "min_new_tokens")}
-    least, most = limits["min_new_tokens"], limits["max_new_tokens"]
-    if least is not None and most is not None and least > most:
-        faults.append(f"min_new_tokens: wanted at most max_new_tokens ({most}), got {least}")
+    minimum, maximum = limits["min_new_tokens"], limits["max_new_tokens"]
+    if minimum is not None and maximum is not None and minimum > maximum:
+        faults.append(f"min_new_tokens: wanted at most max_new_tokens ({maximum}), got {minimum}")
     if faults:
         more = [f"and {len(faults) - _FAULTS_SHOWN} more"] if len(faults) > _FAULTS_SHOWN else []
         raise RequestRefused("; ".join(faults[:_FAULTS_SHOWN] + more), model=model)
@@ -88,7 +88,7 @@ def tensors_from_request(request: ReaderRequest, *, model: str | None = None) ->
 
 
 def infer_inputs_from_tensors(tensors: Mapping[str, np.ndarray]) -> list[InferInput]:
-    """The tensors as tritonclient takes them."""
+    """The tensors as tritonclient's InferInputs."""
     inputs = []
     for name, array in tensors.items():
         infer_input = InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
@@ -98,7 +98,7 @@ def infer_inputs_from_tensors(tensors: Mapping[str, np.ndarray]) -> list[InferIn
 
 
 def infer_message_from_tensors(model: str, tensors: Mapping[str, np.ndarray]) -> service_pb2.ModelInferRequest:
-    """The tensors as the protocol takes them, for the one call that does not go through tritonclient's client."""
+    """The tensors as a protocol message, for streaming, which does not use tritonclient's client."""
     message = service_pb2.ModelInferRequest(model_name=model)
     for name, array in tensors.items():
         message.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
@@ -107,7 +107,7 @@ def infer_message_from_tensors(model: str, tensors: Mapping[str, np.ndarray]) ->
 
 
 def _texts_and_titles(request: ReaderRequest, faults: list[str]) -> tuple[list[bytes], list[bytes] | None]:
-    """The passages' texts and titles; titles are None where no passage has one, and "" where only others do."""
+    """The passages' texts and titles; titles are None if no passage has one, and "" for a passage without one among others."""
     passages = _as_list(request.passages, "passages", faults)
     if not passages and not faults:
         faults.append("passages: wanted at least one, got none")
@@ -140,7 +140,7 @@ def _texts_and_titles(request: ReaderRequest, faults: list[str]) -> tuple[list[b
 
 
 def _as_list(value: object, name: str, faults: list[str]) -> list[Any]:
-    """An iterable's items. One string is the likeliest mistake: it is iterable too, and would become a passage per letter."""
+    """The items of an iterable. A single string is a fault: it would become one passage per letter."""
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         faults.append(f"{name}: wanted a list of them, got one {type(value).__name__}")
         return []
@@ -168,8 +168,8 @@ def _token_count(value: Any, name: str, faults: list[str]) -> int | None:
     if count is None or isinstance(value, bool):
         faults.append(f"{name}: wanted a whole number, got {value!r}")
         return None
-    least = 1 if name == "max_new_tokens" else 0
-    if not least <= count <= _INT32_MAX:
-        faults.append(f"{name}: wanted {least} to {_INT32_MAX}, got {count}")
+    minimum = 1 if name == "max_new_tokens" else 0
+    if not minimum <= count <= _INT32_MAX:
+        faults.append(f"{name}: wanted {minimum} to {_INT32_MAX}, got {count}")
         return None
     return count

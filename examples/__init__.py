@@ -1,1 +1,1 @@
-"""What a new user runs first."""
+"""A first example: both demo readers answer three questions."""

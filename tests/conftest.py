@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -80,13 +81,20 @@ def tokenizer_json() -> str:
 
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> dict[str, tuple[Checkpoint, Path]]:
-    """Exported engines of every configuration, with the checkpoint they were made of; made once."""
+    """Exported engines of every configuration, with the checkpoint they come from; exported once.
+
+    With TEST_ENGINES=DIRECTORY in the environment they stay there and serve later runs too, which then export nothing.
+    """
     from export.graphs.onnx_export import export_reader
 
-    made = {}
+    kept = os.environ.get("TEST_ENGINES")
+    parent = Path(kept) if kept else tmp_path_factory.mktemp("engines")
+    exported = {}
     for name, config in CONFIGS.items():
         checkpoint = Checkpoint(random_reader(config), tokenizer_json, name, "own")
-        directory = tmp_path_factory.mktemp("engines") / name
-        export_reader(checkpoint, directory)
-        made[name] = (checkpoint, directory)
-    return made
+        directory = parent / name
+        if not directory.is_dir():
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            export_reader(checkpoint, directory)
+        exported[name] = (checkpoint, directory)
+    return exported

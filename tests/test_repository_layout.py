@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
-import re
+import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -20,9 +22,39 @@ def test_no_source_is_longer_than_400_lines():
     assert [path.name for path in sources if len(path.read_text().splitlines()) > 400] == []
 
 
-def test_serving_needs_neither_torch_nor_export():
-    for path in (ROOT / "serving").rglob("*.py"):
-        assert not re.search(r"^\s*(from|import) (torch|export|transformers)\b", path.read_text(), re.M), path.name
+def lint_imports(tree: Path) -> subprocess.CompletedProcess[str]:
+    """Check the contracts of the tree's pyproject.toml."""
+    command = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True, no_logo=True))"
+    environment = {**os.environ, "PYTHONPATH": str(tree), "COLUMNS": "200"}
+    return subprocess.run([sys.executable, "-c", command], cwd=tree, env=environment, capture_output=True, text=True)
+
+
+def test_packages_import_only_what_they_may():
+    done = lint_imports(ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_import_contract_notices_an_import_that_it_forbids(tmp_path):
+    for package in ("serving", "export", "perf", "training", "clients", "examples"):
+        shutil.copytree(
+            ROOT / package, tmp_path / package, ignore=lambda _, names: [n for n in names if "." in n and not n.endswith(".py")]
+        )
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    forbidden = {
+        "serving/launcher/liveness.py": "import torch",
+        "serving/contract/limits.py": "import serving.engines.base",
+        "serving/pipeline/request.py": "import serving.launcher.server",
+        "perf/bounds/statistics.py": "import triton_python_backend_utils",
+        "clients/metrics.py": "import serving.contract.manifest",
+        "export/checkpoint/config.py": "import serving.pipeline.prompt",
+        "training/fit/schedule.py": "import perf.bounds.cost",
+    }
+    for module, line in forbidden.items():
+        path = tmp_path / module
+        path.write_text(path.read_text() + f"\n{line}\n")
+    done = lint_imports(tmp_path)
+    assert done.returncode == 1
+    assert f"Contracts: 0 kept, {len(forbidden)} broken." in done.stdout, done.stdout
 
 
 def test_what_travels_is_small():

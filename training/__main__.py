@@ -17,13 +17,13 @@ def _parser() -> argparse.ArgumentParser:
     corpus = commands.add_parser("corpus", help="build passages, questions and tokenizer from the World Factbook")
     corpus.add_argument("--out", type=pathlib.Path, default=CORPUS)
 
-    train = commands.add_parser("train", help="train a reader from random weights; resumes what stands in --out")
+    train = commands.add_parser("train", help="train a reader from random weights; resumes the run in --out")
     train.add_argument("--reader", choices=("fid", "fido"), required=True)
     up_train = commands.add_parser("up-train", help="convert a trained FiD reader to FiDO and train it further")
     up_train.add_argument("--from", dest="source", type=pathlib.Path, required=True, help="checkpoint of the FiD reader")
     up_train.add_argument("--period", type=int, default=2, help="encoder_decoder_attention_period of the result")
     up_train.add_argument("--num-kv-heads", type=int, default=1)
-    refine = commands.add_parser("refine", help="train a trained reader further with every country renamed; CPU will do")
+    refine = commands.add_parser("refine", help="train a trained reader further with every country renamed; a CPU is enough")
     refine.add_argument("--from", dest="source", type=pathlib.Path, required=True, help="checkpoint to start from")
     for command in (train, up_train, refine):
         command.add_argument("--out", type=pathlib.Path, required=True)
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--passages-per-batch", type=int, default=640)
         command.add_argument("--evaluate-every-s", type=float, default=60.0)
         command.add_argument("--evaluation-questions", type=int, default=256)
-        command.add_argument("--threads", type=int, help="of torch, on the CPU")
+        command.add_argument("--threads", type=int, help="torch threads on the CPU")
         command.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false")
 
     evaluate = commands.add_parser("evaluate", help="greedy answers and exact match of a checkpoint")
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=int, help="only the first questions")
     evaluate.add_argument("--predictions", type=pathlib.Path, help="write the answers (of the last --n-passages) here")
 
-    recipe = commands.add_parser("recipe", help="FiD and FiDO side by side, then the conversion, then all evaluations")
+    recipe = commands.add_parser("recipe", help="train FiD and FiDO in parallel, then the conversion, then run all evaluations")
     recipe.add_argument("--out", type=pathlib.Path, required=True)
     recipe.add_argument("--corpus", type=pathlib.Path, default=CORPUS)
     recipe.add_argument("--seconds", type=float, required=True, help="for FiD and FiDO each")
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--device", default="cuda")
     recipe.add_argument("--num-workers", type=int, default=3)
     recipe.add_argument("--no-cuda-graphs", action="store_true")
-    recipe.add_argument("--no-evaluation", action="store_true", help="leave the evaluations for later")
+    recipe.add_argument("--no-evaluation", action="store_true", help="skip the evaluations")
     return parser
 
 
@@ -73,20 +73,20 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     names = {field.name for field in dataclasses.fields(TrainOptions)}
-    given = {key: value for key, value in vars(arguments).items() if key in names}
+    options_set = {key: value for key, value in vars(arguments).items() if key in names}
     if arguments.command == "train":
         reader = Reader(reader_config(arguments.reader))
         reader.reset_parameters(arguments.seed)
-        Trainer(reader, TrainOptions(**given)).run()
+        Trainer(reader, TrainOptions(**options_set)).run()
         return
     history = json.loads((arguments.source / "config.json").read_text(encoding="utf-8"))["notes"]
     history = history.get("runs", [history])
     if arguments.command == "up-train":
         reader = fido_from_fid(load_reader(arguments.source), arguments.period, arguments.num_kv_heads)
-        options = TrainOptions(**given, up_training=True, warmup_steps=100)
+        options = TrainOptions(**options_set, up_training=True, warmup_steps=100)
     else:
         reader = load_reader(arguments.source)
-        options = TrainOptions(**given, refining=True, warmup_steps=50, average_decay=0.998)
+        options = TrainOptions(**options_set, refining=True, warmup_steps=50, average_decay=0.998)
     Trainer(reader, options, history).run()
 
 
@@ -115,7 +115,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Runs the command that was asked for."""
+    """Run a command."""
     arguments = _parser().parse_args()
     if arguments.command == "corpus":
         from training.corpus.build import build_corpus

@@ -1,1 +1,1 @@
-"""What a reader costs: operations and bytes by arithmetic, this machine's rates, and stages measured against both."""
+"""Operations and bytes of a reader by arithmetic, the measured rates of this machine, and measured stages compared with both."""

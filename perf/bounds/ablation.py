@@ -1,9 +1,9 @@
-"""`python -m perf.bounds.ablation`: the FiDO paper's table on this stack: FiD, +LSA, +MQ, and both, each beside its bound.
+"""`python -m perf.bounds.ablation`: the FiDO paper's table on this stack: FiD, +LSA, +MQ, and both, each with its bound.
 
-LSA is cross-attention in every K-th decoder layer only, MQ one key/value head. Random weights of published sizes; the encoder, which is the
-same in every row, is measured once. A row is exported, loaded and stepped one after the other, since two would not fit beside each other;
-what is not measured has its bound all the same. On the CPU rows are exported here (fp32, ONNX Runtime); on a GPU name directories of built
-engines with --prebuilt.
+LSA (layer-sparse attention) has cross-attention in every K-th decoder layer only; MQ (multi-query attention) has one key/value head.
+Weights are random, of published sizes. The encoder is the same in every row and is measured once. Rows are exported, loaded and stepped
+one at a time, because two do not fit into memory together; rows that are not measured still get their bound. On the CPU this command
+exports the rows (fp32, ONNX Runtime); on a GPU --prebuilt names directories of built engines.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from serving.engines.load import bytes_per_element, load_decoder, load_encoder, 
 from .cost import HardwareSpec, Workload, cross_kv_bytes, cross_kv_cost, encoder_cost, largest_batch, step_cost, step_weights
 from .rates import hardware_spec_of
 from .stages import step_times_ms
-from .statistics import give_memory_back, spread
+from .statistics import free_gpu_memory, spread
 
-ENCODER_PASSAGES = 8  # measured on the CPU; a question's time is in proportion, since passages do not see each other
+ENCODER_PASSAGES = 8  # measured on the CPU; the time of a question is proportional, since passages are encoded independently
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One reader of the table."""
 
-    decoder: str  # "base", or a larger one beside the base encoder
+    decoder: str  # "base", or a larger one with the base encoder
     period: int
     num_kv_heads: int
 
     @property
     def key(self) -> str:
-        """For --prebuilt and --rows: decoder:period:heads."""
+        """The key in --prebuilt: decoder:period:heads."""
         return f"{self.decoder}:{self.period}:{self.num_kv_heads}"
 
     def config(self, encoder: str) -> ReaderConfig:
-        """Its sizes."""
+        """The row's reader sizes."""
         name = encoder if self.decoder == encoder else f"{encoder}-{self.decoder}"
         return reader_preset(name, fido=False, period=self.period, num_kv_heads=self.num_kv_heads)
 
     def name(self, encoder: str) -> str:
-        """As in the paper."""
+        """The row's name, as in the paper."""
         all_heads = reader_preset(self.decoder, fido=False).decoder.num_heads
         changes = []
         if self.period > 1:
@@ -67,7 +67,7 @@ class Row:
 
 
 def rows_of(encoder: str, large: str) -> list[Row]:
-    """The paper's four, each with the larger decoder, and between them other periods and numbers of heads."""
+    """The paper's four rows, other periods and head counts, and the four rows again with the larger decoder."""
     heads, large_heads = (reader_preset(size, fido=False).decoder.num_heads for size in (encoder, large))
     k = FIDO_PERIOD
     four = [Row(encoder, period, kv) for period, kv in ((1, heads), (k, heads), (1, 1), (k, 1))]
@@ -77,7 +77,7 @@ def rows_of(encoder: str, large: str) -> list[Row]:
 
 
 def exported(config: ReaderConfig, tokenizer: Path, folder: Path) -> Manifest:
-    """Export the decoder of a reader with random weights, cross_kv and step, and no encoder."""
+    """Export cross_kv and decoder_step of a reader with random weights, without its encoder."""
     from export.checkpoint.files import Checkpoint, read_tokenizer
     from export.graphs.cpu import CrossKVGraph, DecoderStepGraph, engine_sizes
     from export.graphs.onnx_export import OPSET, describe_reader, onnx_from_module
@@ -97,7 +97,7 @@ def exported(config: ReaderConfig, tokenizer: Path, folder: Path) -> Manifest:
 
 
 def measured_encoder_ms(encoder: str, passages: int, length: int, rounds: int, tokenizer: Path) -> list[float]:
-    """Milliseconds for the passages of one question on the CPU, from ENCODER_PASSAGES of them."""
+    """Milliseconds for the passages of one question on the CPU, scaled up from ENCODER_PASSAGES."""
     from export.checkpoint.files import Checkpoint, read_tokenizer
     from export.graphs.cpu import EncoderGraph, engine_sizes
     from export.graphs.onnx_export import OPSET, describe_reader, onnx_from_module
@@ -130,7 +130,7 @@ def _times_ms(work: Any, rounds: int) -> list[float]:
 def measure_row(
     decoder: Decoder, packer: Packer, config: ReaderConfig, work: Workload, batches: list[int], steps: int
 ) -> tuple[dict[str, Any], float]:
-    """Step times at each batch, and milliseconds to compute one question's keys and values."""
+    """Milliseconds of a step at each batch, and of one question's cross-attention keys and values."""
     hidden = np.random.default_rng(0).standard_normal((1, work.encoder_tokens, config.encoder.d_model)).astype(np.float32) * 0.1
     if hasattr(decoder, "memory"):
         hidden = hidden.astype(np.float16)
@@ -151,14 +151,14 @@ def measure_row(
 
 
 def entry_of(
-    row: Row, encoder: str, card: HardwareSpec, work: Workload, batches: list[int], width: int, memory_bytes: int
+    row: Row, encoder: str, spec: HardwareSpec, work: Workload, batches: list[int], width: int, memory_bytes: int
 ) -> dict[str, Any]:
-    """A row before it is measured: arithmetic only."""
+    """A row's entry before it is measured: sizes and bounds."""
     config = row.config(encoder)
     bounds = {
-        str(batch): round(step_cost(config, dataclasses.replace(work, batch=batch), width).bound_s(card) * 1e3, 4) for batch in batches
+        str(batch): round(step_cost(config, dataclasses.replace(work, batch=batch), width).bound_s(spec) * 1e3, 4) for batch in batches
     }
-    decoder_bound = cross_kv_cost(config, work, width).bound_s(card) * 1e3 + bounds[str(batches[0])] * work.new_tokens
+    decoder_bound = cross_kv_cost(config, work, width).bound_s(spec) * 1e3 + bounds[str(batches[0])] * work.new_tokens
     return {
         "name": row.name(encoder),
         "key": row.key,
@@ -172,7 +172,7 @@ def entry_of(
         "largest_batch": largest_batch(config, work, width, memory_bytes, step_weights(config)),
         "decoder_ms_per_question": None,
         "decoder_bound_ms_per_question": round(decoder_bound, 3),
-        "encoder_bound_ms_per_question": round(encoder_cost(config, work, width).bound_s(card) * 1e3, 3),
+        "encoder_bound_ms_per_question": round(encoder_cost(config, work, width).bound_s(spec) * 1e3, 3),
         "total_ms_per_question": None,
         "note": "",
     }
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--encoder", default="base", help="published size of the encoder and of the smaller decoder")
     parser.add_argument("--large", default="xl", help="of the larger decoder")
-    parser.add_argument("--measure", type=int, default=4, help="how many rows, from the first, are exported and measured here")
+    parser.add_argument("--measure", type=int, default=4, help="number of rows, from the first, to export and measure")
     parser.add_argument("--prebuilt", nargs="*", default=[], metavar="DECODER:PERIOD:HEADS=DIR", help="engines of a row, for a GPU")
     parser.add_argument("--passages", type=int, default=40)
     parser.add_argument("--passage-length", type=int, default=256)
@@ -193,11 +193,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--memory-gb", type=float, default=20.0, help="that weights, keys and values may take together")
+    parser.add_argument("--memory-gb", type=float, default=20.0, help="memory for weights, keys and values")
     parser.add_argument("--tokenizer", type=Path, default=Path("checkpoints/fid/tokenizer.json"))
     parser.add_argument("--run", type=Path, default=Path("build/perf"))
     arguments = parser.parse_args(argv)
-    card, batches = hardware_spec_of(arguments.run), sorted(arguments.batches)
+    spec, batches = hardware_spec_of(arguments.run), sorted(arguments.batches)
     work = Workload(1, arguments.passages, arguments.passage_length, arguments.new_tokens)
     prebuilt = dict(text.split("=", 1) for text in arguments.prebuilt)
     width = 2 if prebuilt else 4
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     entries = []
     for number, row in enumerate(rows_of(arguments.encoder, arguments.large)):
-        entry = entry_of(row, arguments.encoder, card, work, batches, width, int(arguments.memory_gb * 1e9))
+        entry = entry_of(row, arguments.encoder, spec, work, batches, width, int(arguments.memory_gb * 1e9))
         entries.append(entry)
         if row.key in prebuilt or (not prebuilt and number < arguments.measure):
             with tempfile.TemporaryDirectory() as scratch:
@@ -224,15 +224,15 @@ def main(argv: list[str] | None = None) -> int:
                 decoder = load_decoder(folder, manifest, limits)
                 step_ms, cross_kv_ms = measure_row(decoder, load_packer(folder, manifest), config, work, batches, arguments.steps)
                 del decoder
-                give_memory_back()
-            a_question = cross_kv_ms + step_ms[str(batches[-1])]["median"] / batches[-1] * work.new_tokens
+                free_gpu_memory()
+            per_question = cross_kv_ms + step_ms[str(batches[-1])]["median"] / batches[-1] * work.new_tokens
             entry |= {
                 "measured": True,
                 "step_ms": step_ms,
                 "cross_kv_ms": round(cross_kv_ms, 3),
-                "decoder_ms_per_question": round(a_question, 3),
+                "decoder_ms_per_question": round(per_question, 3),
             }
-            entry["total_ms_per_question"] = round(a_question + statistics.median(encoder_ms), 3)
+            entry["total_ms_per_question"] = round(per_question + statistics.median(encoder_ms), 3)
             times = ", ".join(f"{spread_['median']:.2f} ms at batch {batch}" for batch, spread_ in step_ms.items())
             print(f"{entry['name']}: step {times}", flush=True)
     result = {

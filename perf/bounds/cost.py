@@ -1,10 +1,11 @@
-"""What a reader costs by arithmetic alone: operations, bytes, and the time below which no machine with given rates can answer.
+"""Operations and bytes of a reader by arithmetic, and the shortest time that hardware of given rates needs for them.
 
-Comes in: a ReaderConfig and a `Workload`. Goes out: `Cost`s of the parts. Nothing is measured here; the rates of a `HardwareSpec` are.
+In: a ReaderConfig and a `Workload`. Out: `Cost`s of the parts. Nothing is measured here; perf/bounds/rates.py
+measures a `HardwareSpec`.
 
-Operations are floating-point operations, two for each multiply-add. The FiDO paper (de Jong et al., 2022) counts multiplications and
-drops what is small: with d = d_model = heads * d_kv and d_ff = 4 d, its encoder is 12 n d^2 L and its cross-attention keys and values
-2 n d^2 L / K; `encoder_multiplications_paper` and `cross_kv_multiplications_paper` are those.
+Operations are floating-point operations, two per multiply-add. The FiDO paper (de Jong et al., 2022) counts multiplications and
+neglects small terms: with d = d_model = heads * d_kv and d_ff = 4 d, its encoder is 12 n d^2 L and its cross-attention keys and values
+2 n d^2 L / K; `encoder_multiplications_paper` and `cross_kv_multiplications_paper` compute these.
 """
 
 from __future__ import annotations
@@ -38,20 +39,20 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class HardwareSpec:
-    """A processor's rates, as measured: a large matrix product, and a device-to-device copy counting bytes read and written."""
+    """Measured rates of a processor: of a large GEMM, and of a device-to-device copy, counting bytes read and written."""
 
     name: str
     flops_per_s: float
     bytes_per_s: float
 
 
-# bf16 product of 8192^3 and copy of 8.6 GB through PyTorch
+# bf16 GEMM of 8192^3 and copy of 8.6 GB by PyTorch
 H200 = HardwareSpec("NVIDIA H200", 790e12, 4.3e12)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Operations of one part, and the bytes it must read or write at least once."""
+    """Operations of one part, and the bytes that it reads or writes at least once."""
 
     flops: float
     bytes: float
@@ -64,12 +65,12 @@ class Cost:
 
     @property
     def flops_per_byte(self) -> float:
-        """Operational intensity."""
+        """Arithmetic intensity."""
         return self.flops / self.bytes
 
-    def bound_s(self, card: HardwareSpec) -> float:
-        """Time below which the card cannot do it: the slower of computing and moving."""
-        return max(self.flops / card.flops_per_s, self.bytes / card.bytes_per_s)
+    def bound_s(self, hardware: HardwareSpec) -> float:
+        """The roofline bound in seconds: the longer of computing and moving."""
+        return max(self.flops / hardware.flops_per_s, self.bytes / hardware.bytes_per_s)
 
 
 def _feed_forward_weights(stack: StackConfig, config: ReaderConfig) -> int:
@@ -77,7 +78,7 @@ def _feed_forward_weights(stack: StackConfig, config: ReaderConfig) -> int:
 
 
 def _attention_weights(stack: StackConfig, d_source: int) -> int:
-    """Weights of q and o, and of k and v, which read a source of width d_source."""
+    """Number of weights of the projections q, o, k and v; k and v project a source of width d_source."""
     return 2 * stack.d_model * stack.num_heads * stack.d_kv + _kv_weights(stack, d_source)
 
 
@@ -86,17 +87,17 @@ def _kv_weights(stack: StackConfig, d_source: int) -> int:
 
 
 def encoder_cost(config: ReaderConfig, work: Workload, bytes_per_element: int) -> Cost:
-    """All passages of the batch through the encoder. Bytes: weights once, and the residual stream in and out of every layer."""
+    """The encoder on all passages of the batch. Bytes: weights once, and the residual stream in and out of every layer."""
     stack, tokens = config.encoder, work.batch * work.encoder_tokens
     weights = (_attention_weights(stack, stack.d_model) + _feed_forward_weights(stack, config)) * stack.num_layers
-    # scores and mixing: every token meets the passage_length tokens of its own passage, in every head
+    # scores and weighted sum: every token attends to the passage_length tokens of its passage, in every head
     attention = 2 * tokens * work.passage_length * stack.num_heads * stack.d_kv * stack.num_layers
     moved = weights + 4 * stack.num_layers * tokens * stack.d_model
     return Cost(2 * (tokens * weights + attention), moved * bytes_per_element)
 
 
 def cross_kv_cost(config: ReaderConfig, work: Workload, bytes_per_element: int) -> Cost:
-    """Keys and values of the encoded passages, once a question, in every cross-attending layer."""
+    """Keys and values of the encoded passages, once per question, in every layer with cross-attention."""
     tokens = work.batch * work.encoder_tokens
     weights = len(config.cross_attention_layers) * _kv_weights(config.decoder, config.encoder.d_model)
     moved = weights + tokens * config.encoder.d_model
@@ -104,19 +105,19 @@ def cross_kv_cost(config: ReaderConfig, work: Workload, bytes_per_element: int) 
 
 
 def cross_kv_bytes(config: ReaderConfig, work: Workload, bytes_per_element: int) -> int:
-    """Bytes that one question's cross-attention keys and values take."""
+    """Bytes of one question's cross-attention keys and values."""
     stack = config.decoder
     return 2 * len(config.cross_attention_layers) * stack.num_kv_heads * stack.d_kv * work.encoder_tokens * bytes_per_element
 
 
 def self_kv_bytes(config: ReaderConfig, tokens: float, bytes_per_element: int) -> float:
-    """Bytes that the self-attention keys and values of one answer of `tokens` take."""
+    """Bytes of the self-attention keys and values of one answer of `tokens`."""
     stack = config.decoder
     return 2 * stack.num_layers * stack.num_kv_heads * stack.d_kv * tokens * bytes_per_element
 
 
 def step_weights(config: ReaderConfig) -> int:
-    """Weights that every decoder step reads: all of the decoder but the maps to cross-attention keys and values, and the head."""
+    """Number of weights that a decoder step reads: the decoder without the cross-attention k and v projections, and the head."""
     stack = config.decoder
     cross = len(config.cross_attention_layers) * 2 * stack.d_model * stack.num_heads * stack.d_kv
     layers = (_attention_weights(stack, stack.d_model) + _feed_forward_weights(stack, config)) * stack.num_layers
@@ -124,7 +125,7 @@ def step_weights(config: ReaderConfig) -> int:
 
 
 def step_parts(config: ReaderConfig, work: Workload, bytes_per_element: int) -> dict[str, Cost]:
-    """One token for every question of the batch, halfway through the answer: weights, cross-attention and self-attention apart."""
+    """One token for every question of the batch, halfway through the answer: weights, cross-attention and self-attention."""
     stack, past = config.decoder, work.new_tokens / 2
     heads = stack.num_heads * stack.d_kv
     weights = step_weights(config)
@@ -141,28 +142,28 @@ def step_parts(config: ReaderConfig, work: Workload, bytes_per_element: int) -> 
 
 
 def step_cost(config: ReaderConfig, work: Workload, bytes_per_element: int) -> Cost:
-    """One decoder step, all parts together."""
+    """One decoder step: the sum of its parts."""
     parts = step_parts(config, work, bytes_per_element)
     return parts["weights"] + parts["cross_attention"] + parts["self_attention"]
 
 
 def decoder_cost(config: ReaderConfig, work: Workload, bytes_per_element: int) -> Cost:
-    """Whole answers of the batch: keys and values once, then every step."""
+    """Complete answers of the batch: keys and values once, then every step."""
     return cross_kv_cost(config, work, bytes_per_element) + step_cost(config, work, bytes_per_element) * work.new_tokens
 
 
 def encoder_multiplications_paper(config: ReaderConfig, work: Workload) -> float:
-    """12 n d^2 L: the paper's count for one question, of an encoder with d_ff = 4 d, ungated, and passages short beside d."""
+    """12 n d^2 L: the paper's count for one question, for an ungated encoder with d_ff = 4 d and passages much shorter than d."""
     return 12 * work.encoder_tokens * config.encoder.d_model**2 * config.encoder.num_layers
 
 
 def cross_kv_multiplications_paper(config: ReaderConfig, work: Workload) -> float:
-    """2 n d^2 L / K: the paper's count for one question, of a multi-head decoder as wide as the encoder."""
+    """2 n d^2 L / K: the paper's count for one question, for a multi-head decoder as wide as the encoder."""
     layers = config.decoder.num_layers / config.encoder_decoder_attention_period
     return 2 * work.encoder_tokens * config.encoder.d_model**2 * layers
 
 
 def largest_batch(config: ReaderConfig, work: Workload, bytes_per_element: int, memory_bytes: int, parameters: int) -> int:
-    """Questions whose keys and values fit beside the weights; activations are not counted."""
-    a_question = cross_kv_bytes(config, work, bytes_per_element) + self_kv_bytes(config, work.new_tokens, bytes_per_element)
-    return int((memory_bytes - parameters * bytes_per_element) // a_question)
+    """Number of questions whose keys and values fit into memory with the weights; activations are not counted."""
+    per_question = cross_kv_bytes(config, work, bytes_per_element) + self_kv_bytes(config, work.new_tokens, bytes_per_element)
+    return int((memory_bytes - parameters * bytes_per_element) // per_question)

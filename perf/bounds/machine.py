@@ -1,4 +1,4 @@
-"""What a result must say about where it was made: processor, memory, versions, commit."""
+"""The machine and software of a result: processor, memory, versions, commit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    """The commit that is checked out; marked where files differ from it."""
+    """The checked-out commit, with `-changed` if tracked files differ from it."""
     try:
         head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
@@ -50,7 +50,7 @@ def _commit() -> str:
 
 
 def peak_memory_bytes(pid: int) -> int:
-    """Largest resident memory that a process has had."""
+    """Peak resident memory of a process in bytes; 0 if unknown."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024

@@ -1,7 +1,7 @@
-"""`python -m perf.bounds.rates`: what this machine can do, measured, beside what it is: machine.json of a run.
+"""`python -m perf.bounds.rates`: the measured rates of this machine and its description: machine.json of a run.
 
-Two rates bound everything that perf/bounds/cost.py counts: a large copy, counting bytes read and written, and a large matrix product in the
-precision that the engines use. By CuPy on a GPU, by PyTorch on a CPU.
+Two rates bound everything that perf/bounds/cost.py counts: of a large copy, counting bytes read and written, and of a large GEMM in the
+engines' precision. CuPy runs them on a GPU, PyTorch on a CPU.
 """
 
 from __future__ import annotations
@@ -19,43 +19,43 @@ from .machine import describe
 from .statistics import spread
 
 ROUNDS = 5
-CPU_COPY_BYTES, CPU_PRODUCT = 1 << 29, 4096
-GPU_COPY_BYTES, GPU_PRODUCT = 1 << 32, 8192
+CPU_COPY_BYTES, CPU_GEMM = 1 << 29, 4096
+GPU_COPY_BYTES, GPU_GEMM = 1 << 32, 8192
 
 
 def cpu_rates() -> dict[str, Any]:
-    """Copy and fp32 product by PyTorch on all cores."""
+    """Copy and fp32 GEMM by PyTorch on all cores."""
     import torch
 
     torch.manual_seed(0)
     source = torch.ones(CPU_COPY_BYTES // 4)
     target = torch.empty_like(source)
-    left, right = torch.randn(CPU_PRODUCT, CPU_PRODUCT), torch.randn(CPU_PRODUCT, CPU_PRODUCT)
+    left, right = torch.randn(CPU_GEMM, CPU_GEMM), torch.randn(CPU_GEMM, CPU_GEMM)
     copies = _seconds(lambda: target.copy_(source))
-    products = _seconds(lambda: torch.matmul(left, right))
-    return _rates(copies, CPU_COPY_BYTES, products, CPU_PRODUCT) | {"gpu": None, "precision": "float32"}
+    gemms = _seconds(lambda: torch.matmul(left, right))
+    return _rates(copies, CPU_COPY_BYTES, gemms, CPU_GEMM) | {"gpu": None, "precision": "float32"}
 
 
 def gpu_rates() -> dict[str, Any]:
-    """Copy and fp16 product on the current CUDA device."""
+    """Copy and fp16 GEMM on the current CUDA device."""
     import cupy as cp
 
     source = cp.ones(GPU_COPY_BYTES // 4, cp.float32)
     target = cp.empty_like(source)
-    left, right = (cp.random.standard_normal((GPU_PRODUCT, GPU_PRODUCT), dtype=cp.float32).astype(cp.float16) for _ in range(2))
+    left, right = (cp.random.standard_normal((GPU_GEMM, GPU_GEMM), dtype=cp.float32).astype(cp.float16) for _ in range(2))
 
     def finished(work: Callable[[], object]) -> Callable[[], object]:
         def run() -> None:
-            for _ in range(4):  # several, so that the launch does not count
+            for _ in range(4):  # several, to hide the launch
                 work()
             cp.cuda.Device().synchronize()
 
         return run
 
     copies = _seconds(finished(lambda: cp.copyto(target, source)))
-    products = _seconds(finished(lambda: cp.matmul(left, right)))
+    gemms = _seconds(finished(lambda: cp.matmul(left, right)))
     properties = cp.cuda.runtime.getDeviceProperties(cp.cuda.Device().id)
-    found = _rates([s / 4 for s in copies], GPU_COPY_BYTES, [s / 4 for s in products], GPU_PRODUCT)
+    found = _rates([s / 4 for s in copies], GPU_COPY_BYTES, [s / 4 for s in gemms], GPU_GEMM)
     return found | {"gpu": properties["name"].decode(), "precision": "float16"}
 
 
@@ -69,10 +69,10 @@ def _seconds(work: Callable[[], object]) -> list[float]:
     return found
 
 
-def _rates(copies: list[float], copy_bytes: int, products: list[float], size: int) -> dict[str, Any]:
+def _rates(copies: list[float], copy_bytes: int, gemms: list[float], size: int) -> dict[str, Any]:
     return {
         "copy_tb_per_s": spread([2 * copy_bytes / s / 1e12 for s in copies], 5),
-        "peak_tflops": spread([2 * size**3 / s / 1e12 for s in products], 4),
+        "peak_tflops": spread([2 * size**3 / s / 1e12 for s in gemms], 4),
     }
 
 

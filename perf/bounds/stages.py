@@ -1,9 +1,9 @@
-"""`python -m perf.bounds.stages`: where a question's time goes, stage by stage. Writes stages.json and roofline.json.
+"""`python -m perf.bounds.stages`: the time of a question, stage by stage. Writes stages.json and roofline.json.
 
-Tokenizer, encoder, keys and values, decoder steps, each by itself in one process; then the chain without Triton; then, from the run's
-sweep.json, the chain with it. The readers take turns in every round. Excluded: loading, and the first run of everything.
+It measures tokenizer, encoder, keys and values, and decoder steps separately in one process; then the chain without Triton; and reads the
+chain with Triton from the run's sweep.json. Every round alternates between the readers. Excluded: loading, and the first run of each part.
 
-One question alone is taken apart; beside it stand the encoder with a full call, and a step at each batch, with their bounds.
+The stages are those of a single question. Full encoder calls and steps at each batch are measured as well, with their bounds.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from .rates import hardware_spec_of
 from .statistics import spread
 
 READERS = ("fid", "fido")
-QUESTIONS = 6  # different ones, taken in turn
+QUESTIONS = 6  # distinct ones, used in rotation
 WARM_STEPS = 2
 EOS_FORBIDDEN = -1e9
 
 
 def config_of(reader: str, checkpoint: Path | None, preset: str) -> ReaderConfig:
-    """Sizes of a reader: those of its checkpoint, or published ones."""
+    """Sizes of a reader: of its checkpoint, or of a preset."""
     if checkpoint is None:
         return reader_preset(preset, fido=reader == "fido")
     return own_config(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
 
 
 def step_times_ms(decoder: Decoder, batch: int, steps: int, first: int = 1) -> list[float]:
-    """Wall time of each step for `batch` admitted questions, as the decode loop sees it; the first ones are warm-up."""
+    """Milliseconds of each step for `batch` admitted questions, as the scheduler sees it; WARM_STEPS come before."""
     tokens, penalty = np.full(batch, 5, np.int32), np.full(batch, EOS_FORBIDDEN, np.float32)
     found = []
     for step in range(WARM_STEPS + steps):
@@ -60,7 +60,7 @@ def step_times_ms(decoder: Decoder, batch: int, steps: int, first: int = 1) -> l
 
 @dataclasses.dataclass
 class Stage:
-    """One reader's engines and what was measured of them."""
+    """One reader's engines and their samples in milliseconds."""
 
     reader: str
     config: ReaderConfig
@@ -72,29 +72,29 @@ class Stage:
     samples: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def add(self, name: str, ms: float) -> None:
-        """Keep one sample."""
+        """Add one sample."""
         self.samples.setdefault(name, []).append(ms)
 
     def timed(self, name: str, work: Any) -> Any:
-        """Run, keep the time, give the result."""
+        """Run `work`, add its time, return its result."""
         started = time.perf_counter()
-        made = work()
+        result = work()
         self.add(name, (time.perf_counter() - started) * 1e3)
-        return made
+        return result
 
     def tokens_of(self, request: Request) -> EncoderInput:
-        """Tokenized as the chain does it."""
+        """The request, tokenized as in the chain."""
         return self.chain.prompt.encode(request.question, request.passages, request.titles)
 
-    def take_apart(self, request: Request, new_tokens: int) -> None:
-        """One question through every stage by itself."""
+    def measure_stages(self, request: Request, new_tokens: int) -> None:
+        """Measure one question in every stage separately."""
         tokens = self.timed("tokenize", lambda: self.tokens_of(request))
         (states,) = self.timed("encoder", lambda: self.encoder.encode([(tokens.input_ids, tokens.attention_mask)]))
         penalty = np.full(1, EOS_FORBIDDEN, np.float32)
 
         def admit_and_step() -> None:
             self.decoder.admit(0, 0, self.chain.packer.pack(states, tokens.attention_mask), tokens.encoder_positions)
-            self.decoder.step(np.full(1, 5, np.int32), np.zeros(1, np.int32), penalty)  # waits for what admit has begun
+            self.decoder.step(np.full(1, 5, np.int32), np.zeros(1, np.int32), penalty)  # waits for the work that admit started
 
         started = time.perf_counter()
         admit_and_step()
@@ -104,13 +104,13 @@ class Stage:
             started = time.perf_counter()
             self.decoder.step(np.full(1, 5, np.int32), np.full(1, position, np.int32), penalty)
             steps.append((time.perf_counter() - started) * 1e3)
-        a_step = statistics.median(steps)
-        self.add("cross_kv", max(with_first_step - a_step, 0.0))
-        self.add("decoder_steps", sum(steps) + a_step)
+        one_step = statistics.median(steps)
+        self.add("cross_kv", max(with_first_step - one_step, 0.0))
+        self.add("decoder_steps", sum(steps) + one_step)
         self.timed("in_process", lambda: self.chain.answer(request.question, request.passages, request.titles, new_tokens, new_tokens))
 
     def fill(self, batch: int) -> int:
-        """Admit `batch` questions; gives the encoded tokens of one."""
+        """Admit `batch` questions; return the encoded tokens of one."""
         tokens = self.tokens_of(self.requests[0])
         (states,) = self.encoder.encode([(tokens.input_ids, tokens.attention_mask)])
         for slot in range(batch):
@@ -118,16 +118,16 @@ class Stage:
         return len(tokens.encoder_positions)
 
     def full_call(self, questions: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Input of so many questions."""
+        """The encoder's input for `questions` questions."""
         inputs = [self.tokens_of(self.requests[i % len(self.requests)]) for i in range(questions)]
         return [(one.input_ids, one.attention_mask) for one in inputs]
 
 
 def measure(stages: list[Stage], batches: list[int], questions: int, new_tokens: int, rounds: int, steps: int) -> None:
-    """All of it; the samples are left in the stages."""
+    """Measure everything; the samples are stored in the stages."""
     for number in range(rounds + 1):
         for stage in stages:
-            stage.take_apart(stage.requests[number % len(stage.requests)], new_tokens)
+            stage.measure_stages(stage.requests[number % len(stage.requests)], new_tokens)
             if number == 0:  # warm-up
                 stage.samples.clear()
     calls = {stage.reader: stage.full_call(questions) for stage in stages}
@@ -146,7 +146,7 @@ def measure(stages: list[Stage], batches: list[int], questions: int, new_tokens:
 
 
 def result_of(
-    stage: Stage, card: HardwareSpec, work: Workload, batches: list[int], questions: int, served_ms: dict[str, float] | None
+    stage: Stage, spec: HardwareSpec, work: Workload, batches: list[int], questions: int, served_ms: dict[str, float] | None
 ) -> dict[str, Any]:
     """One reader's entry of stages.json."""
     width = bytes_per_element(stage.manifest)
@@ -169,19 +169,19 @@ def result_of(
         "parts_ms": parts,
         "step_ms": {str(batch): spread(samples[f"step {batch}"]) for batch in batches},
         "step_bound_ms": {
-            str(batch): round(step_cost(config, dataclasses.replace(work, batch=batch), width).bound_s(card) * 1e3, 4) for batch in batches
+            str(batch): round(step_cost(config, dataclasses.replace(work, batch=batch), width).bound_s(spec) * 1e3, 4) for batch in batches
         },
         "encoder_ms": spread(samples["full_call"]),
         "encoder_tflops": round(flops / statistics.median(full_s) / 1e12, 4),
-        "encoder_bound_ms": round(encoder_cost(config, full, width).bound_s(card) * 1e3, 3),
+        "encoder_bound_ms": round(encoder_cost(config, full, width).bound_s(spec) * 1e3, 3),
         "encoder_questions_per_s": spread([questions / s for s in full_s]),
         "in_process_ms": spread(samples["in_process"]),
         "served_ms": served_ms,
     }
 
 
-def roofline_of(stage: Stage, card: HardwareSpec, work: Workload, batches: list[int], questions: int) -> list[dict[str, Any]]:
-    """The measured stages as points of the roofline."""
+def roofline_of(stage: Stage, spec: HardwareSpec, work: Workload, batches: list[int], questions: int) -> list[dict[str, Any]]:
+    """The measured stages as points of the roofline plot."""
     width, name = bytes_per_element(stage.manifest), NAMES[stage.reader]
     found = []
     costs = [
@@ -204,7 +204,7 @@ def roofline_of(stage: Stage, card: HardwareSpec, work: Workload, batches: list[
                 "flops": cost.flops,
                 "bytes": cost.bytes,
                 "seconds": seconds,
-                "bound_s": cost.bound_s(card),
+                "bound_s": cost.bound_s(spec),
             }
         )
     return found
@@ -232,10 +232,10 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m perf.bounds.stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--engines", type=Path, default=Path("build/engines"), help="folder with the engines of fid and fido")
-    parser.add_argument("--fid", type=Path, help="checkpoint of which they were made, for its sizes")
+    parser.add_argument("--fid", type=Path, help="checkpoint of the FiD engines, for its sizes")
     parser.add_argument("--fido", type=Path)
-    parser.add_argument("--preset", default="base", help="published sizes, where no checkpoint is named")
-    parser.add_argument("--plan", choices=list(PLANS), default="cpu", help="of whose first workload the questions are")
+    parser.add_argument("--preset", default="base", help="published sizes, if no checkpoint is named")
+    parser.add_argument("--plan", choices=list(PLANS), default="cpu", help="the plan whose first workload provides the questions")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=24)
@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, help="in a full encoder call (default: the largest batch)")
     parser.add_argument("--run", type=Path, default=Path("build/perf"))
     arguments = parser.parse_args(argv)
-    card, batches = hardware_spec_of(arguments.run), sorted(arguments.batches)
+    spec, batches = hardware_spec_of(arguments.run), sorted(arguments.batches)
     questions = arguments.questions or batches[-1]
     limits = Limits(slots=batches[-1], max_passages=arguments.max_passages, encoder_batch=arguments.encoder_batch)
     stages = []
@@ -265,9 +265,9 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         for stage in stages:
             stage.chain.close()
-    found = {s.reader: result_of(s, card, work, batches, questions, served_alone(arguments.run, s.reader, series.workload)) for s in stages}
+    found = {s.reader: result_of(s, spec, work, batches, questions, served_alone(arguments.run, s.reader, series.workload)) for s in stages}
     (arguments.run / "stages.json").write_text(json.dumps({"readers": found}, indent=1) + "\n", encoding="utf-8")
-    points = [point for stage in stages for point in roofline_of(stage, card, work, batches, questions)]
+    points = [point for stage in stages for point in roofline_of(stage, spec, work, batches, questions)]
     (arguments.run / "roofline.json").write_text(json.dumps({"points": points}, indent=1) + "\n", encoding="utf-8")
     for reader, entry in found.items():
         parts = ", ".join(f"{name} {part['median']:.2f}" for name, part in entry["parts_ms"].items())

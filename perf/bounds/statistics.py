@@ -1,4 +1,4 @@
-"""How repeated GPU times are summed up and written down, for benchmarks that run under different Pythons."""
+"""Summaries of repeated measurements, and their JSON output. Uses only the standard library, for benchmarks in other environments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def spread(samples: list[float], digits: int = 3) -> dict[str, float]:
-    """Median, least and most."""
+    """Median, minimum and maximum."""
     return {"median": round(statistics.median(samples), digits), "min": round(min(samples), digits), "max": round(max(samples), digits)}
 
 
@@ -24,8 +24,8 @@ def publish(result: dict[str, Any], out: Path | None) -> None:
         out.write_text(text + "\n", encoding="utf-8")
 
 
-def give_memory_back() -> None:
-    """What CuPy, if it was used, keeps of a GPU's memory for later: the next reader asks the card how much is free."""
+def free_gpu_memory() -> None:
+    """Free CuPy's memory pool, if CuPy was used: the next reader plans by the GPU's free memory."""
     gc.collect()
     if cupy := sys.modules.get("cupy"):
         cupy.get_default_memory_pool().free_all_blocks()

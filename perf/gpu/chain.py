@@ -1,7 +1,7 @@
-"""The whole chain on a GPU: full-length questions through Triton by gRPC, one alone and many at once, FiD and FiDO in turn.
+"""The complete chain on a GPU: full-length questions through Triton over gRPC, one at a time and concurrently, FiD and FiDO in turn.
 
-Random weights: the answers are forced to their length. Passages are cut to the reader's full length by the prompt. Everything a user
-waits for is counted: gRPC, tokenization, encoder, decoder. Start-up and a first round are not.
+Weights are random, so answer lengths are forced. The prompt truncates passages to the reader's full length. Times include gRPC,
+tokenization, encoder and decoder; start-up and a first round are excluded.
 """
 
 from __future__ import annotations

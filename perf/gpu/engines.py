@@ -1,6 +1,6 @@
-"""The engines of a GPU reader by themselves: encoder time and rate, step time at each batch, memory. No Triton, no tokenizer.
+"""The engines of a GPU reader without Triton and tokenizer: encoder time and rate, step time at each batch, memory.
 
-FiD and FiDO take turns in every round; times are of the GPU, by CUDA events, after warm-up. Peers are measured by perf/peers/torch_gpu.py.
+Every round alternates between FiD and FiDO. Times are GPU times from CUDA events, after warm-up. perf/peers/torch_gpu.py measures the peer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ READERS = ("fid", "fido")
 
 
 def gpu_ms(stream: cp.cuda.Stream, work: Any) -> float:
-    """Milliseconds that `work()` keeps the stream busy."""
+    """GPU milliseconds of `work()` on the stream."""
     start, end = cp.cuda.Event(), cp.cuda.Event()
     start.record(stream)
     work()
@@ -42,7 +42,7 @@ def gpu_ms(stream: cp.cuda.Stream, work: Any) -> float:
 
 
 def measure_encoder(encoder: GpuEncoder, lengths: np.ndarray, rounds: int) -> list[float]:
-    """Milliseconds for passages of these lengths, in calls as large as they may be; token ids are random and already counted out."""
+    """Milliseconds for passages of these lengths, in calls of the maximum size; token ids are random and packed beforehand."""
     rng = np.random.default_rng(0)
     tokens, places = rng.integers(2, 30000, lengths.sum()), np.arange(lengths.sum())
     with encoder._stream:
@@ -58,7 +58,7 @@ def measure_encoder(encoder: GpuEncoder, lengths: np.ndarray, rounds: int) -> li
 
 
 def real_lengths(engines: Path, data: Path, passages: int) -> np.ndarray:
-    """Prompt tokens of the first so many passages of a data file, as the reader's tokenizer makes them."""
+    """Prompt lengths in tokens of the first `passages` passages of a data file, by the reader's tokenizer."""
     prompt = PromptEncoder(Tokenizer.from_file(str(engines / TOKENIZER_FILE)), Manifest.load(engines))
     found: list[int] = []
     for example in read_examples(data):
@@ -70,7 +70,7 @@ def real_lengths(engines: Path, data: Path, passages: int) -> np.ndarray:
 
 
 def fill(decoder: GpuDecoder, batch: int, tokens: int) -> None:
-    """Admit `batch` random questions of so many encoded tokens."""
+    """Admit `batch` random questions of `tokens` encoded tokens each."""
     hidden = cp.random.standard_normal((tokens, decoder.sizes.d_model_encoder)).astype(cp.float16) * cp.float16(0.1)
     cp.cuda.Device().synchronize()
     for slot in range(batch):
@@ -79,7 +79,7 @@ def fill(decoder: GpuDecoder, batch: int, tokens: int) -> None:
 
 
 def measure_steps(decoder: GpuDecoder, batch: int, steps: int) -> dict[str, list[float]]:
-    """Milliseconds of each step as the decode loop sees it, and of its graph alone."""
+    """Milliseconds of each step as the scheduler sees it, and of its CUDA graph alone."""
     tokens, penalty = np.full(batch, 5, np.int32), np.full(batch, -1e9, np.float32)
     wall, graph = [], []
     for step in range(steps):
@@ -96,7 +96,7 @@ def measure_steps(decoder: GpuDecoder, batch: int, steps: int) -> dict[str, list
 def main() -> int:
     """Measure and print JSON."""
     parser = argparse.ArgumentParser(prog="python -m perf.gpu.engines", description=__doc__)
-    parser.add_argument("--fid", type=Path, help="engines; either reader may be left out")
+    parser.add_argument("--fid", type=Path, help="engines; one of the two readers is enough")
     parser.add_argument("--fido", type=Path)
     parser.add_argument("--preset", default="base")
     parser.add_argument("--slots", type=int, default=24)
@@ -104,7 +104,7 @@ def main() -> int:
     parser.add_argument("--encoder-batch", type=int, default=120)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 24])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--data", type=Path, help="questions and passages whose lengths are the real ones")
+    parser.add_argument("--data", type=Path, help="data file whose passage lengths to measure as well")
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Where an engine's time goes: `python -m perf.gpu.profile PLAN NAME=SHAPE ...` lists every layer with its time, tactic and share.
+"""The time of a TensorRT engine by layer: `python -m perf.gpu.profile PLAN NAME=SHAPE ...` lists each layer's time, share and tactic.
 
-TensorRT's own profiler gives the times, which it takes layer by layer: their sum is larger than the time of the engine undisturbed, which
-is printed beside it.
+The times come from TensorRT's profiler, which serializes the layers: their sum exceeds the time of an engine without it, which is printed
+as well.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WARM_UP, ROUNDS = 3, 10
 
 @dataclasses.dataclass
 class Layer:
-    """One layer of an engine: what it runs, and its mean time."""
+    """One layer of an engine, and its mean time in milliseconds."""
 
     name: str
     kind: str
@@ -29,35 +29,35 @@ class Layer:
 
 
 class _Times(trt.IProfiler):
-    """Collects what TensorRT reports."""
+    """Collects the times that TensorRT reports."""
 
     def __init__(self) -> None:
         trt.IProfiler.__init__(self)
         self.ms: dict[str, float] = {}
 
     def report_layer_time(self, layer_name: str, ms: float) -> None:
-        """Called by TensorRT once a layer and run."""
+        """Called by TensorRT once per layer and run."""
         self.ms[layer_name] = self.ms.get(layer_name, 0.0) + ms
 
 
 def profile(plan: bytes, shapes: dict[str, tuple[int, ...]]) -> tuple[float, list[Layer]]:
-    """Milliseconds of one undisturbed run, and the layers in their order.
+    """Milliseconds of one run without the profiler, and the layers in order.
 
     Args:
         plan: a serialized engine.
         shapes: of the inputs; integers are filled with 1, the rest with random numbers.
 
     Raises:
-        ValueError: if TensorRT cannot load the plan or does not accept the shapes.
+        ValueError: TensorRT cannot load the plan or does not accept the shapes.
     """
     engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(plan)
     if engine is None:
-        raise ValueError(f"TensorRT {trt.__version__} cannot load this engine")
+        raise ValueError(f"plan: wanted an engine that TensorRT {trt.__version__} can load; build it again with this version")
     context = engine.create_execution_context()
     buffers = []
     for name, shape in shapes.items():
         if not context.set_input_shape(name, shape):
-            raise ValueError(f"{name}: shape {list(shape)} is not one that the engine takes")
+            raise ValueError(f"{name}: wanted a shape within the engine's optimization profile, got {list(shape)}")
     for i in range(engine.num_io_tensors):
         name = engine.get_tensor_name(i)
         dtype = trt.nptype(engine.get_tensor_dtype(name))
@@ -102,7 +102,7 @@ def profile(plan: bytes, shapes: dict[str, tuple[int, ...]]) -> tuple[float, lis
 
 
 def table(alone_ms: float, layers: list[Layer]) -> str:
-    """One line a layer that takes time, and the sums."""
+    """One line per layer that takes time, and the sums."""
     total = sum(layer.ms for layer in layers)
     lines = [f"{'ms':>9} {'share':>6}  layer"]
     for layer in layers:

@@ -1,9 +1,8 @@
-"""Where a decoder step on a GPU goes, kernel by kernel: `python -m perf.gpu.step ENGINES` leaves each kind of operation out in turn.
+"""The time of a decoder step on a GPU by kind of operation: `python -m perf.gpu.step ENGINES` measures the step without each kind.
 
-A step is one CUDA graph of a hundred kernels of a few microseconds; a profiler between them would cost more than they do. So the step is
-captured again without one kind of operation, and what it takes less is what that kind costs in its place; beside it, what it takes alone.
-Also the step whose gemms are all the engines'.
-Random questions of full length; the step is at position --position of every answer.
+A step is one CUDA graph of about a hundred kernels of a few microseconds each, so a profiler between kernels would distort it. Instead the
+step is captured again without one kind of operation; the difference is the cost of that kind. The kind is also measured alone, and the step
+once with all GEMMs by the engines. Questions are random, of full length; the step is at position --position of every answer.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ ROUNDS = 30
 
 
 def kind_of(operation: Any) -> str:
-    """What an operation of a step's program is: a gemm by its shape, a kernel by its name."""
+    """The kind of an operation in a step's program: a GEMM by its shape, a kernel by its name."""
     owner = getattr(operation.func, "__self__", None)
     if isinstance(owner, LoadedGemm):
         return "gemm " + " x ".join(map(str, owner.weight.shape))
@@ -38,7 +37,7 @@ def kind_of(operation: Any) -> str:
 
 
 def graph_us(decoder: GpuDecoder, operations: Sequence[Callable[[], None]], *, dependent_launch: bool = True) -> float:
-    """Least microseconds of a graph of these operations."""
+    """Minimum microseconds of a CUDA graph of these operations."""
     stream = decoder._stream
 
     def run() -> None:
@@ -46,7 +45,7 @@ def graph_us(decoder: GpuDecoder, operations: Sequence[Callable[[], None]], *, d
             operation()
 
     with stream:
-        run()  # TensorRT wants shapes to have run before they are captured
+        run()  # TensorRT must have run a shape before its capture
         stream.synchronize()
         graph = CudaGraph(stream, run, dependent_launch=dependent_launch)
         graph.launch(stream)
@@ -55,9 +54,9 @@ def graph_us(decoder: GpuDecoder, operations: Sequence[Callable[[], None]], *, d
 
 
 def profile(decoder: GpuDecoder, batch: int, tokens: int, position: int) -> dict[str, Any]:
-    """Microseconds of the whole step, of it with every kernel after the one before or with engines only, and of each kind of operation.
+    """Microseconds of the step: complete, without dependent launches, with engines only, and for each kind of operation.
 
-    Of a kind: how often it comes, what the step takes less without it, and what it takes alone.
+    For a kind: how often it occurs, by how much the step is shorter without it, and its time alone.
     """
     program = decoder._program(batch, False)
     state = decoder._host_state
@@ -85,7 +84,7 @@ def main() -> int:
     """Measure and print JSON."""
     parser = argparse.ArgumentParser(prog="python -m perf.gpu.step", description=__doc__)
     parser.add_argument("engines", type=Path)
-    parser.add_argument("--slots", type=int, default=24, help="as the engines were built for")
+    parser.add_argument("--slots", type=int, default=24, help="the slots that the engines were built for")
     parser.add_argument("--max-passages", type=int, default=40)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 24])
     parser.add_argument("--position", type=int, default=5)

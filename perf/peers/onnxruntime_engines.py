@@ -1,11 +1,10 @@
 """`python -m perf.peers.onnxruntime_engines`: the same readers' exported graphs on ONNX Runtime, as peers.
 
-Comes in: the graphs of fid and fido, fp32 for the CPU or half precision for the CUDA provider, and a workload, whose ids are
-drawn at random. Goes out: questions per second and latency of a batch of questions at a time, as rows of peers.json; rows of the same name
-that are there already are replaced, all others kept.
+In: the graphs of fid and fido, fp32 for the CPU or fp16 for the CUDA provider, and a workload with random token ids. Out: questions per
+second and latency of one batch of questions at a time, as rows of peers.json; they replace rows of the same name and keep all others.
 
-Times are from token ids on the host to token ids on the host: encoder call, keys and values, and a step a token with greedy choice. There
-is no Triton and no decode loop; tokenization and network are not in them, nor is a first turn over all requests.
+Times run from token ids on the host to token ids on the host: encoder call, keys and values, and greedy decoding. They exclude Triton, the
+scheduler, tokenization, the network, and a first pass over all requests.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ Passages = tuple[np.ndarray, np.ndarray]  # input_ids and attention_mask, each i
 
 @dataclasses.dataclass(frozen=True)
 class EnginePeer:
-    """A reader's engines."""
+    """A reader's engines, run without a scheduler."""
 
     reader: str
     manifest: Manifest
@@ -50,18 +49,18 @@ class EnginePeer:
 
     @property
     def name(self) -> str:
-        """In tables."""
+        """The peer's name in tables."""
         return f"the same graphs, {NAMES[self.manifest.engine]}, {self.manifest.precision}"
 
     def answer(self, questions: Sequence[Passages], new_tokens: int) -> list[list[int]]:
-        """Tokens of each question's answer, all of that length.
+        """Token ids of each question's answer, `new_tokens` each.
 
         Args:
             questions: at most as many as the decoder has slots.
-            new_tokens: of every answer; the end token counts as any other.
+            new_tokens: length of every answer; the end token counts like any other.
         """
         for slot, (states, (_, mask)) in enumerate(zip(self.encoder.encode(list(questions)), questions, strict=True)):
-            places = np.flatnonzero(mask).astype(np.int32)  # such readers as are measured here have no bias that these matter to
+            places = np.flatnonzero(mask).astype(np.int32)  # matter only to a relative bias in cross-attention, which these readers lack
             self.decoder.admit(slot, slot, self.packer.pack(states, mask), places)
         tokens = np.full(len(questions), self.manifest.decoder_start_token_id, np.int32)
         found = []
@@ -75,7 +74,7 @@ class EnginePeer:
 def measure(
     peers: Sequence[EnginePeer], questions: Sequence[Passages], batches: Sequence[int], new_tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """One row for each peer and batch; in every round all of them take turns, and a first one is not counted."""
+    """One row for each peer and batch; every round runs all of them in turn, and one uncounted round comes first."""
     walls: dict[tuple[int, int], list[float]] = {(peer, batch): [] for batch in batches for peer in range(len(peers))}
     latencies: dict[tuple[int, int], list[float]] = {row: [] for row in walls}
     for number in range(rounds + 1):
@@ -101,7 +100,7 @@ def measure(
 
 
 def merged(out: Path | None, rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
-    """The file's content with these rows in it."""
+    """The content of `out` with `rows` added or replaced."""
     before = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else {"peers": [], "settings": {}}
     replaced = {(row["name"], row["reader"], row["batch"]) for row in rows}
     kept = [row for row in before["peers"] if (row["name"], row["reader"], row.get("batch")) not in replaced]
@@ -109,7 +108,7 @@ def merged(out: Path | None, rows: list[dict[str, Any]], settings: dict[str, Any
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, and add to the file; gives the exit code."""
+    """Measure, print and write the rows; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m perf.peers.onnxruntime_engines",
         description=__doc__,
@@ -119,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{reader}", type=Path, default=Path("build/engines", reader), help="folder of its graphs or engines")
     parser.add_argument("--workload", choices=list(WORKLOADS), default="paper")
     for field in dataclasses.fields(WorkloadSpec):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=uniform, metavar="N[..N]", help="in place of the workload's own")
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=uniform, metavar="N[..N]", help="replaces the workload's own")
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="questions answered together")
     parser.add_argument("--rounds", type=int, default=3)
@@ -129,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     given = {f.name: value for f in dataclasses.fields(WorkloadSpec) if (value := getattr(arguments, f.name))}
     spec = dataclasses.replace(WORKLOADS[arguments.workload], **given)
     if spec.new_tokens.low != spec.new_tokens.high or any(arguments.requests % batch for batch in arguments.batches):
-        parser.error("wanted answers of one length, and --requests to be a multiple of every batch, so that all batches are full")
+        parser.error("--new-tokens, --requests: wanted one answer length, and a multiple of every batch size, so that all batches are full")
     batch = max(arguments.batches)
     limits = Limits(slots=batch, max_passages=spec.passages.high, encoder_batch=batch * spec.passages.high)
     peers = []

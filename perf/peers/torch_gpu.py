@@ -1,6 +1,6 @@
-"""The peer on the GPU: PyTorch on the same sizes and the same random weights, SDPA encoder, decoder step eager and as a CUDA graph.
+"""The peer on the GPU: PyTorch with the same sizes and random weights; SDPA encoder, decoder step eager and as a CUDA graph.
 
-Run it by a Python that has torch with CUDA; it writes what perf/gpu/engines.py writes, so that the two can stand beside each other.
+It needs a Python that has torch with CUDA. Its JSON has the keys of perf/gpu/engines.py, for comparison.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ READERS = ("fid", "fido")
 
 
 def gpu_ms(work: Callable[[], object]) -> float:
-    """Milliseconds of the GPU that `work()` takes."""
+    """GPU milliseconds of `work()`."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     work()
@@ -72,7 +72,7 @@ def measure_steps(reader: Reader, batch: int, tokens: int, past: int, rounds: in
 
 def main() -> int:
     """Measure and print JSON."""
-    parser = argparse.ArgumentParser(prog="python -m perf.peers.transformers_fid.torch_gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m perf.peers.torch_gpu", description=__doc__)
     parser.add_argument("--preset", default="base")
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--passages", type=int, default=40)

@@ -1,7 +1,6 @@
-"""The peer: eager PyTorch answering a batch of questions, with a key/value cache, padded as facebookresearch/FiD pads.
+"""The peer in eager PyTorch: a batch of questions with a key/value cache, padded as in facebookresearch/FiD.
 
-It uses the same modules as the export (full-pass encoder; cross_kv and decoder_step graphs run in torch), so that the comparison is
-between ways of running a reader and not between implementations of different quality.
+It runs the export's modules (encoder, cross_kv and decoder_step) in torch, so that a comparison is of runtimes and not of implementations.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""`python -m perf.peers.transformers_fid`: Hugging Face transformers' T5 made to read as FiD reads: what people use today.
+"""`python -m perf.peers.transformers_fid`: Hugging Face transformers' T5 run as a FiD reader, the common way to run one today.
 
-Comes in: a FiD checkpoint and a workload of perf/served/workload.py (the requests that the served models are sent, for the same seed),
-or the name of a published size, of which weights and token ids are random. Goes out: questions per second and latency of transformers'
-`generate`, eager and compiled, a batch of questions at a time.
+In: a FiD checkpoint and a workload of perf/served/workload.py (for the same seed, the requests that the served models get); or the name of
+a published size, with random weights and random token ids. Out: questions per second and latency of `generate`, eager and compiled, one
+batch of questions at a time.
 
-The encoder reads every passage by itself, the hidden states of a question's passages are laid one after the other, and `generate` decodes
-on them. Times are of that whole, from token ids on the host to token ids on the host; tokenization and network are not in them, nor is
-a first turn over all requests, in which torch.compile compiles. FiDO is not measured: transformers has no such model.
+Times run from token ids on the host to token ids on the host. They exclude tokenization, the network, and a first pass over all requests,
+in which torch.compile compiles. FiDO is not measured: transformers has no such model.
 """
 
 from __future__ import annotations
@@ -19,24 +18,22 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import transformers
 from tokenizers import Tokenizer
-from torch import Tensor, nn
-from transformers import CompileConfig, T5Config, T5ForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutput
 
 from clients.examples import ExampleError, read_examples
 from clients.metrics import percentile
-from export.checkpoint.config import ConfigError, ReaderConfig, reader_preset
+from export.checkpoint.config import ConfigError, reader_preset
 from export.checkpoint.files import Checkpoint, load_checkpoint
-from export.checkpoint.weights import CheckpointError, hf_name
+from export.checkpoint.weights import CheckpointError
 from export.graphs.cpu import engine_sizes
 from export.model.reader import Reader
 from perf.bounds.machine import describe
 from perf.bounds.statistics import publish, spread
+from perf.peers.transformers_t5 import FusionPeer, Passages, PeerError, cast_as_from_pretrained, hugging_face_fid, require_t5
 from perf.served.workload import (
     REAL,
     WORKLOADS,
@@ -54,15 +51,6 @@ from serving.pipeline.prompt import PromptEncoder, PromptError
 
 EXCLUDES = "tokenization, network"
 PRECISIONS = {"cpu": (torch.float32,), "cuda": (torch.float16, torch.bfloat16)}
-T5_WIDTHS = ("d_model", "d_kv", "d_ff", "num_heads")  # in T5Config once, for both stacks
-T5_TOKENS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-T5_REST = ("vocab_size", "feed_forward_proj", "relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon")
-
-Passages: TypeAlias = tuple[Tensor, Tensor]  # input_ids and attention_mask (1 = attend), each int64[n_passages, passage_length]
-
-
-class PeerError(ValueError):
-    """What transformers cannot run, or cannot be measured on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,137 +65,9 @@ class Question:
         return [int(length) for length in self.passages[1].sum(1)]
 
 
-def hugging_face_fid(reader: Reader) -> T5ForConditionalGeneration:
-    """The same reader as a transformers model, fp32 in eval mode; it shares the reader's memory.
-
-    Raises:
-        PeerError: naming everything for which transformers' T5 has no place.
-    """
-    config = reader.config
-    require_t5(config)
-    t5 = T5Config(
-        **{name: getattr(config, name) for name in T5_TOKENS + T5_REST},
-        **{name: getattr(config.encoder, name) for name in T5_WIDTHS},
-        num_layers=config.encoder.num_layers,
-        num_decoder_layers=config.decoder.num_layers,
-        # transformers 5 ties the head of every T5, and takes this flag for whether the last hidden state is scaled before the head
-        tie_word_embeddings=config.scale_decoder_outputs,
-    )
-    with torch.device("meta"):  # nothing is drawn at random only to be replaced
-        model = T5ForConditionalGeneration(t5)
-    # the head is put in by hand: `shared` also stands under the tied names, and only here is it known whether the head is one of them
-    weights = {hf_name(name): weight.detach() for name, weight in reader.state_dict().items()}
-    head = weights.pop("lm_head.weight", None)
-    found = model.load_state_dict(weights, strict=False, assign=True)
-    for module in (model.encoder.embed_tokens, model.decoder.embed_tokens, model.lm_head):
-        module.weight = model.shared.weight
-    if head is not None:
-        model.lm_head.weight = nn.Parameter(head)
-    empty = sorted(name for name, weight in model.named_parameters() if weight.is_meta)
-    if empty or found.unexpected_keys:
-        raise PeerError(
-            f"transformers {transformers.__version__}: its T5 has other weights than ours; left empty: {', '.join(empty) or 'none'}; "
-            f"unknown to it: {', '.join(found.unexpected_keys) or 'none'}"
-        )
-    return model.requires_grad_(False).eval()
-
-
-def require_t5(config: ReaderConfig) -> None:
-    """Raise PeerError unless the reader is one that transformers' T5 can be."""
-    encoder, decoder = config.encoder, config.decoder
-    faults = []
-    if config.encoder_decoder_attention_period != 1:
-        faults.append(f"encoder_decoder_attention_period: wanted 1, got {config.encoder_decoder_attention_period}")
-    if decoder.num_kv_heads != decoder.num_heads:
-        faults.append(f"decoder.num_kv_heads: wanted num_heads={decoder.num_heads}, got {decoder.num_kv_heads}")
-    for size in T5_WIDTHS:
-        if getattr(encoder, size) != getattr(decoder, size):
-            faults.append(f"decoder.{size}: wanted the encoder's {getattr(encoder, size)}, got {getattr(decoder, size)}")
-    if decoder.num_layers > encoder.num_layers:  # `generate` makes a cache of as many layers as the encoder has, whatever the decoder has
-        faults.append(f"decoder.num_layers: wanted at most the encoder's {encoder.num_layers}, got {decoder.num_layers}")
-    if config.cross_attention_relative_bias:
-        faults.append("cross_attention_relative_bias: wanted none, which transformers dropped in 4.0, got one")
-    if faults:
-        which = "FiDO" if config.kind == "fido" else "this FiD reader"
-        raise PeerError(f"transformers' T5 cannot run {which}; measure a plain FiD reader instead:\n  " + "\n  ".join(faults))
-
-
-def cast_as_from_pretrained(model: T5ForConditionalGeneration, dtype: torch.dtype, device: str) -> T5ForConditionalGeneration:
-    """Give the model the precision that `from_pretrained(dtype=...)` would: in fp16 transformers keeps T5's `wo` in fp32."""
-    kept = set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
-    for name, weight in model.named_parameters():  # a tied weight comes once, and stays tied
-        weight.data = weight.data.to(device, torch.float32 if kept & set(name.split(".")) else dtype)
-    return model
-
-
-class FusionPeer:
-    """Greedy answers of a batch of questions by transformers' `generate`.
-
-    Args:
-        model: as `hugging_face_fid` gives it, on any device, in any precision.
-        compiled: compile the encoder, and let `generate` compile the decoder step over its static cache. Every new shape of a batch
-            compiles again.
-    """
-
-    def __init__(self, model: T5ForConditionalGeneration, *, compiled: bool = False):
-        self._model, self._encoder, self.compiled = model, model.encoder, compiled
-        self._options: dict[str, Any] = {}
-        if compiled:
-            self._encoder = torch.compile(model.encoder)
-            compile_config = CompileConfig()
-            compile_config._compile_all_devices = True  # `generate` compiles on accelerators alone otherwise
-            self._options = {"cache_implementation": "static", "compile_config": compile_config}
-
-    @torch.inference_mode()
-    def answer(self, questions: Sequence[Passages], max_new_tokens: int, min_new_tokens: int = 0) -> list[list[int]]:
-        """Token ids of each question's answer, the end token included; equal bounds force that length on all of them.
-
-        A batch runs until its last answer ends. Unlike `Reader.generate`, transformers does not let the end token be the
-        `min_new_tokens`-th either.
-
-        Args:
-            questions: on the host; the numbers of passages may differ, and so may their lengths.
-            max_new_tokens: tokens at most.
-            min_new_tokens: tokens at least, before the end token.
-        """
-        hidden, mask = self._encode(questions)
-        made = self._model.generate(
-            encoder_outputs=BaseModelOutput(hidden),
-            attention_mask=mask,
-            num_beams=1,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens or None,
-            **self._options,
-        )
-        eos = self._model.config.eos_token_id
-        rows = made[:, 1:].tolist()  # without the start token; padding follows an answer where others went on
-        return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
-
-    def _encode(self, questions: Sequence[Passages]) -> tuple[Tensor, Tensor]:
-        """Hidden states float[batch, encoder_sequence_length, d_model] and their mask, padded to the longest question."""
-        device = self._model.device
-        counts = [len(ids) for ids, _ in questions]
-        length = max(ids.shape[1] for ids, _ in questions)
-        ids = torch.full((sum(counts), length), self._model.config.pad_token_id)
-        mask = torch.zeros_like(ids)
-        start = 0
-        for question_ids, question_mask in questions:
-            n, width = question_ids.shape
-            ids[start : start + n, :width], mask[start : start + n, :width] = question_ids, question_mask
-            start += n
-        ids, mask = ids.to(device), mask.to(device)
-        hidden = self._encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        # [passages of all questions, length, ...] -> [batch, most passages * length, ...]; what pads a passage stays within, masked
-        fused_hidden = [one.flatten(0, 1) for one in hidden.split(counts)]
-        fused_mask = [one.flatten() for one in mask.split(counts)]
-        pad = nn.utils.rnn.pad_sequence
-        return pad(fused_hidden, batch_first=True), pad(fused_mask, batch_first=True)
-
-
 def tokenized(checkpoint: Checkpoint, requests_of: Callable[[Tokenizer, Manifest], Iterable[Request]]) -> list[Question]:
-    """The requests as the reader's prompt and tokenizer make them."""
-    from export.graphs.onnx_export import PROMPT_TEMPLATE  # needs onnx, which random token ids do without
+    """The requests, encoded with the reader's prompt and tokenizer."""
+    from export.graphs.onnx_export import PROMPT_TEMPLATE  # imports onnx, which random token ids do not need
 
     config = checkpoint.reader.config
     prompt = Prompt(PROMPT_TEMPLATE, config.passage_length, config.append_eos)
@@ -218,7 +78,7 @@ def tokenized(checkpoint: Checkpoint, requests_of: Callable[[Tokenizer, Manifest
     questions = []
     for request in requests_of(tokenizer, manifest):
         encoded = encoder.encode(request.question, request.passages, request.titles)
-        # the server's rows are longer for the sake of its batcher; the peer need not pay for that
+        # the server pads its rows further for the batcher; the peer does not need that
         longest = int(encoded.attention_mask.sum(1).max())
         ids, mask = (torch.from_numpy(array[:, :longest]).long() for array in (encoded.input_ids, encoded.attention_mask))
         questions.append(Question((ids, mask), request.new_tokens))
@@ -226,13 +86,13 @@ def tokenized(checkpoint: Checkpoint, requests_of: Callable[[Tokenizer, Manifest
 
 
 def random_questions(spec: WorkloadSpec, count: int, seed: int, vocab_size: int) -> list[Question]:
-    """Token ids drawn at random, of the lengths that the workload states; the same ones for the same seed."""
+    """Random token ids of the workload's lengths; the same ones for the same seed."""
     drawn = random_token_ids(spec, count, seed, vocab_size)
     return [Question((torch.from_numpy(ids).long(), torch.from_numpy(mask).long()), new_tokens) for ids, mask, new_tokens in drawn]
 
 
-def turn(peer: FusionPeer, questions: Sequence[Question], batch: int) -> list[float]:
-    """Seconds of every batch, one after the other. A batch whose answers differ in length runs as long as its longest."""
+def batch_seconds(peer: FusionPeer, questions: Sequence[Question], batch: int) -> list[float]:
+    """Seconds of each batch, run one after the other. A batch runs as long as its longest answer."""
     seconds = []
     for start in range(0, len(questions), batch):
         group = questions[start : start + batch]
@@ -250,23 +110,30 @@ def turn(peer: FusionPeer, questions: Sequence[Question], batch: int) -> list[fl
 def measure(
     peers: dict[str, FusionPeer], questions: Sequence[Question], batches: Sequence[int], rounds: int, compiled: Sequence[int] | None = None
 ) -> list[dict[str, Any]]:
-    """One row for each peer and batch (compiled ones of batches `compiled`, if given); in every round all of them take turns.
+    """One row for each peer and batch size; every round runs all of them in turn, so that drift of the machine hits all alike.
+
+    Args:
+        peers: by name.
+        questions: divisible by every batch size.
+        batches: questions answered together.
+        rounds: passes over all questions that count; one more comes first and does not.
+        compiled: the batch sizes for which compiled peers are measured; None: all.
 
     Returns:
-        name, batch, questions_per_s and p50_ms (the batch's time, which each of its questions waits); of compiled ones compile_s: by how
-        much the first turn, which is not counted, took longer than the later ones. A row whose peer failed has `error` instead.
+        name, batch, questions_per_s and p50_ms (of a batch, for which each of its questions waits). Compiled peers add compile_s: the time
+        of the first pass beyond the median of the later ones. A row whose peer failed has `error` instead.
     """
     rows = [(name, batch) for batch in batches for name in peers if compiled is None or batch in compiled or not peers[name].compiled]
-    turns: dict[tuple[str, int], list[list[float]]] = {row: [] for row in rows}
+    passes: dict[tuple[str, int], list[list[float]]] = {row: [] for row in rows}
     errors: dict[tuple[str, int], str] = {}
     for _ in range(rounds + 1):
-        for name, batch in [row for row in turns if row not in errors]:
+        for name, batch in [row for row in passes if row not in errors]:
             try:
-                turns[name, batch].append(turn(peers[name], questions, batch))
-            except Exception as error:  # of transformers, of a compiler, of the GPU's memory: the other rows still count
+                passes[name, batch].append(batch_seconds(peers[name], questions, batch))
+            except Exception as error:  # by transformers, a compiler, or for lack of GPU memory: the other rows still count
                 errors[name, batch] = one_line(error)
     found: list[dict[str, Any]] = []
-    for (name, batch), taken in turns.items():
+    for (name, batch), taken in passes.items():
         numbers: dict[str, Any] = {"name": name, "batch": batch}
         if (name, batch) in errors:
             found.append({**numbers, "error": errors[name, batch]})
@@ -282,13 +149,13 @@ def measure(
 
 
 def one_line(error: Exception) -> str:
-    """What went wrong, without the compiler's pages."""
+    """The error's type and first line; compilers write pages."""
     first, *_ = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {first}"[:300]
 
 
 def peers_of(reader: Reader, device: str, *, compiled: bool) -> dict[str, FusionPeer]:
-    """Every variant by its name; those of one precision share their weights."""
+    """Every variant by name; variants of one precision share their weights."""
     peers = {}
     for dtype in PRECISIONS[device]:
         model = cast_as_from_pretrained(hugging_face_fid(reader), dtype, device)
@@ -299,7 +166,7 @@ def peers_of(reader: Reader, device: str, *, compiled: bool) -> dict[str, Fusion
 
 
 def extent(values: Iterable[int]) -> int | str:
-    """40, or "1..40"."""
+    """The value if there is only one (40), else the range ("1..40")."""
     found = sorted(values)
     return found[0] if found[0] == found[-1] else f"{found[0]}..{found[-1]}"
 
@@ -311,18 +178,18 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--fid", help="checkpoint of a FiD reader, in any layout that the export reads")
-    source.add_argument("--preset", help="random weights of a published size instead, as base, and random token ids")
+    source.add_argument("--preset", help="a published size, such as base, with random weights and random token ids")
     parser.add_argument("--workload", choices=[*WORKLOADS, REAL], default="paper")
     parser.add_argument("--data", type=Path, help="for real: a file in FiD's format")
     for field in dataclasses.fields(WorkloadSpec):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=uniform, metavar="N[..N]", help="in place of the workload's own")
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=uniform, metavar="N[..N]", help="replaces the workload's own")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="questions answered together")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=list(PRECISIONS), default="cpu")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="measure torch.compile, too; default on cuda only")
-    parser.add_argument("--compiled-batches", type=int, nargs="+", help="batches to compile for, each of which takes half a minute or more")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="also measure torch.compile (default: on cuda only)")
+    parser.add_argument("--compiled-batches", type=int, nargs="+", help="batch sizes to compile for; each takes half a minute or more")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     if arguments.workload == REAL and (arguments.data is None or arguments.fid is None):
@@ -331,14 +198,14 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--requests, --rounds and --batches: wanted at least 1")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
-    given = {f.name: value for f in dataclasses.fields(WorkloadSpec) if (value := getattr(arguments, f.name))}
-    arguments.spec = None if arguments.workload == REAL else dataclasses.replace(WORKLOADS[arguments.workload], **given)
+    overrides = {f.name: value for f in dataclasses.fields(WorkloadSpec) if (value := getattr(arguments, f.name))}
+    arguments.spec = None if arguments.workload == REAL else dataclasses.replace(WORKLOADS[arguments.workload], **overrides)
     arguments.compile = arguments.device == "cuda" if arguments.compile is None else arguments.compile
     return arguments
 
 
 def reader_and_questions(arguments: argparse.Namespace) -> tuple[Reader, list[Question]]:
-    """What the command line asks to measure, checked before anything is run."""
+    """The reader and the questions that the command line names, checked before anything runs."""
     count, seed, spec = arguments.requests, arguments.seed, arguments.spec
     if arguments.preset:
         config = reader_preset(arguments.preset, fido=False)
@@ -361,7 +228,7 @@ def reader_and_questions(arguments: argparse.Namespace) -> tuple[Reader, list[Qu
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, and keep the result; gives the exit code."""
+    """Measure, print and write the result; return the exit code."""
     arguments = arguments_of(argv)
     try:
         reader, questions = reader_and_questions(arguments)
@@ -388,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         "weights": "as from_pretrained(dtype=...) has them: in float16, transformers keeps the feed-forward's wo in float32",
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "not_counted": "model load, and one turn of every variant and batch over all requests",
+        "not_counted": "model load, and one pass of every variant and batch over all requests",
         "fido": "not measured: transformers has no layer-sparse cross-attention and no multi-query attention for T5",
         "machine": describe(),
     }

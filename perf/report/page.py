@@ -1,6 +1,6 @@
-"""A report's text, tables and figures as one HTML page that fetches nothing, and as Markdown without the figures.
+"""A report's text, tables and figures as one HTML page without external resources, and as Markdown without the figures.
 
-Comes in: `Section`s. Goes out: text. What the sections say is decided elsewhere.
+In: `Section`s. Out: text. perf/report/write.py decides their content.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NUMBER = re.compile(r"-?[\d,]*\.?\d+( \(.*\))?( ?[*†%]+)?$")
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """A file of the run's folder, by its path in there."""
+    """A link to a file of the run's folder, by relative path."""
 
     text: str
     path: str
@@ -48,7 +48,7 @@ Cell = str | Sequence[Link]
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows under a head; `source`: the file of the run's folder that has the numbers, if the rows do not link to theirs."""
+    """Rows under a head; `source`: the file of the run's folder with the numbers, if the rows do not link to files."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -57,7 +57,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A plot, an SVG."""
+    """A plot as SVG, and its caption."""
 
     svg: str
     caption: str
@@ -65,7 +65,7 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it; a text is a paragraph."""
+    """A heading and its blocks; a text is a paragraph."""
 
     title: str
     blocks: Sequence[str | Table | Figure]
@@ -82,7 +82,7 @@ def significant(value: float) -> str:
 
 
 def shown(value: Spread | float | None, mark: str = "") -> str:
-    """A number for the page: 35.1, or 35.1 (34.0..36.2) if its rounds differ; nothing if there is none."""
+    """A number for the page: 35.1, or 35.1 (34.0..36.2) if its rounds differ, or an empty text for None."""
     if value is None:
         return ""
     if not isinstance(value, Mapping):
@@ -103,7 +103,7 @@ def _html_cell(cell: Cell) -> str:
 
 
 def _is_number(cell: Cell) -> bool:
-    """Whether it can stand in a column of numbers, which stands to the right."""
+    """Whether the cell fits a column of numbers, which is aligned to the right."""
     return isinstance(cell, str) and (not cell or bool(NUMBER.match(cell)))
 
 
@@ -127,7 +127,7 @@ def _html_block(block: str | Table | Figure) -> str:
 
 
 def html_from_sections(title: str, verdict: str, sections: Sequence[Section]) -> str:
-    """The whole page."""
+    """The complete HTML page."""
     parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="verdict">{html.escape(verdict)}</p>']
     for section in sections:
         parts += [f"<h2>{html.escape(section.title)}</h2>", *map(_html_block, section.blocks)]
@@ -137,7 +137,7 @@ def html_from_sections(title: str, verdict: str, sections: Sequence[Section]) ->
 
 
 def _markdown(text: str) -> str:
-    """As plain text in Markdown: an asterisk marks a point here, and a bar would end a cell."""
+    """The text with asterisks and bars escaped for Markdown."""
     return re.sub(r"([\\*|<`\[\]])", r"\\\1", " ".join(text.split()))
 
 
@@ -154,7 +154,7 @@ def _markdown_block(block: str | Table) -> str:
 
 
 def markdown_from_sections(title: str, verdict: str, sections: Sequence[Section]) -> str:
-    """The same without the figures."""
+    """The report as Markdown, without figures."""
     parts = [f"# {_markdown(title)}", _markdown(verdict)]
     for section in sections:
         parts.append(f"## {_markdown(section.title)}")

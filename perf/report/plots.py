@@ -1,6 +1,6 @@
-"""Plots of a run's report, as SVG to put into a page: the same bytes every time, and nothing fetched from elsewhere.
+"""Plots of a run's report as reproducible SVG without external resources.
 
-Comes in: `Row`s of the sweep, and the other files of a run as they are. Goes out: one `<svg>` a figure. FiD and FiDO keep their colours in
+In: `Row`s of the sweep, and the other files of a run as they are. Out: one `<svg>` a figure. FiD and FiDO keep their colours in
 all of them; a hollow mark is a point that was not steady or had errors; thin bars are the least and the most of the rounds.
 """
 
@@ -18,11 +18,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from .page import significant
 from .run_folder import NAMES, Row, Spread
 
-COLOURS = {"fid": "#0072B2", "fido": "#D55E00"}  # Okabe and Ito's blue and vermilion: told apart with any kind of colour vision
+COLOURS = {"fid": "#0072B2", "fido": "#D55E00"}  # Okabe and Ito's blue and vermilion: distinguishable with any colour vision
 NEUTRAL = "#8A8A8A"
-PARTS = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#B0B0B0", "#000000")  # the rest of theirs, for parts of a whole
+PARTS = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#B0B0B0", "#000000")  # their other colours, for the parts of a bar
 STYLE = {
-    "svg.fonttype": "none",  # text stays text: it can be searched, and read at any size
+    "svg.fonttype": "none",  # text stays searchable and scales
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.titlesize": 11,
@@ -35,7 +35,7 @@ STYLE = {
     "legend.fontsize": 9,
 }
 WIDTH_INCHES = 10
-WIDE = 15  # most over least from which an axis is logarithmic
+LOG_RANGE = 15  # an axis is logarithmic if its maximum over its minimum exceeds this
 
 
 def _tick(value: float, _position: int = 0) -> str:
@@ -58,8 +58,8 @@ def _draw(name: str, paint: Callable[..., None], columns: int = 1, height_inches
 
 
 def _log_where_wide(axes: Any, which: str, values: Sequence[float], always: bool = False) -> bool:
-    """Make the axis `which` (x or y) logarithmic, with plain numbers on it, if the values span much; say whether it is."""
-    if not values or min(values) <= 0 or not (always or max(values) / min(values) > WIDE):
+    """Make the axis `which` (x or y) logarithmic if the values span more than LOG_RANGE; return whether it is."""
+    if not values or min(values) <= 0 or not (always or max(values) / min(values) > LOG_RANGE):
         return False
     axes.set(**{f"{which}scale": "log"})
     axis = getattr(axes, f"{which}axis")
@@ -70,13 +70,13 @@ def _log_where_wide(axes: Any, which: str, values: Sequence[float], always: bool
 
 
 def _ticks_at(axes: Any, values: Sequence[float]) -> None:
-    """Ticks where something was measured, and nowhere else."""
+    """Ticks at the measured values only."""
     places = sorted(set(values))
     axes.set_xticks(places, list(map(_tick, places)))
 
 
 def _errors(spreads: Sequence[Spread]) -> list[list[float]]:
-    """Distances from the median down and up, as Matplotlib wants error bars."""
+    """Distances from the median to minimum and maximum, in Matplotlib's form of error bars."""
     return [[each["median"] - each["min"] for each in spreads], [each["max"] - each["median"] for each in spreads]]
 
 
@@ -87,7 +87,7 @@ def _label(row: Row) -> str:
 def _curves(axes: Any, rows: Sequence[Row], across: tuple[str, ...], up: tuple[str, ...], concurrency: bool = False) -> None:
     """A curve for each model, in order of `across`; `concurrency` is written beside each point if wanted."""
     drawn: list[tuple[Spread, Spread]] = []
-    beside = not all(row.streams for row in rows)  # a streaming curve runs along the other: numbers at one of them are enough
+    beside = not all(row.streams for row in rows)  # the streaming curve is close to the unary one: label only one of them
     for model in sorted({row["model"] for row in rows}):
         mine = [(row, x, y) for row in rows if row["model"] == model and (x := row.over_rounds(*across)) and (y := row.over_rounds(*up))]
         if not mine:
@@ -118,13 +118,13 @@ def _curves(axes: Any, rows: Sequence[Row], across: tuple[str, ...], up: tuple[s
 
 
 def _legend_below(axes: Any) -> None:
-    """One legend for all panels, where it hides no curve."""
+    """One legend for all panels, outside the curves."""
     handles, labels = axes.get_legend_handles_labels()
     axes.figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 
 
 def _explain_hollow(axes: Any) -> None:
-    axes.plot([], [], "o", markeredgecolor="#555555", markerfacecolor="white", label="not steady, or with errors")
+    axes.plot([], [], "o", markeredgecolor="#555555", markerfacecolor="white", label="unstable, or with errors")
 
 
 def throughput_against_latency(name: str, rows: Sequence[Row]) -> str:

@@ -1,7 +1,7 @@
-"""A run's folder of measurements, read and checked: every file against its shape, and the sweep's rounds brought together.
+"""Reads and checks a run's folder of measurements, and groups the sweep's rounds.
 
-Comes in: machine.json and sweep.json, and what else of `SHAPES` was measured. Goes out: a `Run`, in which what the shape calls optional
-and a file leaves out is None. Ratios are taken within a round only, where both readers met the same workload, load and machine state.
+In: machine.json and sweep.json, and any other files of `SHAPES`. Out: a `Run`, in which missing optional values are None. Ratios are taken
+within a round, where both readers had the same workload, load and machine state.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     ANYTHING: lambda value: True,
 }
 SPREAD = {"median": NUMBER, "min": NUMBER, "max": NUMBER}
-RATE = dict.fromkeys(SPREAD, POSITIVE)  # something is divided by it
+RATE = dict.fromkeys(SPREAD, POSITIVE)  # a divisor
 
-# A list wants its one shape of every entry, a tuple one of its texts. Of an object, "key?" may be null or left out, "*" is any key and
-# "#" any whole number (a batch); keys that are not named are left alone.
+# A list holds the shape of its entries, a tuple the allowed texts. In an object, "key?" may be null or missing, "*" is any key and "#" any
+# whole number (a batch size); other keys are allowed and not checked.
 STAGES = {
     "parts_ms": {"*": SPREAD},
     **{"step_ms?": {"#": SPREAD}, "step_bound_ms?": {"#": POSITIVE}, "encoder_bound_ms?": POSITIVE, "preset?": TEXT},
@@ -86,18 +86,18 @@ SHAPES: dict[str, Any] = {
     },
 }
 REQUIRED = ("machine", "sweep")
-WORKLOAD_KEYS = ("new_tokens", "passages", "passage_tokens")  # what a workload's name stands for
+WORKLOAD_KEYS = ("new_tokens", "passages", "passage_tokens")  # constant for one workload name
 
 
 class ReportError(ValueError):
-    """A file of a run that is missing or is not what it should be."""
+    """A file of a run is missing or malformed."""
 
 
 def checked(value: Any, shape: Any, where: str, joint: str = ".") -> Any:
-    """The value, with None for every optional key that it leaves out.
+    """The value, with None for every missing optional key.
 
     Raises:
-        ReportError: naming `where`, what was wanted, and what was found.
+        ReportError: the value does not have the shape; the message names `where`, what was wanted and what was found.
     """
     if isinstance(shape, str):
         if not KINDS[shape](value):
@@ -134,7 +134,7 @@ def checked(value: Any, shape: Any, where: str, joint: str = ".") -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A point of the sweep with all its rounds, each as sweep.json has it; `row["load"]` is what the rounds share."""
+    """All rounds of one point of the sweep, as in sweep.json; `row[key]` is a value that the rounds share."""
 
     rounds: tuple[dict[str, Any], ...]
 
@@ -142,7 +142,7 @@ class Row:
         return self.rounds[0][key]
 
     def over_rounds(self, *keys: str) -> Spread | None:
-        """Median, least and most of a value, or None if a round lacks it."""
+        """Median, minimum and maximum of a value over the rounds, or None if a round lacks it."""
         values: list[Any] = list(self.rounds)
         for key in keys:
             values = [None if value is None else value[key] for value in values]
@@ -155,12 +155,12 @@ class Row:
 
     @property
     def streams(self) -> bool:
-        """Whether this is the model that sends tokens as they come."""
+        """Whether the model streams."""
         return self["model"].endswith("_stream")
 
     @property
     def mark(self) -> str:
-        """`*` if a round did not settle, `†` if one had errors."""
+        """`*` if a round was unstable, `†` if one had errors."""
         unstable, failed = any(not each["stable"] for each in self.rounds), any(each["errors"] for each in self.rounds)
         return ("*" if unstable else "") + ("†" if failed else "")
 
@@ -170,8 +170,8 @@ class Pair:
     """Both readers at the same workload and load.
 
     Attributes:
-        ratio: FiDO's questions/s over FiD's, taken within each round that both have.
-        rounds: how many those are.
+        ratio: FiDO's questions/s over FiD's, within each round that both have.
+        rounds: number of these rounds.
     """
 
     fid: Row
@@ -181,17 +181,17 @@ class Pair:
 
     @property
     def mark(self) -> str:
-        """Of either row."""
+        """The marks of both rows."""
         return "".join(sign for sign in "*†" if sign in self.fid.mark + self.fido.mark)
 
 
 def best(rows: Sequence[Row]) -> Row | None:
-    """The row of most questions/s, of those without a mark if there are any."""
+    """The row with the highest questions/s, among rows without a mark if there are any."""
     return max([row for row in rows if not row.mark] or rows, key=lambda row: row.questions_per_s["median"], default=None)
 
 
 def times_peer(row: Row | None, peer: Mapping[str, Any]) -> float | None:
-    """How many times a peer's questions/s a row has, or None if there is nothing to compare, or the peer was asked something else."""
+    """A row's questions/s over a peer's, or None if either is missing or the peer had another workload."""
     if not row or not peer["questions_per_s"] or any(peer[key] not in (None, row[key]) for key in WORKLOAD_KEYS if row[key] is not None):
         return None
     return row.questions_per_s["median"] / peer["questions_per_s"]["median"]
@@ -206,24 +206,24 @@ def pair_from_rows(fid: Row, fido: Row) -> Pair | None:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a folder holds; a file that it lacks is None in `files`."""
+    """The content of a run's folder; a missing file is None in `files`."""
 
     folder: Path
     files: dict[str, Any]
 
     @property
     def workloads(self) -> dict[str, str]:
-        """Name -> what it is; the first is the one that the verdict is about."""
+        """Name -> description; the first is the main workload, which the verdict is about."""
         return self.files["sweep"]["settings"]["workloads"]
 
     @property
     def main(self) -> str:
-        """The workload that the verdict is about."""
+        """The main workload's name."""
         return next(iter(self.workloads))
 
     @functools.cached_property
     def rows(self) -> list[Row]:
-        """All points of the sweep, rounds together, by workload, mode, model and load."""
+        """All points of the sweep with their rounds, ordered by workload, mode, model and load."""
 
         def point(each: dict[str, Any]) -> tuple[Any, ...]:
             return list(self.workloads).index(each["workload"]), each["mode"], each["model"], each["load"]
@@ -232,23 +232,23 @@ class Run:
         return [Row(tuple(rounds)) for _, rounds in itertools.groupby(points, point)]
 
     def select(self, workload: str, mode: str = "concurrency") -> list[Row]:
-        """Rows of one workload, by model and load."""
+        """Rows of one workload, ordered by model and load."""
         return [row for row in self.rows if row["workload"] == workload and row["mode"] == mode]
 
     def closed(self, workload: str, reader: str) -> list[Row]:
-        """Rows of a closed loop, by concurrency: of the model that does not stream, unless only the streaming one was measured."""
+        """Closed-loop rows by concurrency: of the unary model, or of the streaming one if only that was measured."""
         rows = self.select(workload)
         streams = all(row.streams for row in rows)
         return [row for row in rows if row["reader"] == reader and row.streams == streams]
 
     def pairs(self, workload: str) -> list[Pair]:
-        """Both readers at each concurrency that both met."""
+        """Both readers at each concurrency that both were measured at."""
         fido = {row["load"]: row for row in self.closed(workload, "fido")}
         found = (pair_from_rows(row, fido[row["load"]]) for row in self.closed(workload, "fid") if row["load"] in fido)
         return [pair for pair in found if pair]
 
     def alike(self, workloads: Sequence[str]) -> tuple[list[Row], str]:
-        """Rows to compare workloads by, and where they were taken: the highest concurrency that all of them met, else the best of each."""
+        """Rows to compare workloads, and their load in words: the highest common concurrency, else the best of each."""
         measured = [rows for workload in workloads for reader in NAMES if (rows := self.closed(workload, reader))]
         common = set.intersection(*({row["load"] for row in rows} for rows in measured)) if measured else set()
         if common:
@@ -257,18 +257,18 @@ class Run:
         return [row for rows in measured if (row := best(rows))], "at the best concurrency of each"
 
     def peers(self) -> list[dict[str, Any]]:
-        """The rows of peers.json, none if there is no such file."""
+        """The rows of peers.json; none without the file."""
         return self.files["peers"]["peers"] if self.files["peers"] else []
 
     def headline(self, workload: str) -> Pair | None:
-        """The pair at the concurrency where FiD does best: the comparison that flatters FiDO least among the saturated ones."""
+        """The pair at FiD's best concurrency: among saturated loads the comparison least favourable to FiDO."""
         pairs = self.pairs(workload)
         fid = best([pair.fid for pair in pairs])
         return next((pair for pair in pairs if pair.fid is fid), None)
 
 
 def _check_points(points: Sequence[dict[str, Any]], workloads: Mapping[str, str], where: str) -> None:
-    """What no shape can say: names that belong together, no point twice, and one meaning for each workload."""
+    """Checks beyond shapes: consistent names, no duplicate point, and one meaning for each workload."""
     if not workloads:
         raise ReportError(f"{where}: settings.workloads: wanted one at least, got none")
     seen: set[tuple[Any, ...]] = set()
@@ -292,7 +292,7 @@ def read_run(folder: Path) -> Run:
     """Read and check every file of a run.
 
     Raises:
-        ReportError: naming the file and the key.
+        ReportError: a file is missing or malformed; the message names the file and the key.
     """
     files: dict[str, Any] = {}
     for name, shape in SHAPES.items():

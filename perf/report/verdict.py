@@ -1,6 +1,6 @@
-"""What a run says in one paragraph, and in the few numbers that others quote.
+"""A run in one paragraph, and in a few numbers.
 
-Comes in: a `Run`. Goes out: the verdict as text, and the summary as JSON holds it.
+In: a `Run`. Out: the verdict as text, and the summary for JSON.
 """
 
 from __future__ import annotations
@@ -11,40 +11,40 @@ from typing import Any
 from .page import shown, significant, whole
 from .run_folder import NAMES, WORKLOAD_KEYS, Row, Run, best, times_peer
 
-MOST_BATCH = 24  # the step that verdict and summary speak of: the largest measured batch up to this
+MAX_STEP_BATCH = 24  # verdict and summary report the step at the largest measured batch up to this
 
 
 def readers_of(stages: Any) -> dict[str, Any]:
-    """The readers that stages.json has, FiD first."""
+    """The readers in stages.json, FiD first."""
     return {reader: stages["readers"][reader] for reader in NAMES if stages and stages["readers"][reader]}
 
 
 def step_batch(stages: Any) -> str | None:
-    """The largest batch up to MOST_BATCH at which the steps of all readers were measured."""
+    """The largest batch up to MAX_STEP_BATCH at which the steps of all readers were measured."""
     measured = [set(stage["step_ms"] or {}) for stage in readers_of(stages).values()]
-    common = [batch for batch in set.intersection(*measured) if int(batch) <= MOST_BATCH] if measured else []
+    common = [batch for batch in set.intersection(*measured) if int(batch) <= MAX_STEP_BATCH] if measured else []
     return max(common, key=int, default=None)
 
 
 def machine_name(run: Run) -> str:
-    """What the run was made on."""
+    """The GPU, or the processor, of the run."""
     machine = run.files["machine"]
     return machine["gpu"] or f"{machine['processor']}, {whole(machine['cores'])} cores"
 
 
 def best_of(run: Run, reader: str, workload: str | None = None) -> Row | None:
-    """The reader's best concurrency, of the main workload unless another is named."""
+    """The reader's row at its best concurrency, of the main workload by default."""
     return best(run.closed(workload or run.main, reader))
 
 
 def fastest_peer(run: Run, reader: str) -> Any:
-    """The peer of this reader that answers most questions/s, or None."""
+    """The peer of this reader with the highest questions/s, or None."""
     peers = [peer for peer in run.peers() if peer["reader"] == reader and peer["questions_per_s"]]
     return max(peers, key=lambda peer: peer["questions_per_s"]["median"], default=None)
 
 
 def verdict(run: Run) -> str:
-    """The paragraph that a reader in a hurry takes away."""
+    """The paragraph at the top of the report."""
     return " ".join([*_verdict_ratio(run), *_verdict_peers(run), *_verdict_bounds(run), *_verdict_marks(run)])
 
 

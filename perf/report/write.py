@@ -1,8 +1,8 @@
-"""`python -m perf.report FOLDER ...`: what a run measured, as a page to read, a summary in Markdown, and one in JSON.
+"""`python -m perf.report FOLDER ...`: the measurements of a run as an HTML page, and as a summary in Markdown and in JSON.
 
-Comes in: a run's folder (`perf.report.run_folder`). Goes out, into the same folder: report.html (one page, plots inside, nothing fetched),
-summary.md (the same numbers), summary.json. The same files give the same bytes. Nothing is measured here.
-Without a folder: every one under perf/results that has a sweep.json. A malformed file: one line that says so, and exit code 1.
+In: a run's folder (`perf.report.run_folder`). Out, into the same folder: report.html (one page with its plots, no external resources),
+summary.md (the same numbers), summary.json. The same input gives the same bytes. Nothing is measured here.
+Without a folder it reports every folder under perf/results that has a sweep.json. A malformed file gives one line and exit code 1.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ EXCLUDED = (
 
 
 def _raw(run: Run, row: Row) -> Cell:
-    """A link to the raw file of each round; none where the file was not kept."""
+    """A link to the raw file of each round, if the file exists."""
     return [Link(f"r{point['round']:g}", point["raw"]) for point in row.rounds if (run.folder / point["raw"]).is_file()]
 
 
@@ -65,7 +65,7 @@ def _machine(run: Run) -> Section:
 
 
 def _sweep_table(run: Run, rows: Sequence[Row], load: str) -> Table:
-    """Throughput and latency, a line for each load of each model."""
+    """Throughput and latency, one line for each load of each model."""
     head = ("model", load, "questions/s", "p50, ms", "p99, ms", "requests", "errors", "raw")
     lines: list[list[Cell]] = [
         [
@@ -186,7 +186,7 @@ def _stages(run: Run) -> Section:
 
 
 def _of_bound(measured: Spread | None, bound: float | None) -> tuple[str, str]:
-    """The bound, and the measured time in bounds."""
+    """The bound, and the measured time as a multiple of it."""
     return shown(bound), significant(measured["median"] / bound) if measured and bound else ""
 
 
@@ -307,7 +307,7 @@ def _excluded(run: Run) -> Section:
 
 
 def sections_of(run: Run) -> list[Section]:
-    """The page's sections in order; one that has nothing to show says so."""
+    """The page's sections in order; an empty one says that it was not measured."""
     concurrency, rate = "Throughput against latency", "Latency against offered rate"
     sections = [
         Section("How to read this", HOW_TO_READ),
@@ -335,7 +335,7 @@ def write_report(folder: Path) -> None:
     """Read a run's folder and write the three files into it.
 
     Raises:
-        ReportError: if a file is missing or malformed; nothing is written then.
+        ReportError: a file is missing or malformed; nothing is written then.
     """
     run = read_run(folder)
     title, sections = f"FiD and FiDO through Triton on {machine_name(run)}", sections_of(run)
@@ -349,7 +349,7 @@ def write_report(folder: Path) -> None:
 
 
 def main() -> int:
-    """Write the report of every folder; exit code 1 if a file is malformed."""
+    """Write the report of every folder; return exit code 1 if a file is malformed."""
     parser = argparse.ArgumentParser(
         prog="python -m perf.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
-"""`make evaluate`: the demo readers through Triton, on held-out and on human-written questions.
+"""`make evaluate`: exact match of the demo readers through Triton, on held-out and on human-written questions.
 
-Every answer on the held-out questions is asked for one at a time and eight at once, and compared with the greedy answer of the torch
-reader: same text, same number of tokens. Prints a table, and a last line of JSON.
+The held-out questions are asked one at a time and eight at once, and every answer is compared with the torch reader's greedy answer: same
+text, same number of tokens. Prints a table, and as the last line JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TORCH_BATCH = 8
 
 @dataclasses.dataclass(frozen=True)
 class ReaderResult:
-    """One reader's numbers; times are the client's, at the concurrency that their name says.
+    """One reader's numbers; times are measured by the client, at concurrency 8, or 1 for `alone_`.
 
     `gold_on_top`: percent of the held-out questions whose gold passage has the highest passage score.
     """
@@ -59,11 +59,11 @@ class ReaderResult:
 
 
 def torch_answers(checkpoint: Path, engines: Path, examples: Sequence[Example]) -> list[tuple[str, int]]:
-    """Greedy (text, number of tokens) of the torch reader, from the prompt that the server makes."""
+    """Text and number of tokens of the torch reader's greedy answers to the server's prompts."""
     reader = load_checkpoint(checkpoint).reader
     prompt = PromptEncoder(Tokenizer.from_file(str(engines / "tokenizer.json")), Manifest.load(engines))
     encoded = [prompt.encode(e.question, [c.text for c in e.contexts], [c.title or "" for c in e.contexts]) for e in examples]
-    # questions of like length together: every passage of a batch is padded to its longest
+    # sorted by length, since the passages of a batch are padded to the longest
     order = sorted(range(len(examples)), key=lambda i: encoded[i].input_ids.shape[1])
     answers: list[tuple[str, int]] = [("", 0)] * len(examples)
     for start in tqdm(range(0, len(order), TORCH_BATCH), desc=f"torch {checkpoint.name}", file=sys.stderr):
@@ -74,8 +74,8 @@ def torch_answers(checkpoint: Path, engines: Path, examples: Sequence[Example]) 
         for i, row in enumerate(rows):
             for j, array in enumerate(row):
                 batch[j, i, : array.shape[0], : array.shape[1]] = array
-        made = reader.generate(torch.from_numpy(batch[0]), torch.from_numpy(batch[1]), Limits().default_max_new_tokens)
-        for i, tokens in zip(chosen, made.tokens, strict=True):
+        generated = reader.generate(torch.from_numpy(batch[0]), torch.from_numpy(batch[1]), Limits().default_max_new_tokens)
+        for i, tokens in zip(chosen, generated.tokens, strict=True):
             answers[i] = (prompt.text(tokens), len(tokens))
     return answers
 
@@ -83,7 +83,7 @@ def torch_answers(checkpoint: Path, engines: Path, examples: Sequence[Example]) 
 def ask_all(
     server: TritonServer, model: str, examples: Sequence[Example], concurrency: int, what: str
 ) -> tuple[Evaluation, list[Prediction]]:
-    """Ask every example and keep its prediction."""
+    """Ask every example and collect the predictions."""
     predictions: list[Prediction] = []
     with ReaderClient(server.grpc_url, model) as client, tqdm(total=len(examples), desc=what, file=sys.stderr) as bar:
 
@@ -96,7 +96,7 @@ def ask_all(
 
 
 def measure(server: TritonServer, model: str, name: str, heldout: list[Example], real: list[Example], no_torch: bool) -> ReaderResult:
-    """All numbers of the checkpoint `name`, which `model` serves."""
+    """All numbers of the checkpoint `name`, served as `model`."""
     alone, alone_predictions = ask_all(server, model, heldout, 1, f"{name} one at a time")
     together, together_predictions = ask_all(server, model, heldout, CONCURRENCY, f"{name} {CONCURRENCY} at once")
     on_real, _ = ask_all(server, model, real, CONCURRENCY, f"{name} human-written")
@@ -124,7 +124,7 @@ def measure(server: TritonServer, model: str, name: str, heldout: list[Example],
 
 
 def gold_on_top(examples: Sequence[Example], predictions: Sequence[Prediction]) -> float:
-    """Percent of the answers that rest most on the passage they were made from."""
+    """Percent of the answers whose highest passage score is the gold passage's."""
     gold = {r["id"]: next((c["title"], c["text"]) for c in r["ctxs"] if c["id"] == r["gold"]) for r in read_jsonl(CORPUS / "heldout.jsonl")}
     hits = []
     for example, prediction in zip(examples, predictions, strict=True):
@@ -136,7 +136,7 @@ def gold_on_top(examples: Sequence[Example], predictions: Sequence[Prediction]) 
 
 
 def main() -> int:
-    """Measure all demo readers; the exit code is 0 if no request failed and every served answer was the torch reader's."""
+    """Measure all demo readers; return exit code 0 if no request failed and every served answer equals the torch reader's."""
     parser = argparse.ArgumentParser(prog="python -m perf.served.accuracy", description=__doc__)
     parser.add_argument("--limit", type=int, help="only the first held-out questions")
     parser.add_argument("--no-torch", action="store_true", help="skip the comparison with torch")

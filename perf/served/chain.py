@@ -1,9 +1,9 @@
-"""`make bench`: what Triton costs, what the engines gain, and what FiDO saves in the decoder, on this machine, in one run.
+"""`make bench`: Triton's overhead, the engines' gain over PyTorch, and FiDO's gain in the decoder, on this machine in one run.
 
-Three ways of answering the same held-out questions with the same weights, turn and turn about: through Triton (gRPC on loopback), the
-same engines and decode loop in this process, and eager PyTorch. At concurrency 8 the first two decode in flight; PyTorch takes batches
-of 8. Times are of whole questions, tokenization included; start-up and the first questions of each turn are not counted. Then the
-decoder step of the base preset with random weights. Writes perf/results/cpu/chain.json.
+The same held-out questions are answered with the same weights in three alternating ways: through Triton (gRPC on loopback), by the same
+engines and scheduler in this process, and by eager PyTorch. At concurrency 8 the first two batch in flight; PyTorch takes batches of 8.
+Times are of complete questions with tokenization, without start-up and the first questions of each run. A second part measures the decoder
+step of the base preset with random weights. Writes perf/results/cpu/chain.json.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Ask = Callable[[Example], object]
 
 
 def timed(ask: Ask, examples: Sequence[Example], concurrency: int) -> tuple[list[float], float]:
-    """Seconds of each question, and of all of them together."""
+    """Seconds of each question, and of all of them concurrently."""
 
     def one(example: Example) -> float:
         started = time.perf_counter()
@@ -65,7 +65,7 @@ def timed(ask: Ask, examples: Sequence[Example], concurrency: int) -> tuple[list
 
 
 def torch_timed(reader: TorchReader, prompts: InProcessReader, examples: Sequence[Example], batch: int) -> tuple[list[float], float]:
-    """The same for PyTorch, which takes `batch` questions at a time."""
+    """As `timed`, for PyTorch in batches of `batch` questions."""
 
     def answer(group: Sequence[Example]) -> None:
         reader.answer([prompts.prompt.encode(e.question, *texts(e)) for e in group])
@@ -87,12 +87,12 @@ def texts(example: Example) -> tuple[list[str], list[str]]:
 
 
 def ask(answerer: ReaderClient | InProcessReader, example: Example) -> object:
-    """Put one example to the server, or to the engines in this process."""
+    """Ask the server, or the engines in this process, one example."""
     return answerer.answer(example.question, *texts(example))
 
 
 def measure_chain(examples: list[Example], rounds: int) -> dict[str, Any]:
-    """All readers, ways and concurrencies; every round visits all of them in turn."""
+    """Measure all readers, ways and concurrencies; every round alternates between them."""
     samples: dict[tuple[str, str, int], list[tuple[list[float], float]]] = {}
     result: dict[str, Any] = {"questions_a_turn": len(examples) - WARMUP, "rounds": rounds}
     with TritonServer(models_of(READERS, stream=False)) as server:
@@ -173,7 +173,7 @@ def measure_base_step(batches: Sequence[int], steps: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure, print, and keep the result."""
+    """Measure, print and write the result."""
     parser = argparse.ArgumentParser(prog="python -m perf.served.chain", description=__doc__)
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)

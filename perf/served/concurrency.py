@@ -1,8 +1,8 @@
-"""`python -m perf.served.concurrency`: throughput and latency through Triton as concurrency grows, with and without in-flight batching.
+"""`python -m perf.served.concurrency`: throughput and latency through Triton over concurrency, with and without in-flight batching.
 
-A closed loop over gRPC from one asyncio client: so many questions are always in flight, and a window ends after a given number of answers,
-not after a given time. Readers, concurrencies and settings (all slots, one slot) take turns in every round; a row is the median of the
-rounds. Excluded: start-up, model load, and the first questions of each turn. Writes perf/results/cpu/load.json.
+One asyncio client runs a closed loop over gRPC: the number of questions in flight is constant, and a window ends after a number of answers.
+Every round alternates between readers, concurrencies and settings (all slots, one slot); a row is the median of the rounds. Excluded:
+start-up, model load, and the first questions of each window. Writes perf/results/cpu/load.json.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from serving.launcher.server import TritonServer, models_of
 READERS = ("fid", "fido")
 CONCURRENCIES = (1, 4, 16, 64)
 RESULT = Path("perf/results/cpu/load.json")
-LEAST_OF_PEAK = 0.95  # throughput at the highest concurrency, as a share of the best
-MOST_OF_IDEAL = 3.0  # p99 at the highest concurrency, as a multiple of concurrency / throughput
-ONE_SLOT_CONCURRENCIES = (16,)  # where in-flight batching is switched off, saturation is all there is to see
+MIN_SHARE_OF_PEAK = 0.95  # throughput at the highest concurrency, as a share of the best
+MAX_OF_IDEAL = 3.0  # p99 at the highest concurrency, as a multiple of concurrency / throughput
+ONE_SLOT_CONCURRENCIES = (16,)  # one slot is saturated at any concurrency
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """One turn: seconds of each question, and of all of them together."""
+    """One measurement: seconds of each question, and of the window."""
 
     latencies_s: tuple[float, ...]
     wall_s: float
@@ -62,11 +62,11 @@ class Row:
 
     @property
     def p99_over_ideal(self) -> float:
-        """p99 as a multiple of the time that every question takes where none overtakes another: concurrency / throughput."""
+        """p99 as a multiple of concurrency / throughput, the latency of every question under first-in-first-out service."""
         return self.p99_s * self.questions_per_s / self.concurrency
 
     def as_json(self) -> dict[str, Any]:
-        """With milliseconds, rounded."""
+        """The row in JSON, times in milliseconds."""
         return {
             "questions_per_s": round(self.questions_per_s, 1),
             "questions_per_s_min_max": [round(rate, 1) for rate in self.questions_per_s_min_max],
@@ -77,7 +77,7 @@ class Row:
 
 
 def row_from_windows(concurrency: int, windows: Sequence[Window]) -> Row:
-    """Summarise the windows of one concurrency."""
+    """Summarize the windows of one concurrency."""
     rates = [window.questions_per_s for window in windows]
     p50, p99 = (statistics.median(percentile(window.latencies_s, percent) for window in windows) for percent in (50, 99))
     return Row(concurrency, statistics.median(rates), (min(rates), max(rates)), p50, p99)
@@ -89,9 +89,9 @@ def checks(rows: Sequence[Row]) -> dict[str, Any]:
     share = last.questions_per_s / peak
     return {
         "throughput_share_of_peak": round(share, 3),
-        "throughput_holds": share >= LEAST_OF_PEAK,
+        "throughput_holds": share >= MIN_SHARE_OF_PEAK,
         "p99_over_ideal": round(last.p99_over_ideal, 2),
-        "p99_holds": last.p99_over_ideal <= MOST_OF_IDEAL,
+        "p99_holds": last.p99_over_ideal <= MAX_OF_IDEAL,
     }
 
 
@@ -132,7 +132,7 @@ def measure_window(url: str, reader: str, examples: Iterator[Example], concurren
 
 @contextlib.contextmanager
 def servers(engines: Path, scratch: Path, readers: Sequence[str]) -> Iterator[dict[str, TritonServer]]:
-    """The repository as it is, and the same readers decoding one question at a time."""
+    """Two servers: the model repository, and the same readers with one slot."""
     for reader in readers:
         repository_from_engines(engines / reader, scratch, reader, Limits(slots=1))
     models = models_of(readers, stream=False)
@@ -143,7 +143,7 @@ def servers(engines: Path, scratch: Path, readers: Sequence[str]) -> Iterator[di
 def measure(
     readers: Sequence[str], examples: Sequence[Example], rounds: int, questions: int, engines: Path
 ) -> dict[str, dict[str, list[Row]]]:
-    """Setting -> reader -> a row for each concurrency."""
+    """Setting -> reader -> one row for each concurrency."""
     windows: dict[tuple[str, str, int], list[Window]] = {}
     concurrencies = {"in_flight": CONCURRENCIES, "one_slot": ONE_SLOT_CONCURRENCIES}
     with tempfile.TemporaryDirectory() as scratch, servers(engines, Path(scratch), readers) as running:
@@ -161,7 +161,7 @@ def measure(
 
 
 def main() -> int:
-    """Measure, print, and keep the result; exit code 1 if a check does not hold."""
+    """Measure, print and write the result; return exit code 1 if a check fails."""
     parser = argparse.ArgumentParser(prog="python -m perf.served.concurrency", description=__doc__)
     parser.add_argument("--questions", type=int, default=300, help="answers in each window")
     parser.add_argument("--rounds", type=int, default=3)
@@ -184,8 +184,8 @@ def main() -> int:
         rows, (one_slot,) = measured["in_flight"][reader], measured["one_slot"][reader]
         found = checks(rows)
         holds = holds and found["throughput_holds"] and found["p99_holds"]
-        (beside,) = (row for row in rows if row.concurrency == one_slot.concurrency)
-        worth = round(beside.questions_per_s / one_slot.questions_per_s, 2)
+        (same_load,) = (row for row in rows if row.concurrency == one_slot.concurrency)
+        worth = round(same_load.questions_per_s / one_slot.questions_per_s, 2)
         result[reader] = {
             "in_flight": {str(row.concurrency): row.as_json() for row in rows},
             "one_question_at_a_time": {str(one_slot.concurrency): one_slot.as_json()},
@@ -196,8 +196,8 @@ def main() -> int:
             figures = f"{row.questions_per_s:7.1f} questions/s, p50 {row.p50_s * 1e3:7.1f} ms, p99 {row.p99_s * 1e3:7.1f} ms"
             print(f"{reader:5} {label:9} at {row.concurrency:2}: {figures}, p99 {row.p99_over_ideal:.2f} x ideal")
         share, ideal, most = found["throughput_share_of_peak"], found["p99_over_ideal"], rows[-1].concurrency
-        print(f"{reader:5} throughput at {most}: {share:.0%} of its peak (wanted {LEAST_OF_PEAK:.0%})")
-        print(f"{reader:5} p99 at {most}: {ideal:.2f} x ideal (wanted at most {MOST_OF_IDEAL:.0f})")
+        print(f"{reader:5} throughput at {most}: {share:.0%} of its peak (wanted {MIN_SHARE_OF_PEAK:.0%})")
+        print(f"{reader:5} p99 at {most}: {ideal:.2f} x ideal (wanted at most {MAX_OF_IDEAL:.0f})")
         print(f"{reader:5} in-flight batching: {worth:.2f} times the throughput of one question at a time")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

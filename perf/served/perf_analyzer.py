@@ -1,10 +1,10 @@
 """NVIDIA's perf_analyzer: found or installed for this machine, and run for one load point.
 
-Comes in: a model, a file of requests, a load. Goes out: when each request was sent and each of its responses came, from perf_analyzer's own
+In: a model, a file of requests, a load. Out: the time of each request and of each of its responses, from perf_analyzer's
 profile export. Nothing is averaged here.
 
-The wheel `perf-analyzer` needs glibc 2.38; below that pip installs a placeholder without a program, so the program inside the wheel
-`tritonclient` 2.51 is taken, with the two libraries that it wants.
+The wheel `perf-analyzer` needs glibc 2.38; below that pip installs a placeholder without a program. This module then uses the
+program in the wheel `tritonclient` 2.51, with the two libraries that it needs.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ NEW_GLIBC = (2, 38)
 NEW_WHEELS = ("perf-analyzer==2.60.0",)
 OLD_WHEELS = ("tritonclient==2.51.0", "nvidia-cuda-runtime-cu12==12.3.101")
 DEBIAN_PACKAGE = "libb64-0d"
-# A window of mixed lengths is never stable by perf_analyzer's own measure, which then gives up and writes nothing.
+# perf_analyzer finds no window of mixed lengths stable; without this it stops and writes nothing.
 ANY_STABILITY = "999"
 
 
 class PerfAnalyzerError(RuntimeError):
-    """perf_analyzer cannot be had here, or did not measure."""
+    """perf_analyzer is not available here, or it failed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """One request: nanoseconds from the first one's start.
+    """One request, in nanoseconds from the start of the first one.
 
     Attributes:
-        sent: when it was sent.
-        responses: when each response came; one of a unary model.
+        sent: time of the request.
+        responses: time of each response; a unary model sends one.
         ok: whether it was answered.
     """
 
@@ -52,30 +52,30 @@ class Timeline:
 
 @dataclasses.dataclass(frozen=True)
 class PerfAnalyzer:
-    """A program that runs here."""
+    """A perf_analyzer program and its libraries."""
 
     binary: Path
     libraries: tuple[Path, ...] = ()
 
     def environment(self) -> dict[str, str]:
-        """For its process: its libraries before all others."""
+        """The environment of its process, with its libraries first."""
         paths = [*map(str, self.libraries), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
         return os.environ | ({"LD_LIBRARY_PATH": os.pathsep.join(paths)} if paths else {})
 
     def version(self) -> str:
-        """What it says of itself.
+        """Its version line.
 
         Raises:
-            PerfAnalyzerError: if it does not run.
+            PerfAnalyzerError: it does not run.
         """
         try:
             done = subprocess.run([str(self.binary), "--version"], capture_output=True, text=True, env=self.environment(), timeout=60)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise PerfAnalyzerError(f"{self.binary} does not run: {error}") from error
-        said = (done.stdout + done.stderr).strip()
-        if done.returncode or "erf" not in said:
-            raise PerfAnalyzerError(f"{self.binary} does not run: {said[-300:]}")
-        return next(line for line in said.splitlines() if "erf" in line).strip()
+        output = (done.stdout + done.stderr).strip()
+        if done.returncode or "erf" not in output:
+            raise PerfAnalyzerError(f"{self.binary} does not run: {output[-300:]}")
+        return next(line for line in output.splitlines() if "erf" in line).strip()
 
     def measure(
         self,
@@ -92,16 +92,16 @@ class PerfAnalyzer:
         """Run one load point to its end.
 
         Args:
-            load: what makes it, such as ("--concurrency-range", "4").
-            requests: how many are sent.
-            csv: perf_analyzer's own report.
-            timeout_s: after which it is ended.
+            load: its arguments, such as ("--concurrency-range", "4").
+            requests: number of requests.
+            csv: file for perf_analyzer's report.
+            timeout_s: seconds after which it is stopped.
 
         Returns:
-            Every request, in the order of their sending.
+            All requests, in the order of sending.
 
         Raises:
-            PerfAnalyzerError: if it fails or writes no export; the message ends with what it printed last.
+            PerfAnalyzerError: it fails or writes no export; the message ends with its last output.
         """
         with tempfile.TemporaryDirectory() as scratch:
             export = Path(scratch, "export.json")
@@ -113,16 +113,16 @@ class PerfAnalyzer:
                     command, capture_output=True, text=True, env=self.environment(), stdin=subprocess.DEVNULL, timeout=timeout_s
                 )
             except subprocess.TimeoutExpired as error:
-                raise PerfAnalyzerError(f"{model}, {' '.join(load)}: not done after {timeout_s:.0f} s") from error
+                raise PerfAnalyzerError(f"{model}, {' '.join(load)}: not finished after {timeout_s:.0f} s; send fewer requests") from error
             if not export.exists():
-                said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
-                raise PerfAnalyzerError(f"{model}, {' '.join(load)}: perf_analyzer ended with {done.returncode} and no export:\n{said}")
-            # the export repeats the inputs, numbers among them as the bytes that they are, which are no UTF-8
+                tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
+                raise PerfAnalyzerError(f"{model}, {' '.join(load)}: perf_analyzer ended with {done.returncode} and no export:\n{tail}")
+            # the export repeats the inputs, with numbers as raw bytes, which are not UTF-8
             return timelines(json.loads(export.read_bytes().decode("utf-8", errors="replace"), strict=False))
 
 
 def timelines(export: dict[str, Any]) -> list[Timeline]:
-    """Requests of a profile export, in the order of their sending."""
+    """The requests of a profile export, in the order of sending."""
     requests = [request for experiment in export["experiments"] for request in experiment["requests"]]
     if not requests:
         raise PerfAnalyzerError("perf_analyzer's export holds no request")
@@ -135,13 +135,13 @@ def timelines(export: dict[str, Any]) -> list[Timeline]:
 
 
 def find_perf_analyzer(home: Path = HOME) -> PerfAnalyzer:
-    """The program to use: $PERF_ANALYZER, one on PATH, or one that is installed under `home` now or was before.
+    """The program to use: $PERF_ANALYZER, else one on PATH, else one under `home`, where it is installed if missing.
 
     Raises:
-        PerfAnalyzerError: with what to do, if none runs and none can be installed.
+        PerfAnalyzerError: none runs and none can be installed; the message says what to do.
     """
-    if given := os.environ.get("PERF_ANALYZER"):
-        chosen = PerfAnalyzer(Path(given))
+    if named := os.environ.get("PERF_ANALYZER"):
+        chosen = PerfAnalyzer(Path(named))
         chosen.version()
         return chosen
     if (on_path := shutil.which("perf_analyzer")) and _runs(PerfAnalyzer(Path(on_path))):
@@ -159,7 +159,7 @@ def find_perf_analyzer(home: Path = HOME) -> PerfAnalyzer:
 def _runs(candidate: PerfAnalyzer) -> bool:
     try:
         candidate.version()
-    except PerfAnalyzerError:  # the wheel's placeholder, or a program for another libc
+    except PerfAnalyzerError:  # the wheel's placeholder, or a program for another C library
         return False
     return True
 
@@ -174,7 +174,7 @@ def _installed(home: Path) -> PerfAnalyzer | None:
 
 
 def glibc() -> tuple[int, int]:
-    """Version of this machine's C library; (0, 0) if it is another."""
+    """The version of this machine's glibc; (0, 0) for another C library."""
     name, version = platform.libc_ver()
     if name != "glibc":
         return (0, 0)
@@ -183,37 +183,37 @@ def glibc() -> tuple[int, int]:
 
 
 def _install(home: Path) -> None:
-    """Download what this machine's C library needs into `home`; all of it or nothing."""
+    """Download the program for this machine's C library into `home`, completely or not at all."""
     if platform.machine() != "x86_64" or glibc() == (0, 0):
         raise PerfAnalyzerError(
             f"perf_analyzer: there is one for x86-64 Linux with glibc, none for {platform.machine()}; set PERF_ANALYZER to your own"
         )
     new = glibc() >= NEW_GLIBC
-    beside = home.with_name(f"{home.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    partial = home.with_name(f"{home.name}.new")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     wheels = NEW_WHEELS if new else OLD_WHEELS
     platforms = ("manylinux_2_38_x86_64",) if new else ("manylinux1_x86_64", "manylinux2014_x86_64")
     _run(
-        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(beside), *wheels]
+        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(partial), *wheels]
         + [word for name in platforms for word in ("--platform", name)],
         f"download {' and '.join(wheels)} with pip",
     )
-    for wheel in beside.glob("*.whl"):
+    for wheel in partial.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(beside)
+            archive.extractall(partial)
         wheel.unlink()
     if not new and not _has_libb64():
-        _run(["apt-get", "download", DEBIAN_PACKAGE], f"install Debian's {DEBIAN_PACKAGE} (or another's libb64)", beside)
-        package = next(beside.glob("*.deb"))
-        _run(["dpkg", "-x", str(package), str(beside)], f"unpack {package.name}")
+        _run(["apt-get", "download", DEBIAN_PACKAGE], f"install Debian's {DEBIAN_PACKAGE} (or another's libb64)", partial)
+        package = next(partial.glob("*.deb"))
+        _run(["dpkg", "-x", str(package), str(partial)], f"unpack {package.name}")
         package.unlink()
     shutil.rmtree(home, ignore_errors=True)
-    os.replace(beside, home)
+    os.replace(partial, home)
 
 
 def _has_libb64() -> bool:
-    """Whether the system has the library that the old program wants."""
+    """Whether the system has libb64, which the old program needs."""
     try:
         listed = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, check=False).stdout
     except OSError:

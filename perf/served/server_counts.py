@@ -1,4 +1,4 @@
-"""What the server itself counted during a load point: Triton's statistics and the readers' own metrics, as differences."""
+"""The server's counts during a load point: differences of Triton's statistics and of the readers' metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from serving.launcher.server import TritonServer
 
 SUMS = ("queue", "compute_infer")
-# The readers' own counters (serving/triton/metrics.py) that a point's sums are taken of.
+# The readers' counters (serving/triton/metrics.py) that a load point reports.
 COUNTERS = (
     "encoder_engine_seconds_total",
     "encoder_passages_total",
@@ -23,7 +23,7 @@ Counts = dict[str, float]
 
 
 def counts_of(server: TritonServer) -> Counts:
-    """Everything that is counted, by a name that holds the model's."""
+    """All counts now, by model and name."""
     found: Counts = {}
     for model in server.models:
         with urllib.request.urlopen(f"{server.http_url}/v2/models/{model}/stats", timeout=10) as response:
@@ -45,7 +45,7 @@ def counts_of(server: TritonServer) -> Counts:
 
 
 def difference(earlier: Counts, later: Counts, reader: str) -> dict[str, Any]:
-    """What came between, of the models of one reader; gauges of the GPU as they are at the end."""
+    """Counts of one reader's models between two readings; GPU gauges as of the later one."""
     models = (reader, f"{reader}_encoder", f"{reader}_stream")
     found = {
         name: round(value - earlier.get(name, 0.0), 6)

@@ -1,11 +1,11 @@
 """`python -m perf.served.sweep`: perf_analyzer over concurrency and request rate, FiD and FiDO in turn, unary and streaming.
 
-One load point a process, and a fixed number of requests in it, so that an unstable point spoils no other. The readers take turns at every
-point, and who goes first changes from round to round: a ratio is of two runs made one after the other. Writes sweep.json, and under raw/
-for every point perf_analyzer's own CSV and the times of every request and response.
+Each load point is a process with a fixed number of requests, so an unstable point does not affect others. The readers alternate at every
+point, and the first one changes from round to round: a ratio compares two consecutive runs. Writes sweep.json, and under raw/ for every
+point perf_analyzer's CSV and the times of every request and response.
 
-Not counted: start-up, the first requests of a point (as many as are in flight, and four at least), and the last ones, while fewer and fewer
-are in flight. A point is unstable where a third of it ran more than UNSTABLE away from the whole; it is marked and kept.
+Not counted: start-up, the first requests of a point (as many as are in flight, and four at least), and the last ones, as the load declines.
+A point is unstable if the rate of a third of it differs from the whole by more than UNSTABLE; it is marked and kept.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from .server_counts import counts_of, difference
 from .workload import RequestMaker, requests_from, write_input_data
 
 READERS = ("fid", "fido")
-BOUNDS = ("slots", "max_passages", "encoder_batch", "encoder_instances", "reader_instances", "encode_threads")
+LIMIT_NAMES = ("slots", "max_passages", "encoder_batch", "encoder_instances", "reader_instances", "encode_threads")
 UNSTABLE = 0.15
-LEAST_SKIPPED = 4
-MADE_REQUESTS = 64  # different ones; perf_analyzer goes round them
+MIN_SKIPPED = 4
+SYNTHETIC_REQUESTS = 64  # distinct ones, which perf_analyzer repeats
 POINT_TIMEOUT_S = 300.0
 
 
@@ -55,41 +55,41 @@ class Point:
 
     @property
     def model(self) -> str:
-        """Triton's name of the model."""
+        """The model's name in Triton."""
         return f"{self.reader}_stream" if self.streaming else self.reader
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """The base name of its files."""
         kind = "c" if self.mode == "concurrency" else "r"
         return f"{self.model}-{self.series.workload}-{kind}{self.load:g}-round{self.round}"
 
     @property
     def skipped(self) -> tuple[int, int]:
-        """Requests left out at the start and at the end."""
-        in_flight = int(self.load) if self.mode == "concurrency" else LEAST_SKIPPED
-        return max(in_flight, LEAST_SKIPPED), in_flight
+        """Number of requests that are not counted at the start and at the end."""
+        in_flight = int(self.load) if self.mode == "concurrency" else MIN_SKIPPED
+        return max(in_flight, MIN_SKIPPED), in_flight
 
     @property
     def requests(self) -> int:
-        """How many are sent."""
+        """Number of requests that are sent."""
         measured = self.series.requests if self.mode == "concurrency" else self.series.requests // 2
         if self.mode == "concurrency" and self.load == 1:
             measured = min(measured, self.series.alone)
         return measured + sum(self.skipped)
 
     def arguments(self, scratch: Path) -> list[str]:
-        """For perf_analyzer; `scratch` takes a file of times where it needs one."""
+        """perf_analyzer's arguments; a request rate writes a file of intervals into `scratch`."""
         if self.mode == "concurrency":
             return ["--concurrency-range", f"{int(self.load)}"]
-        # its own Poisson process repeats a dozen gaps, whose mean is far from the one asked for at low rates
+        # perf_analyzer's own Poisson process repeats a dozen gaps, whose mean is wrong at low rates
         times = scratch / "intervals.txt"
         times.write_text("".join(f"{gap}\n" for gap in poisson_gaps_us(self.load, self.requests, self.round)), encoding="utf-8")
         return ["--request-intervals", str(times)]
 
 
 def poisson_gaps_us(rate: float, count: int, seed: int) -> list[int]:
-    """Microseconds between requests of a Poisson process, scaled so that their mean is exactly that of the rate."""
+    """Microseconds between requests of a Poisson process, scaled to the exact mean of the rate."""
     numbers = random.Random(seed)
     gaps = [numbers.expovariate(1.0) for _ in range(count)]
     scale = count / sum(gaps) * 1e6 / rate
@@ -97,7 +97,7 @@ def poisson_gaps_us(rate: float, count: int, seed: int) -> list[int]:
 
 
 def points_of(plan: Sequence[Series], rounds: int) -> list[Point]:
-    """All points in the order of measuring: in every round every load, in every load both readers."""
+    """All points in the order of measurement: every round has every load, every load both readers."""
     return [
         Point(reader, series, mode, load, streaming, number)
         for number in range(rounds)
@@ -206,7 +206,7 @@ class Sweep:
 
 
 def write_inputs(plan: Sequence[Series], engines: Path, data: Path, seed: int, folder: Path) -> dict[tuple[str, str], Path]:
-    """perf_analyzer's input data of every reader and workload: the same requests for both readers where their tokenizers agree."""
+    """perf_analyzer's input data of every reader and workload: the same requests for both readers if their tokenizers agree."""
     written = {}
     for reader in READERS:
         manifest = Manifest.load(engines / reader)
@@ -216,15 +216,15 @@ def write_inputs(plan: Sequence[Series], engines: Path, data: Path, seed: int, f
             if series.spec is None:
                 write_input_data(requests_from(read_examples(data, limit=400)), path)
             else:
-                write_input_data(maker.make(series.spec, MADE_REQUESTS, seed), path)
+                write_input_data(maker.make(series.spec, SYNTHETIC_REQUESTS, seed), path)
             written[reader, series.workload] = path
     return written
 
 
 def run_sweep(plan: Sequence[Series], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Serve both readers and measure every point of the plan; a point that fails is told and left out."""
+    """Serve both readers and measure every point of the plan; a failed point is reported and skipped."""
     program = find_perf_analyzer()
-    limits = Limits(**{name: getattr(arguments, name) for name in BOUNDS})
+    limits = Limits(**{name: getattr(arguments, name) for name in LIMIT_NAMES})
     points = points_of(plan, arguments.rounds)
     entries: list[dict[str, Any]] = []
     failures: list[str] = []
@@ -253,7 +253,7 @@ def run_sweep(plan: Sequence[Series], arguments: argparse.Namespace) -> dict[str
                     print(f"{number:3} of {len(points)}  {failures[-1]}", file=sys.stderr, flush=True)
                     continue
                 entries.append(entry)
-                # after every point: a run that is cut short keeps what it has
+                # after every point, so that an interrupted run keeps its results
                 (arguments.run / "sweep.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
                 mark = "" if entry["stable"] else "  unstable"
                 print(
@@ -265,7 +265,7 @@ def run_sweep(plan: Sequence[Series], arguments: argparse.Namespace) -> dict[str
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure a plan; exit code 1 if a point failed or had errors."""
+    """Measure a plan; return exit code 1 if a point failed or had errors."""
     parser = argparse.ArgumentParser(
         prog="python -m perf.served.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -274,9 +274,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("build/corpus/heldout.jsonl"))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    for name in BOUNDS:
+    for name in LIMIT_NAMES:
         parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, default=getattr(Limits(), name), help="as the server's bound of this name"
+            f"--{name.replace('_', '-')}", type=int, default=getattr(Limits(), name), help="the server's limit of this name"
         )
     parser.add_argument("--log", type=Path, default=Path("build/perf-tritonserver.log"))
     parser.add_argument("--run", type=Path, default=Path("build/perf"), help="folder for the results")

@@ -1,10 +1,10 @@
-"""`python -m perf.served.workload`: requests whose passages, prompt tokens and answer tokens follow a stated distribution, from a seed.
+"""`python -m perf.served.workload`: seeded requests with stated distributions of passages, prompt tokens and answer tokens.
 
-Comes in: a name of `WORKLOADS` and the reader whose tokenizer counts. Goes out: perf_analyzer's input data (`--input-data`), in which a
-request is a question with its passages, and the answer's length is forced, so that random weights and trained ones do the same work.
-Passages are made of words that are one token each: their length in tokens is exact, not about right.
+In: a name of `WORKLOADS` and a reader, for its tokenizer. Out: perf_analyzer's input data (`--input-data`): questions with passages and a
+forced answer length, so that random and trained weights do the same work. Passages consist of words of one token each, so their length in
+tokens is exact.
 
-The workload `real` is the other kind: questions, passages and titles of a data file as they are, answers as long as the reader makes them.
+The workload `real` is different: it has the questions, passages and titles of a data file, and the reader decides the answer's length.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from serving.contract.manifest import TOKENIZER_FILE, Manifest, ManifestError
 from serving.pipeline.prompt import PromptEncoder
 
 QUESTION_WORDS = 8
-FIRST_ORDINARY_TOKEN = 3  # T5's first three are padding, end and unknown
-WORDS = 4096  # different words at most; more would make texts no more different
+FIRST_ORDINARY_TOKEN = 3  # the first three of T5 are padding, end and unknown
+MAX_WORDS = 4096  # distinct words; more would not vary the texts further
 REAL = "real"
 
 
 class WorkloadError(ValueError):
-    """A workload that this reader cannot be given."""
+    """A workload that this reader cannot run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """Whole numbers from `low` to `high`, both included, each as likely."""
+    """The uniform distribution of whole numbers from `low` to `high`, both included."""
 
     low: int
     high: int
 
     def draw(self, numbers: random.Random) -> int:
-        """One of them."""
+        """Draw one number."""
         return numbers.randint(self.low, self.high)
 
     def __str__(self) -> str:
@@ -51,10 +51,10 @@ class Uniform:
 
 
 def uniform(text: str) -> Uniform:
-    """Read "40" or "1..40", as an argument has it.
+    """Parse "40" or "1..40".
 
     Raises:
-        ValueError: if it is neither, or nothing from 1 upwards.
+        ValueError: it is neither, or a bound is below 1.
     """
     low, _, high = text.partition("..")
     found = Uniform(int(low), int(high or low))
@@ -70,12 +70,12 @@ def exactly(value: int) -> Uniform:
 
 @dataclasses.dataclass(frozen=True)
 class WorkloadSpec:
-    """What a made workload asks.
+    """The distributions of a synthetic workload.
 
     Attributes:
-        passages: of a question.
-        passage_tokens: of a passage's prompt, with question and end token: the length of its row in the encoder.
-        new_tokens: of an answer, forced.
+        passages: number per question.
+        passage_tokens: length of a passage's prompt, with question and end token: of its row in the encoder.
+        new_tokens: forced length of the answer.
     """
 
     passages: Uniform
@@ -96,7 +96,7 @@ WORKLOADS = {
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One question as the served models take it; lengths of None leave the answer to the reader."""
+    """One request to a served model; `new_tokens` forces the answer's length, None leaves it to the reader."""
 
     question: str
     passages: tuple[str, ...]
@@ -104,7 +104,7 @@ class Request:
     new_tokens: int | None = None
 
     def as_perf_analyzer(self) -> dict[str, Any]:
-        """One entry of perf_analyzer's input data: optional inputs that are not sent are left out."""
+        """The request as an entry of perf_analyzer's input data, without the optional inputs that are not set."""
         entry: dict[str, Any] = {"question": [self.question], "passages": {"content": list(self.passages), "shape": [len(self.passages)]}}
         if self.titles is not None:
             entry["titles"] = {"content": list(self.titles), "shape": [len(self.titles)]}
@@ -118,43 +118,41 @@ class RequestMaker:
 
     Args:
         tokenizer: the reader's.
-        manifest: the reader's; its prompt is counted, too.
+        manifest: the reader's; its prompt counts towards a length.
 
     Raises:
-        WorkloadError: if the tokenizer has no words of one token.
+        WorkloadError: the tokenizer has no words of one token.
     """
 
     def __init__(self, tokenizer: Tokenizer, manifest: Manifest):
         self._tokenizer, self._prompt, self._encoder = tokenizer, manifest.prompt, PromptEncoder(tokenizer, manifest)
         self._words = _single_token_words(tokenizer)
         if not self._words:
-            raise WorkloadError("tokenizer: wanted words that are one token each, found none; use a data file (real) instead")
+            raise WorkloadError("tokenizer: wanted words of one token each, got none; use a data file (real) instead")
 
     def make(self, spec: WorkloadSpec, count: int, seed: int) -> Iterator[Request]:
         """`count` requests, the same ones for the same seed.
 
         Raises:
-            WorkloadError: if the reader's passages are shorter than asked for, or the prompt around a passage is longer.
+            WorkloadError: passage_tokens exceeds the reader's passage_length, or is too short for question and prompt.
         """
         if spec.passage_tokens.high > self._prompt.passage_length:
             raise WorkloadError(
                 f"passage_tokens: wanted at most the reader's passage_length={self._prompt.passage_length}, got {spec.passage_tokens}; "
-                "export it with a larger --passage-length or ask for fewer"
+                "export it with a larger --passage-length or lower --passage-tokens"
             )
         numbers = random.Random(seed)
         for _ in range(count):
             question = self._text(numbers, QUESTION_WORDS)
             frame = self._prompt_tokens(question)
             if spec.passage_tokens.low <= frame:
-                raise WorkloadError(
-                    f"passage_tokens: wanted more than the {frame} that question and prompt take, got {spec.passage_tokens}"
-                )
+                raise WorkloadError(f"passage_tokens: wanted more than the {frame} of question and prompt, got {spec.passage_tokens}")
             lengths = [spec.passage_tokens.draw(numbers) for _ in range(spec.passages.draw(numbers))]
             passages = tuple(self._text(numbers, length - frame) for length in lengths)
             yield Request(question, passages, None, spec.new_tokens.draw(numbers))
 
     def lengths(self, request: Request) -> list[int]:
-        """Tokens of each passage's row in the encoder, as the server will count them."""
+        """Tokens of each passage's row in the encoder, as the server counts them."""
         mask = self._encoder.encode(request.question, request.passages, request.titles).attention_mask
         return [int(length) for length in mask.sum(axis=1)]
 
@@ -162,12 +160,12 @@ class RequestMaker:
         return " ".join(numbers.choice(self._words) for _ in range(words))
 
     def _prompt_tokens(self, question: str) -> int:
-        """Tokens of a row whose passage is one word, less that word: the last token of the template may join the passage's first."""
+        """Tokens of a row without its passage, measured with a one-word passage: the template's last token may merge with its first."""
         return self.lengths(Request(question, (self._words[0],)))[0] - 1
 
 
 def _single_token_words(tokenizer: Tokenizer) -> list[str]:
-    """Words that stay one token each wherever they stand between other words, in the order of their ids."""
+    """Words that are one token each between other words, in the order of their ids."""
     candidates = []
     for piece, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         word = piece.removeprefix("▁")
@@ -180,23 +178,23 @@ def _single_token_words(tokenizer: Tokenizer) -> list[str]:
     for word in candidates:
         if len(tokenizer.encode(" ".join([*around, word, *around]), add_special_tokens=False).ids) == base + 1:
             found.append(word)
-        if len(found) == WORDS:
+        if len(found) == MAX_WORDS:
             break
     return found
 
 
 def requests_from(examples: Iterable[Example]) -> Iterator[Request]:
-    """Questions of a data file as they are."""
+    """The questions of a data file, unchanged."""
     for example in examples:
         titles = tuple(context.title or "" for context in example.contexts)
         yield Request(example.question, tuple(context.text for context in example.contexts), titles if any(titles) else None)
 
 
 def random_token_ids(spec: WorkloadSpec, count: int, seed: int, vocab_size: int) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    """Questions as token ids drawn at random, of the lengths that the workload states; the same ones for the same seed.
+    """Questions as random token ids of the workload's lengths; the same ones for the same seed.
 
     Returns:
-        input_ids and attention_mask (1 = attend), each int32[n_passages, passage_length], and the answer's length, a question.
+        For each question: input_ids and attention_mask (1 = attend), each int32[n_passages, passage_length], and the answer's length.
     """
     numbers, rng = random.Random(seed), np.random.default_rng(seed)
     questions = []
@@ -209,7 +207,7 @@ def random_token_ids(spec: WorkloadSpec, count: int, seed: int, vocab_size: int)
 
 
 def write_input_data(requests: Iterable[Request], path: Path) -> int:
-    """Write perf_analyzer's input data; gives the number of requests."""
+    """Write perf_analyzer's input data; return the number of requests."""
     entries = [request.as_perf_analyzer() for request in requests]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"data": entries}) + "\n", encoding="utf-8")
@@ -217,7 +215,7 @@ def write_input_data(requests: Iterable[Request], path: Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write one workload; gives the exit code."""
+    """Write one workload; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m perf.served.workload", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -225,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--reader", type=Path, required=True, help="version directory of a served reader: its manifest and tokenizer")
     parser.add_argument("--data", type=Path, help="for real: a file in FiD's format")
     for field in dataclasses.fields(WorkloadSpec):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=uniform, metavar="N[..N]", help="in place of the workload's own")
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=uniform, metavar="N[..N]", help="replaces the workload's own")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
@@ -239,8 +237,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             manifest = Manifest.load(arguments.reader)
             maker = RequestMaker(Tokenizer.from_file(str(arguments.reader / TOKENIZER_FILE)), manifest)
-            given = {f.name: value for f in dataclasses.fields(WorkloadSpec) if (value := getattr(arguments, f.name))}
-            spec = dataclasses.replace(WORKLOADS[arguments.workload], **given)
+            overrides = {f.name: value for f in dataclasses.fields(WorkloadSpec) if (value := getattr(arguments, f.name))}
+            spec = dataclasses.replace(WORKLOADS[arguments.workload], **overrides)
             requests = list(maker.make(spec, arguments.requests, arguments.seed))
             what = f"{spec}, seed {arguments.seed}"
         written = write_input_data(requests, arguments.out)

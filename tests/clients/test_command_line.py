@@ -63,7 +63,7 @@ def test_ask_shows_the_passages_that_the_answer_rests_on(server: ScriptedServer,
     listed = json.dumps(["One.", {"title": "T", "text": "Two."}, {"title": "Capital", "text": "x " * 99}, "Four."])
     passages = _passages(tmp_path, "p.json", listed)
     assert main(["ask", "--url", server.url, "--question", "q?", "--passages", passages]) == 0
-    rest = capsys.readouterr().out.partition("rests on\n")[2].splitlines()
+    rest = capsys.readouterr().out.partition("passages\n")[2].splitlines()
     assert [line.split("%")[0].strip() for line in rest] == ["85", "10", "5"]
     assert rest[0].strip().startswith("85 %  Capital: x x") and rest[0].endswith("...") and rest[2].endswith("T: Two.")
     assert main(["ask", "--url", server.url, "--question", "q?", "--passages", passages, "--json"]) == 0
@@ -278,7 +278,7 @@ def test_data_without_answers_have_no_exact_match(server: ScriptedServer, tmp_pa
     assert main(["evaluate", str(data), "--url", server.url, "--json"]) == 0
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[-1])["em"] is None
-    assert "not known: the data hold no answers" in out
+    assert "unknown: the data have no answers" in out
 
 
 def test_evaluate_with_bad_data_or_output_exits_2_before_sending(

@@ -109,7 +109,7 @@ def test_error_after_some_pieces_is_raised_after_them(server: ScriptedServer) ->
         with pytest.raises(ReaderError, match="slot lost"):
             next(stream)
         assert list(stream) == []
-        with pytest.raises(RuntimeError, match="not whole yet"):
+        with pytest.raises(RuntimeError, match="the answer is incomplete"):
             _ = stream.answer
 
 

@@ -1,7 +1,7 @@
-"""How a short answer is read off a Factbook value.
+"""Extractors of short answers from Factbook values.
 
-Comes in: the text of one labelled value. Goes out: the answers that stand in it, the one to be trained first, or []
-if the value holds no short, sensible answer. Which extractor serves which relation is said in ``relations.py``.
+In: the text of one labelled value. Out: the answers in it, the trained one first, or [] if it has no short answer.
+``relations.py`` assigns extractors to relations.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def code(value: str) -> list[str]:
     return [found.group(0)] if found and value.lower() != "none" else []
 
 
-# The regions of the Factbook's maps; the longest first, since "Asia" stands in "Southeast Asia".
+# The regions of the Factbook's maps; the longest first, since "Southeast Asia" contains "Asia".
 _REGIONS = (
     "Central America and the Caribbean|Southeast Asia|North America|South America|Middle East|Arctic Region|"
     "Antarctic Region|Africa|Antarctica|Asia|Europe|Oceania"
@@ -35,7 +35,7 @@ _REGIONS = (
 
 
 def region(value: str) -> list[str]:
-    """A region of the maps, of the mainland where overseas parts are listed too."""
+    """A region of the maps, of the mainland if overseas parts are listed too."""
     found = re.match(rf"(?:metropolitan France: )?({_REGIONS})\b", value)
     return [found.group(1)] if found else []
 
@@ -110,7 +110,7 @@ def leader(value: str) -> list[str]:
     name = titled
     while match := _TITLE.match(name):
         name = name[match.end() :].strip()
-    # Without a title in front, or with words left that no name has, the value is a sentence about an office.
+    # Without a leading title, or with words that no name has, the value is a sentence about an office.
     if name == titled or re.search(r"\b(of|the|for|vacant|and|council)\b", name, re.I) or len(name.split()) > 6:
         return []
     if not re.search(r"[A-Z]{2}", name):  # the Factbook writes the family name in capitals
@@ -119,7 +119,7 @@ def leader(value: str) -> list[str]:
 
 
 def titled_leader(*titles: str) -> Extract:
-    """``leader``, only where the office is one of ``titles``: "who is the king of" asks of kingdoms alone."""
+    """``leader`` for the offices in ``titles`` only: "who is the king of" applies to kingdoms."""
 
     def extract(value: str) -> list[str]:
         return leader(value) if re.match(rf"(?:interim |transitional )?(?:{'|'.join(titles)})\s", value, re.I) else []
@@ -127,7 +127,7 @@ def titled_leader(*titles: str) -> Extract:
     return extract
 
 
-# What people call a form of government, the most telling first. A value holds longer descriptions
+# Common names of forms of government, the most specific first. A value contains longer descriptions
 # ("federal parliamentary democracy under a constitutional monarchy"), accepted as well.
 _GOVERNMENTS = (
     "constitutional monarchy",
@@ -147,7 +147,7 @@ _GOVERNMENTS = (
 
 
 def government(value: str) -> list[str]:
-    """The usual name of a form of government, also the clause it stands in."""
+    """The usual name of a form of government, also the clause that contains it."""
     whole = clause(value)
     if not whole or not whole[0]:
         return []
@@ -171,7 +171,7 @@ def largest_city(value: str) -> list[str]:
 
 
 def short_items(value: str) -> list[str]:
-    """The items of at most four words, none if the first is longer: descriptions are nobody's short answer."""
+    """The items of at most four words, none if the first is longer, since a description is not a short answer."""
     found = items(value)
     if not found or len(found[0].split()) > 4:
         return []

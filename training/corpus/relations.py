@@ -1,10 +1,10 @@
-"""The relations that questions are asked about: where a fact stands, and which short string answers it.
+"""The relations of the questions: the field of each fact, and the short string that answers it.
 
-Comes in: ``Passage`` (``factbook.py``). Goes out: ``Fact``: passage, answers, place of the trained answer.
-The questions' question templates stand in ``question templates.py``.
+In: ``Passage`` (``factbook.py``). Out: ``Fact``: passage, answers, position of the trained answer.
+The question templates are in ``templates.py``.
 
-Every answer is a substring of its passage, so that a reader can copy it. ``answers[0]`` is the one that is
-trained; the others are accepted too (another item of a list, a name with its title, a number with its unit).
+Every answer is a substring of its passage, so a reader can copy it. Training uses
+``answers[0]``; the others are accepted too (another item of a list, a name with its title, a number with its unit).
 
 Left out on purpose, though the Factbook has the field:
     terrain: a description of a whole clause; no two people would give the same short answer.
@@ -54,12 +54,12 @@ MAX_ANSWER_WORDS = 9
 
 @dataclasses.dataclass(frozen=True)
 class Relation:
-    """A relation, the places where its value may stand, and how answers are read off the value.
+    """A relation, the fields that may hold its value, and how answers are extracted from the value.
 
     Attributes:
-        name: Names the relation in the data files and in ``question templates.py``.
-        paths: (field, label, ...) of the leaves that hold the value; the first that a country has is used.
-        extract: value -> answers, all substrings of the value, the trained one first; [] if there is no good one.
+        name: The relation in the data files and in ``templates.py``.
+        paths: (field, label, ...) of the leaves with the value; the first that a country has is used.
+        extract: value -> answers, all substrings of the value, the trained one first; [] if none is suitable.
     """
 
     name: str
@@ -175,20 +175,20 @@ def _usable(answer: str) -> bool:
 
 
 def fact_from_leaf(relation: Relation, leaf: Leaf) -> Fact | None:
-    """The fact that a leaf holds, or None if nothing short and sensible answers the relation."""
+    """The fact in a leaf, or None if no short string of it answers the relation."""
     answers = [answer for answer in dict.fromkeys(relation.extract(leaf.value)) if answer]
     if not answers or not _usable(answers[0]):
         return None
     offset = leaf.value.find(answers[0])
     if offset < 0:
         return None
-    # The list's other items are answers to the singular question as well, each if it is a usable string.
+    # The other items of a list are accepted answers as well, if they are usable strings.
     accepted = (answers[0], *(answer for answer in answers[1:] if _usable(answer)))
     return Fact(relation.name, accepted, leaf.start + offset)
 
 
 def facts_from_passage(passage: Passage) -> list[Fact]:
-    """The facts of a passage, in the order of ``RELATIONS``, at most one a relation."""
+    """The facts of a passage, in the order of ``RELATIONS``, at most one per relation."""
     facts = []
     leaves = {leaf.path: leaf for leaf in reversed(passage.leaves)}  # the first leaf of a path wins
     for relation in RELATIONS:

@@ -1,7 +1,7 @@
 """BM25 over the Factbook's passages.
 
-Comes in: passages. Goes out: for a question, the best passages with scores. Question words that the Factbook does not
-use are expanded by one hand-written table, at query time only; nothing is learned here.
+In: passages. Out: for a question, the best passages with scores. A hand-written table expands question words
+that the Factbook does not use, at query time only; nothing is learned here.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from training.corpus.factbook import Passage
 from training.corpus.templates import ALIASES
 
-TITLE_WEIGHT = 3  # a title says country and field: three times as telling as the text
-TEXT_CHARS = 200  # the start of a long field; its tail would only lengthen the passage
+TITLE_WEIGHT = 3  # the title names country and field, so it counts three times
+TEXT_CHARS = 200  # the start of a long field; the rest dilutes the score
 
 STOP_WORDS = frozenset(
     "a an and are as at be by can did do does for from have has how i in is it its me much my of on one or should tell that the "
@@ -28,9 +28,9 @@ STOP_WORDS = frozenset(
     "residency requirement naturalization naturalized year bicameral unicameral continent world".split()
 )
 
-# Question words -> words of the Factbook's field names and labels. A key of several words counts where all of them
-# stand in the question, and then keys of some of its words do not: "capital city" is no question about cities.
-# Read off the questions people ask (the training part of WebQuestions) and our own question templates.
+# Question words -> words of the Factbook's field names and labels. A key of several words applies if all of them are
+# in the question; it then suppresses keys of a subset of its words: "capital city" does not ask about cities.
+# Derived from the questions people ask (the training part of WebQuestions) and our own question templates.
 EXPANSIONS: dict[str, str] = {
     "capital": "capital",
     "capital city": "capital",
@@ -229,7 +229,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def terms(text: str) -> list[str]:
-    """Index terms: small letters without accents, without stop words and plural s."""
+    """Index terms: lower case, without accents, stop words and plural s."""
     return [_stem(word) for word in _words(text) if word not in STOP_WORDS]
 
 
@@ -239,12 +239,12 @@ _EXPANSION_TERMS = [(frozenset(map(_stem, key.split())), terms(value)) for key, 
 class PassageIndex:
     """BM25 (k1 0.9, b 0.4) over title and start of text.
 
-    A question may name a country by an alias ("usa") or by its people's adjective ("french"): the country's own name
-    then takes the word's place in the query.
+    A question may name a country by an alias ("usa") or by its people's adjective ("french"): the country's name
+    then replaces that word in the query.
     """
 
     def __init__(self, passages: Sequence[Passage]):
-        """Indexes the passages; positions in ``passages`` are what ``search`` returns."""
+        """Index the passages; ``search`` returns positions in ``passages``."""
         self._bm25 = bm25s.BM25(k1=0.9, b=0.4)
         documents = [terms(f"{passage.title} " * TITLE_WEIGHT + passage.text[:TEXT_CHARS]) for passage in passages]
         self._bm25.index(documents, show_progress=False)
@@ -253,7 +253,7 @@ class PassageIndex:
         countries = dict.fromkeys(passage.country for passage in passages)
         self._full_names = sorted((" ".join(_words(country)) for country in countries), key=len, reverse=True)
         self._names: list[tuple[str, list[str]]] = []
-        # "French" is said of France and of five of its territories: the one with most passages is meant.
+        # "French" is the adjective of France and of five territories; it names the one with the most passages.
         sizes = collections.Counter(passage.country for passage in passages)
         owners = {adjectives[country]: country for country in sorted(adjectives, key=lambda country: sizes[country])}
         for country in countries:
@@ -270,12 +270,12 @@ class PassageIndex:
         for key, expansion in matched:
             if not any(key < other for other, _ in matched):
                 found += expansion
-        # "French Polynesia" and "Republic of the Congo" name one country each: what is left may hold aliases.
+        # "French Polynesia" and "Republic of the Congo" name one country each; remove them before looking for aliases.
         for name in self._full_names:
             spaced = spaced.replace(f" {name} ", " ")
         for spoken, country in self._names:
             if f" {spoken} " in spaced:
-                # The country is meant, not what else the word stands for: "french people" are not French Polynesia's.
+                # The word means the country only: "french people" does not match French Polynesia.
                 found = [term for term in found if term not in terms(spoken)] + country
         return list(dict.fromkeys(found))
 
@@ -291,7 +291,7 @@ class PassageIndex:
 
 
 def adjectives_of(passages: Sequence[Passage]) -> dict[str, str]:
-    """Country -> its people's adjective ("France" -> "French"), where it is one plain word or two."""
+    """Country -> its people's adjective ("France" -> "French"), if it is one or two plain words."""
     found = {}
     for passage in passages:
         if passage.field == "Nationality":

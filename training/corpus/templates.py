@@ -1,8 +1,8 @@
 """How people ask for each relation: hand-written question templates.
 
 ``{c}`` is the country, ``{a}`` its people's adjective ("what do {a} people speak"). A template that starts with a
-small letter is a web query: the whole question is lower-cased, the name too. ``HELD_OUT`` templates are asked of the
-held-out countries and are never trained; ``tests/training/corpus/test_corpus.py`` holds the two tables apart.
+lower-case letter is a web query: the question is lower-cased, the name too. ``HELD_OUT`` templates are used for the
+held-out countries and never in training; ``tests/training/corpus/test_corpus.py`` checks that the tables are disjoint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from training.corpus.templates_people import HELD_OUT_PEOPLE, TRAIN_PEOPLE
 TRAIN: dict[str, tuple[str, ...]] = {**TRAIN_PEOPLE, **TRAIN_FACTS}
 HELD_OUT: dict[str, tuple[str, ...]] = {**HELD_OUT_PEOPLE, **HELD_OUT_FACTS}
 
-# For the label facts, which exist to teach reading, not question template.
+# For the label facts, which teach reading rather than ways of asking.
 LABEL_FRAMES = (
     "What is the {r} of {c}?",
     "What is {c}'s {r}?",
@@ -31,7 +31,7 @@ LABEL_FRAMES = (
 _WITH_ARTICLE = frozenset({"Netherlands", "Philippines", "Maldives", "Gaza Strip", "West Bank", "Isle of Man"})
 _ARTICLE = re.compile(r"(Republic|Islands|Emirates|States|Kingdom|Territory|Congo|Refuges|Lands|Union)\b")
 
-# What people call a country, beside the Factbook's name; used in training questions and by retrieval.
+# Common names of a country other than the Factbook's; used in training questions and by retrieval.
 ALIASES: dict[str, tuple[str, ...]] = {
     "United States": ("us", "usa", "america", "united states of america", "u.s."),
     "United Kingdom": ("uk", "great britain", "britain"),
@@ -65,23 +65,23 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 
 def is_web_query(template: str) -> bool:
-    """Whether the whole question is written in small letters."""
+    """Whether the question is written in lower case."""
     return template[0].islower() or template.startswith(("{c} ", "{a} "))
 
 
 def with_article(country: str) -> str:
-    """The name as it stands inside a sentence: "Netherlands" -> "the Netherlands"."""
+    """The name inside a sentence: "Netherlands" -> "the Netherlands"."""
     if country.startswith("The "):
         return "the " + country[4:]
     return f"the {country}" if country in _WITH_ARTICLE or _ARTICLE.search(country) else country
 
 
 def ask(template: str, country: str, adjective: str | None = None, relation: str = "") -> str:
-    """Fills a template in.
+    """Fill in a template.
 
     Args:
-        template: Of ``TRAIN``, ``HELD_OUT`` or ``LABEL_FRAMES``.
-        country: As it shall stand in the question.
+        template: From ``TRAIN``, ``HELD_OUT`` or ``LABEL_FRAMES``.
+        country: The name in the question.
         adjective: Needed by templates with ``{a}``.
         relation: Needed by templates with ``{r}``.
 

@@ -1,4 +1,4 @@
-"""Wordings about a country's geography, economy, energy and codes. See ``wordings.py`` for the notation."""
+"""Question templates about a country's geography, economy, energy and codes. See ``templates.py`` for the notation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wordings about a country's people, government and name. See ``wordings.py`` for the notation."""
+"""Question templates about a country's people, government and name. See ``templates.py`` for the notation."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The demo readers' tokenizer: a Unigram vocabulary learned from the corpus.
 
-Comes in: text. Goes out: one ``tokenizer.json`` for the ``tokenizers`` library, ids as in T5: pad 0, eos 1, unk 2.
+In: text. Out: one ``tokenizer.json`` for the ``tokenizers`` library, ids as in T5: pad 0, eos 1, unk 2.
 
-Pieces never cross white space, so a prompt's ids are the concatenation of its words' ids. ``WordEncoder`` relies on
-it: questions and passages are tokenized apart and laid together.
+Tokens never cross white space, so a prompt's ids are the concatenation of its words' ids. ``WordEncoder`` relies on
+this: it tokenizes questions and passages separately and concatenates them.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 VOCAB_SIZE = 3072
 
-# A mark that ends a value is a piece of its own, so that "Italy" has the same ids in "Italy 476 km", "Italy;" and
-# "Italy (north)", and an answer can be copied piece by piece. Commas and points inside numbers stay.
+# A mark that ends a value is a token of its own, so that "Italy" has the same ids in "Italy 476 km", "Italy;" and
+# "Italy (north)", and an answer can be copied token by token. Commas and points inside numbers stay.
 _MARKS = r'[;:)\]"“”/%]|,(?!\d)'
 _DELIMITER = "\x1f"
 
 
 def _delimited(text: str) -> str:
-    # White space delimits by itself; a delimiter before it would tear it from its word ("▁", "What").
+    # White space is a delimiter already; another one before it would separate it from its word ("▁", "What").
     text = re.sub(f"({_MARKS})", f"{_DELIMITER}\\1{_DELIMITER}", text)
     return text.replace(_DELIMITER + " ", " ").strip(_DELIMITER)
 
 
 def train_tokenizer(texts: Iterable[str], alphabet: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """Learns the vocabulary.
+    """Learn the vocabulary.
 
-    SentencePiece learns it: the trainer of ``tokenizers`` sums in an order that changes from run to run.
+    SentencePiece learns it, because the trainer of ``tokenizers`` is not deterministic.
 
     Args:
-        texts: What to learn from; held-out countries' passages stay out of it.
-        alphabet: Characters that must have a piece even if ``texts`` lack them, so that nothing becomes unknown.
-        vocab_size: Pieces, the three special ones included.
+        texts: Training texts, without the held-out countries' passages.
+        alphabet: Characters that get a token even if ``texts`` lack them, so that no character is unknown.
+        vocab_size: Number of tokens, with the three special ones.
     """
     import sentencepiece  # training only: clients and servers read tokenizer.json
 

@@ -1,6 +1,7 @@
-"""Batches of examples, made by worker processes ahead of the training step.
+"""Batches of examples, prepared by worker processes ahead of the training step.
 
-A batch depends on (seed, step, mixture) alone, so that a resumed run sees the batches it would have seen.
+In: an ExampleSource and BatchPlans. Out: Batches. A batch depends only on seed, step and mixture, so a resumed run continues with the same
+batches.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from training.corpus.examples import MAX_TARGET_TOKENS, ExampleSource, Mixture
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-    """What step ``step`` trains on; ``passage_length`` cuts prompts shorter than the reader would."""
+    """The batch of step ``step``; ``passage_length`` truncates prompts below the reader's length."""
 
     step: int
     batch_size: int
@@ -61,10 +62,10 @@ def _work(source: ExampleSource, seed: int, plans: Any, batches: Any) -> None:
 
 
 class BatchFactory:
-    """Makes batches in ``num_workers`` processes and hands them out in the order they were planned.
+    """Prepares batches in ``num_workers`` processes and returns them in the order of their plans.
 
-    Use as a context manager. With 0 workers batches are made in this process when asked for.
-    Start it before CUDA is initialised: the workers are forks.
+    Use it as a context manager. With 0 workers ``next`` prepares the batch in this process.
+    Start it before CUDA is initialized: the workers are forks.
     """
 
     def __init__(self, source: ExampleSource, seed: int, num_workers: int):
@@ -91,17 +92,17 @@ class BatchFactory:
             worker.join()
 
     def __len__(self) -> int:
-        """Batches planned and not yet handed out."""
+        """Number of batches that are planned and not yet returned."""
         return len(self._ordered)
 
     def plan(self, plan: BatchPlan) -> None:
-        """Orders a batch."""
+        """Queue a batch."""
         self._ordered.append(plan)
         if self._workers:
             self._plans.put(plan)
 
     def next(self) -> tuple[BatchPlan, Batch]:
-        """The next ordered batch.
+        """The next queued batch.
 
         Raises:
             RuntimeError: If a worker died.

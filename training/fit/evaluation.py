@@ -1,6 +1,6 @@
 """Greedy answers of a torch reader to FiD's JSONL questions, and their exact match.
 
-The served readers are compared with these answers; the measure is the client's own (``clients/metrics.py``).
+The served readers are compared with these answers, by the client's exact match (``clients/metrics.py``).
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def predict(
         reader: In eval mode; its device is used.
         tokenizer: The reader's.
         examples: FiD's JSONL objects; ``relation``, ``gold`` and ``id`` are optional.
-        n_passages: Passages read of each question.
-        rows_per_batch: Passages encoded at once.
+        n_passages: Passages per question.
+        rows_per_batch: Passages per encoder call.
     """
     words = WordEncoder(tokenizer)
     device = next(reader.parameters()).device

@@ -1,6 +1,6 @@
-"""Loss and gradients of a step, launched kernel by kernel or replayed as a CUDA graph.
+"""Loss and gradients of a step, launched eagerly or replayed as a CUDA graph.
 
-Either way the gradients land in ``parameter.grad``; clipping and the optimizer follow outside.
+In: a batch's token ids. Out: the loss, and the gradients in ``parameter.grad``. The caller clips them and steps the optimizer.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-WARMUP_PASSES = 3  # lets lazily made workspaces (cuBLAS) come to be outside the capture
+WARMUP_PASSES = 3  # allocates lazy workspaces (cuBLAS) before the capture
 
 
 def eager_gradients(loss: Loss, parameters: Sequence[nn.Parameter]) -> Loss:
-    """(input_ids, targets) -> loss, gradients set anew."""
+    """(input_ids, targets) -> loss; replaces the gradients."""
 
     def gradients(input_ids: Tensor, targets: Tensor) -> Tensor:
         for parameter in parameters:
@@ -38,10 +38,10 @@ class _Capture:
 
 
 class GraphedGradients:
-    """(input_ids, targets) -> loss, gradients set anew; one graph for each shape, captured when it first comes.
+    """(input_ids, targets) -> loss; replaces the gradients. Captures one CUDA graph for each shape at its first use.
 
-    The graphs share one memory pool: they are replayed one after the other, and nothing of one is read after the next
-    but the gradients (allocated outside) and the loss (copied out).
+    The graphs share one memory pool: they run one after the other, and only the gradients (allocated outside the pool)
+    and the loss (copied) are read after the next replay.
     """
 
     def __init__(self, loss: Loss, parameters: Sequence[nn.Parameter]):
@@ -52,14 +52,14 @@ class GraphedGradients:
         self._eager: Loss | None = None
 
     def __call__(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        """Copies the batch into the graph's own tensors and replays it."""
+        """Copy the batch into the graph's tensors and replay it."""
         shapes = (input_ids.shape, targets.shape)
         if shapes not in self._captures and self._eager is None:
             try:
                 self._captures[shapes] = self._capture(input_ids, targets)
             except RuntimeError as error:
-                # Slower, but the same result: a run under a budget must not end for want of a graph.
-                print(f"CUDA graph: wanted a capture for {shapes}, got {error}; going on without graphs", flush=True)
+                # Slower with the same result: a run with a time budget must not fail for lack of a graph.
+                print(f"CUDA graph: wanted a capture for {shapes}, got {error}; continuing without graphs", flush=True)
                 torch.cuda.synchronize()
                 self._eager = eager_gradients(self._loss, self._parameters)
         if self._eager is not None:

@@ -1,7 +1,7 @@
 """The demo readers' sizes.
 
 FiD and FiDO share the encoder, the vocabulary and the training budget. FiDO's decoder has cross-attention in every
-second layer only (layer-sparse), one key/value head (multi-query), and spends what that saves on more and wider layers.
+second layer only (layer-sparse) and one key/value head (multi-query); the savings pay for more and wider layers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def reader_config(name: str, vocab_size: int = VOCAB_SIZE) -> ReaderConfig:
 
     Args:
         name: "fid" or "fido".
-        vocab_size: Pieces of the tokenizer.
+        vocab_size: Of the tokenizer.
 
     Raises:
-        ValueError: If the name is another.
+        ValueError: If the name is unknown.
     """
     if name not in READERS:
         raise ValueError(f"reader: wanted one of {', '.join(READERS)}, got {name!r}")

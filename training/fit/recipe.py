@@ -1,7 +1,7 @@
-"""The whole training on one machine: FiD and FiDO side by side, then the conversion, then every evaluation.
+"""The complete training on one machine: FiD and FiDO in parallel, then the conversion, then all evaluations.
 
-Goes out, under ``--out``: ``fid/``, ``fido/``, ``fido_converted/`` (checkpoints, logs, state) and ``results/``
-(an evaluation's printout and predictions each). Run again after a cut, it goes on where it stood.
+Out, under ``--out``: ``fid/``, ``fido/``, ``fido_converted/`` (checkpoints, logs, state) and ``results/``
+(output and predictions of each evaluation). After an interruption the same command resumes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _wait(processes: dict[str, subprocess.Popen]) -> None:
     codes = {name: process.wait() for name, process in processes.items()}
     failed = {name: code for name, code in codes.items() if code}
     if failed:
-        raise RuntimeError(f"recipe: wanted every part to end with 0, got {failed}; the logs are beside the results")
+        raise RuntimeError(f"recipe: wanted exit code 0 from every part, got {failed}; see the logs in results/")
 
 
 def _evaluate(arguments: argparse.Namespace, name: str) -> dict[str, subprocess.Popen]:
@@ -42,7 +42,7 @@ def _evaluate(arguments: argparse.Namespace, name: str) -> dict[str, subprocess.
 
 
 def run_recipe(arguments: argparse.Namespace) -> None:
-    """Trains and evaluates the three demo readers.
+    """Train and evaluate the three demo readers.
 
     Raises:
         RuntimeError: If a part fails.

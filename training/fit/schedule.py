@@ -1,7 +1,7 @@
-"""What is trained when: number of passages, share of each kind of example, learning rate; all functions of progress.
+"""Schedules over the progress of a run: number of passages, kinds of examples, learning rate.
 
-Progress runs from 0 to 1 over the budget, be it steps or seconds. With several passages from the start a reader of
-this size stays at guessing: it first learns to copy the answer out of one passage, then to find the passage.
+Progress runs from 0 to 1 over the budget, in steps or seconds. A reader of this size does not learn from several
+passages at first: it learns to copy the answer from one passage, then to find the passage.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ UP_TRAINING: tuple[_Stage, ...] = (
 def batch_plan(
     stages: tuple[_Stage, ...], progress: float, step: int, seed: int, passages_per_batch: int = PASSAGES_PER_BATCH
 ) -> BatchPlan:
-    """What a step trains on; the same for the same arguments."""
+    """The batch of a step; the same for the same arguments."""
     weights, curated = next(((weights, curated) for until, weights, curated in stages if progress < until), stages[-1][1:])
     n_passages = random.Random(seed * 7919 + step).choices(list(weights), list(weights.values()))[0]
     batch_size = max(1, min(MAX_BATCH_SIZE, passages_per_batch // n_passages))
     return BatchPlan(step, batch_size, Mixture(n_passages, curated, counterfactual=0.3))
 
 
-# weight, n_passages, passage_length, batch size. Names and fields stand at the start of a prompt: most batches are cut
-# short, which makes them cheap enough for a CPU; the others keep the reader used to full prompts.
+# weight, n_passages, passage_length, batch size. Names and fields are at the start of a prompt, so most batches use short
+# prompts, which a CPU can train; the others keep the reader's accuracy on full prompts.
 _REFINEMENT = ((0.45, 4, 64, 16), (0.30, 8, 64, 8), (0.15, 10, 128, 4), (0.10, 2, 128, 12))
 
 
 def refinement_plan(step: int, seed: int) -> BatchPlan:
-    """What a refining step trains on: a trained reader, every country renamed in most examples."""
+    """The batch of a refinement step, with every country renamed in most examples."""
     chosen = random.Random(seed * 104_729 + step).choices(_REFINEMENT, [row[0] for row in _REFINEMENT])[0]
     _, n_passages, passage_length, batch_size = chosen
     mixture = Mixture(n_passages, curated=0.7, counterfactual=0.25, all_renamed=0.6)

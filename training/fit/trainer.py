@@ -1,9 +1,9 @@
 """The training loop: from random weights or from a converted reader, resumable, within a budget of seconds or steps.
 
-Comes in: ``build/corpus/`` and options. Goes out, in the output directory:
-    state.pt            everything a resumed run needs, replaced in one step every ``save_every_s`` seconds
-    training_log.jsonl  one line an evaluation: elapsed seconds, step, loss, learning rate, exact match
-    config.json, model.safetensors, tokenizer.json: the averaged weights in fp16, as ``export.checkpoint.files`` saves them
+In: ``build/corpus/`` and options. Out, in the output directory:
+    state.pt            the state for a resumed run, replaced atomically every ``save_every_s`` seconds
+    training_log.jsonl  one line per evaluation: elapsed seconds, step, loss, learning rate, exact match
+    config.json, model.safetensors, tokenizer.json: the averaged weights in fp16, in the format of ``export.checkpoint.files``
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from training.fit.schedule import FROM_SCRATCH, UP_TRAINING, batch_plan, learnin
 
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
-    """How to train. Give ``seconds`` or ``steps``, not both.
+    """Training options. Set either ``seconds`` or ``steps``.
 
     Attributes:
-        corpus: Directory made by ``python -m training corpus``.
+        corpus: Directory from ``python -m training corpus``.
         out: Output directory; a ``state.pt`` there is resumed.
-        seconds: Budget in seconds of training, over all resumptions; evaluations count.
-        steps: Budget in steps, for tests and for runs that must repeat exactly.
+        seconds: Budget in seconds of training with evaluations, over all resumptions.
+        steps: Budget in steps, for tests and reproducible runs.
         seed: Of weights, batches and dropout.
-        cuda_graphs: Replay forward and backward pass as one CUDA graph for each batch shape. A reader this small
-            leaves the GPU waiting for kernel launches otherwise; torch.compile helps as well but takes over a minute.
+        cuda_graphs: Replay forward and backward pass as one CUDA graph for each batch shape. Without it a
+            reader this small is bound by kernel launches; torch.compile helps as well but takes over a minute.
         bfloat16: Autocast; the weights stay fp32.
-        peak_learning_rate: Of all weights but the embedding.
-        embedding_factor: Times that for the embedding, whose entries are near 1 where others are near 0.07.
+        peak_learning_rate: Of all weights except the embedding.
+        embedding_factor: Multiplies it for the embedding, whose entries are near 1 while others are near 0.07.
         up_training: Shorter warm-up, no one-passage stage: the weights come from a trained reader.
         refining: Short prompts, every country renamed in most examples; the weights come from a trained reader.
     """
@@ -84,12 +84,12 @@ class Trainer:
     """One reader being trained."""
 
     def __init__(self, reader: Reader, options: TrainOptions, history: list[dict[str, Any]] | None = None):
-        """Prepares a run, or goes on with the one in ``options.out``.
+        """Prepare a run, or resume the one in ``options.out``.
 
         Args:
-            reader: With the weights to start from.
-            options: How to train.
-            history: Notes of the runs that ``reader`` comes from.
+            reader: With the initial weights.
+            options: Of this run.
+            history: Notes of the earlier runs that trained ``reader``.
         """
         self.options = options
         self.history = history or []
@@ -120,34 +120,34 @@ class Trainer:
         self._resume()
 
     def _rate_factor(self, name: str) -> float:
-        # AdamW's steps are of one size for all weights, whatever their own size.
+        # AdamW's updates have one size for all weights, whatever their magnitude.
         if "embedding" in name:
             return self.options.embedding_factor
         if name.endswith(".q.weight"):
-            # T5 folds the 1/sqrt(d_kv) of the scores into q: its weights are smaller by that, so are its steps.
+            # T5 folds the 1/sqrt(d_kv) of the scores into q: its weights are smaller by that factor, and so are its updates.
             return self.reader.config.encoder.d_kv**-0.5
         return 1.0
 
     @property
     def state_file(self) -> pathlib.Path:
-        """Where the run is kept for resumption."""
+        """The file for resumption."""
         return self.options.out / "state.pt"
 
     def elapsed_s(self) -> float:
-        """Seconds trained, earlier runs included."""
+        """Seconds of training, with those before a resumption."""
         return self.elapsed_before_s + time.monotonic() - self._started_s
 
     def progress(self, step: int) -> float:
-        """Share of the budget that is used, 0 to 1; by steps it is known ahead, by seconds it is now."""
+        """Used share of the budget, 0 to 1: of the steps at ``step``, or of the seconds until now."""
         if self.options.steps is not None:
             return step / self.options.steps
         assert self.options.seconds is not None
         return self.elapsed_s() / self.options.seconds
 
     def _loss(self, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        # The decoder reads the targets shifted right behind the start token, which is the pad token.
+        # The decoder's input is the targets shifted right after the start token, which is the pad token.
         shifted = functional.pad(targets, (1, 0))[:, :-1]
-        # No cache of cast weights: a CUDA graph would replay the cast of the weights it was captured with.
+        # No cache of cast weights: a CUDA graph would replay the weights of its capture.
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.bfloat16, cache_enabled=False):
             logits = self.reader(input_ids, (input_ids != 0).long(), shifted)
         return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=0)
@@ -159,7 +159,7 @@ class Trainer:
         return tensor.to(self.device, non_blocking=True).long()
 
     def train_step(self, batch: Batch) -> torch.Tensor:
-        """One update of weights and their average; returns the loss, still on the device."""
+        """One update of the weights and of their average; returns the loss on the device."""
         progress = self.progress(self.step)
         rate = learning_rate(self.options.peak_learning_rate, progress, self.step, self.options.warmup_steps, self._hold)
         for group in self.optimizer.param_groups:
@@ -182,10 +182,10 @@ class Trainer:
         return self.progress(self.step) >= 1.0
 
     def run(self, stop_after_steps: int | None = None) -> None:
-        """Trains until the budget is spent, then saves the averaged reader.
+        """Train until the budget is used, then save the averaged reader.
 
         Args:
-            stop_after_steps: Leave after this many steps as if cut off: state saved, no checkpoint. For tests.
+            stop_after_steps: Stop after this many steps with the state but no checkpoint saved. For tests of resumption.
         """
         options = self.options
         source = ExampleSource(options.corpus, self.tokenizer, self.reader.config.passage_length)
@@ -231,7 +231,7 @@ class Trainer:
         print(f"{self.options.out.name}: " + " ".join(f"{key}={value}" for key, value in line.items()), flush=True)
 
     def save_state(self) -> None:
-        """Writes ``state.pt`` in one step."""
+        """Write ``state.pt`` atomically."""
         state = {
             "step": self.step,
             "elapsed_s": self.elapsed_s(),
@@ -241,9 +241,9 @@ class Trainer:
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
-        beside = self.state_file.with_suffix(".part")
-        torch.save(state, beside)
-        os.replace(beside, self.state_file)
+        partial = self.state_file.with_suffix(".part")
+        torch.save(state, partial)
+        os.replace(partial, self.state_file)
 
     def _resume(self) -> None:
         torch.manual_seed(self.options.seed)
@@ -261,7 +261,7 @@ class Trainer:
         print(f"{self.options.out.name}: resumed at step {self.step}, {self.elapsed_before_s:.0f} s", flush=True)
 
     def save_checkpoint(self) -> None:
-        """Writes the averaged weights in fp16 with a note of how they were trained."""
+        """Write the averaged weights in fp16 with notes of their training."""
         options = {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in dataclasses.asdict(self.options).items()}
         run = {
             "options": {key: value for key, value in options.items() if key not in ("corpus", "out")},

@@ -110,8 +110,8 @@ def test_known_figures_of_the_base_size():
 
 
 def test_a_bound_is_the_slower_of_computing_and_moving():
-    card = HardwareSpec("x", 100.0, 10.0)
-    assert Cost(1000, 10).bound_s(card) == 10 and Cost(10, 1000).bound_s(card) == 100
+    spec = HardwareSpec("x", 100.0, 10.0)
+    assert Cost(1000, 10).bound_s(spec) == 10 and Cost(10, 1000).bound_s(spec) == 100
     assert (Cost(1, 2) + Cost(3, 4)) * 2 == Cost(8, 12)
 
 

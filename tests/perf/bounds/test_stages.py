@@ -22,9 +22,9 @@ def run(tmp_path):
     return folder
 
 
-def test_the_card_is_the_measured_machine(run):
-    card = hardware_spec_of(run)
-    assert (card.name, card.bytes_per_s, card.flops_per_s) == ("a processor", 1e10, 1e11)
+def test_the_hardware_spec_has_the_measured_rates(run):
+    spec = hardware_spec_of(run)
+    assert (spec.name, spec.bytes_per_s, spec.flops_per_s) == ("a processor", 1e10, 1e11)
 
 
 def test_stages_take_a_question_apart(run, engines, tmp_path, tokenizer_json):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 
@@ -11,15 +12,8 @@ import torch
 from export.checkpoint.config import ReaderConfig
 from export.checkpoint.files import save_reader
 from perf.peers import transformers_fid
-from perf.peers.transformers_fid import (
-    FusionPeer,
-    PeerError,
-    Question,
-    cast_as_from_pretrained,
-    hugging_face_fid,
-    measure,
-    random_questions,
-)
+from perf.peers.transformers_fid import Question, measure, random_questions
+from perf.peers.transformers_t5 import FusionPeer, Passages, PeerError, cast_as_from_pretrained, hugging_face_fid
 from perf.served.workload import WORKLOADS, Uniform, WorkloadSpec, exactly
 from tests.conftest import FID, FIDO, GROUPED, RELEASED_FID, VOCAB_SIZE, random_passages, random_reader
 
@@ -31,7 +25,7 @@ SHAPES = ((3, 9), (5, 7), (1, 24), (4, 16))  # passages and their width, of four
 
 
 @pytest.fixture
-def questions() -> list[transformers_fid.Passages]:
+def questions() -> list[Passages]:
     made = [random_passages(n, width, seed) for seed, (n, width) in enumerate(SHAPES)]
     return [(ids[0], mask[0]) for ids, mask in made]
 
@@ -114,7 +108,7 @@ def test_random_questions_have_the_lengths_of_the_workload():
     assert all(torch.equal(a.passages[0], b.passages[0]) for a, b in zip(made, random_questions(spec, 60, 0, VOCAB_SIZE), strict=True))
 
 
-def test_a_variant_that_fails_does_not_take_the_others_with_it(questions):
+def test_a_variant_that_fails_leaves_the_others_measured(questions):
     class Failing(FusionPeer):
         def answer(self, questions, max_new_tokens, min_new_tokens=0):
             raise RuntimeError("no compiler here\nand pages more")
@@ -125,12 +119,34 @@ def test_a_variant_that_fails_does_not_take_the_others_with_it(questions):
     assert rows[1]["questions_per_s"]["min"] > 0
 
 
-def test_only_the_batches_that_are_asked_for_are_compiled(questions):
-    model = hugging_face_fid(random_reader(PLAIN))
-    compiled = FusionPeer(model)
-    compiled.compiled = True
-    rows = measure({"eager": FusionPeer(model), "compiled": compiled}, [Question(q, 2) for q in questions], [1, 2], 1, compiled=[2])
-    assert [(row["name"], row["batch"]) for row in rows] == [("eager", 1), ("eager", 2), ("compiled", 2)]
+class ScriptedPeer:
+    """A peer whose batches take stated seconds of a clock that only it moves."""
+
+    def __init__(self, clock: list[float], first_s: float, later_s: float, *, compiled: bool):
+        self._clock, self._seconds, self.compiled = clock, (first_s, later_s), compiled
+        self._calls_of_size: collections.Counter[int] = collections.Counter()
+        self.calls: list[tuple[int, int, int]] = []
+
+    def answer(self, questions, max_new_tokens, min_new_tokens=0):
+        self.calls.append((len(questions), max_new_tokens, min_new_tokens))
+        self._calls_of_size[len(questions)] += 1
+        self._clock[0] += self._seconds[0] if self._calls_of_size[len(questions)] == 1 else self._seconds[1]
+        return [[1] * max_new_tokens for _ in questions]
+
+
+def test_rates_leave_out_the_first_pass_and_compiled_peers_run_only_the_batches_asked_for(questions, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(transformers_fid.time, "perf_counter", lambda: clock[0])
+    eager, compiled = ScriptedPeer(clock, 5.0, 0.5, compiled=False), ScriptedPeer(clock, 20.0, 0.25, compiled=True)
+    asked = [Question(question, new_tokens) for question, new_tokens in zip(questions, (2, 2, 2, 3), strict=True)]
+    rows = measure({"eager": eager, "compiled": compiled}, asked, [1, 4], 2, compiled=[4])
+    assert [(row["name"], row["batch"]) for row in rows] == [("eager", 1), ("eager", 4), ("compiled", 4)]
+    assert [row["questions_per_s"]["median"] for row in rows] == [2.0, 8.0, 16.0]
+    assert [row["p50_ms"]["max"] for row in rows] == [500.0, 500.0, 250.0]
+    assert [row.get("compile_s") for row in rows] == [None, None, 19.8]
+    # two rounds and the uncounted pass; a batch is forced to its longest answer
+    assert compiled.calls == [(4, 3, 3)] * 3
+    assert sorted(eager.calls) == [(1, 2, 2)] * 9 + [(1, 3, 3)] * 3 + [(4, 3, 3)] * 3
 
 
 def checkpoint(config: ReaderConfig, directory, tokenizer_json: str) -> str:

@@ -175,7 +175,7 @@ def test_points_that_did_not_settle_or_had_errors_are_marked_and_kept(folder_of)
     text = markdown_of(folder)
     assert re.search(r"\| FiD \| 16\\\* \| 40\.0\\\* \|", text)
     assert re.search(r"\| FiD \| 32† \| 50\.0† \|.*\| 3 \|", text)
-    assert "not steady, or with errors" in (folder / "report.html").read_text()
+    assert "unstable, or with errors" in (folder / "report.html").read_text()
     assert "Of 10 points, 2 were not steady or had errors" in verdict(read_run(folder))
     assert summary_of(folder)["fid_questions_per_s"] == spread(31.0, 30.0, 32.0)  # the best of those without a mark
 

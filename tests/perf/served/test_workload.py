@@ -6,10 +6,12 @@ import dataclasses
 import json
 import random
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
 from clients.examples import Context, Example
+from clients.request import ReaderRequest, tensors_from_request
 from perf.served.workload import (
     WORKLOADS,
     Request,
@@ -91,19 +93,31 @@ def test_what_is_no_range_is_refused(text):
         uniform(text)
 
 
-def test_perf_analyzer_gets_shapes_and_no_input_that_is_not_sent():
-    assert Request("q", ("a", "b"), None, 5).as_perf_analyzer() == {
-        "question": ["q"],
-        "passages": {"content": ["a", "b"], "shape": [2]},
-        "max_new_tokens": [5],
-        "min_new_tokens": [5],
-    }
-    example = Example("1", "q", ("x",), (Context("a", "A"), Context("b")))
-    (request,) = requests_from([example])
-    assert request.as_perf_analyzer() == {
-        "question": ["q"],
-        "passages": {"content": ["a", "b"], "shape": [2]},
-        "titles": {"content": ["A", ""], "shape": [2]},
+def tensors_of(entry: dict) -> dict[str, np.ndarray]:
+    """What perf_analyzer sends for an entry of its input data: `{"content": ..., "shape": ...}`, or a flat list of the model's own dims."""
+    tensors = {}
+    for name, value in entry.items():
+        content, shape = (value["content"], value["shape"]) if isinstance(value, dict) else (value, [len(value)])
+        values = [item.encode() if isinstance(item, str) else item for item in content]
+        tensors[name] = np.array(values, object if isinstance(content[0], str) else np.int32).reshape(shape)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Request("Où?", ("one", "two", "three"), None, 5),
+        *requests_from([Example("1", "q", ("x",), (Context("a", "A"), Context("b"))), Example("2", "q", ("x",), (Context("a"),))]),
+    ],
+    ids=["forced length", "titles", "no titles"],
+)
+def test_perf_analyzer_sends_the_tensors_that_our_client_sends(request_):
+    ours = tensors_from_request(
+        ReaderRequest(request_.question, request_.passages, request_.titles, request_.new_tokens, request_.new_tokens)
+    )
+    sent = tensors_of(request_.as_perf_analyzer())
+    assert {name: (array.shape, array.tolist()) for name, array in sent.items()} == {
+        name: (array.shape, array.tolist()) for name, array in ours.items()
     }
 
 

@@ -22,7 +22,11 @@ from training.corpus import answers
         (answers.leader, "President Emmanuel MACRON (since 14 May 2017)", ["Emmanuel MACRON", "President Emmanuel MACRON"]),
         (answers.leader, "Ambassador (vacant)", []),
         (answers.titled_leader("prime minister"), "President Emmanuel MACRON", []),
-        (answers.government, "federal parliamentary democracy under a constitutional monarchy", ["constitutional monarchy"]),
+        (
+            answers.government,
+            "federal parliamentary democracy under a constitutional monarchy",
+            ["constitutional monarchy", "federal parliamentary democracy under a constitutional monarchy"],
+        ),
         (answers.government, "formerly", []),
         (answers.currency, "euros (EUR) per US dollar -", ["euros", "EUR", "euro"]),
         (answers.largest_city, "11.208 million PARIS (capital), 1.761 million Lyon", ["PARIS"]),
@@ -38,5 +42,4 @@ from training.corpus import answers
     ],
 )
 def test_extractors(extract, value, wanted):
-    assert extract(value)[: len(wanted)] == wanted
-    assert bool(extract(value)) == bool(wanted)
+    assert extract(value) == wanted

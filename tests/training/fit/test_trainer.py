@@ -14,6 +14,7 @@ from export.checkpoint.files import load_reader
 from export.model.reader import Reader
 from training.corpus.examples import ExampleSource, Mixture
 from training.corpus.records import read_jsonl
+from training.fit import trainer as trainer_module
 from training.fit.batches import BatchPlan, make_batch
 from training.fit.evaluation import predict, score, scores_by_relation
 from training.fit.trainer import Trainer, TrainOptions
@@ -88,8 +89,34 @@ def test_a_tiny_reader_learns_a_batch_by_heart(corpus, tmp_path, fido):
     assert losses[-1] < 0.3
 
 
-def test_a_budget_is_seconds_or_steps(corpus, tmp_path):
+@pytest.mark.parametrize("budget", [{"seconds": 1.0, "steps": 1}, {}])
+def test_both_budgets_or_none_are_refused(corpus, tmp_path, budget):
     with pytest.raises(ValueError, match="either seconds or steps"):
-        TrainOptions(corpus, tmp_path, seconds=1.0, steps=1)
-    with pytest.raises(ValueError, match="either seconds or steps"):
-        TrainOptions(corpus, tmp_path)
+        TrainOptions(corpus, tmp_path, **budget)
+
+
+def test_a_budget_of_steps_is_exact(corpus, tmp_path):
+    trainer = Trainer(tiny_reader(), options(corpus, tmp_path, 3))
+    trainer.run()
+    assert trainer.step == 3
+    assert [line["step"] for line in read_jsonl(tmp_path / "training_log.jsonl")] == [3]
+
+
+def test_a_budget_of_seconds_counts_the_time_before_a_resumption(corpus, tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: clock[0])
+
+    class TenSecondSteps(Trainer):
+        def train_step(self, batch):
+            clock[0] += 10
+            return super().train_step(batch)
+
+    seconds = options(corpus, tmp_path, None, seconds=45.0, evaluate_every_s=1e9, save_every_s=1e9)
+    TenSecondSteps(tiny_reader(), seconds).run(stop_after_steps=2)
+    clock[0] += 1000  # between the runs, which is not training
+    resumed = TenSecondSteps(tiny_reader(), seconds)
+    assert (resumed.step, resumed.progress(resumed.step)) == (2, 20 / 45)
+    resumed.run()
+    assert resumed.step == 5
+    (line,) = read_jsonl(tmp_path / "training_log.jsonl")
+    assert (line["step"], line["elapsed_s"]) == (5, 50.0)
