@@ -51,6 +51,14 @@ class Context:
         pass
 
 
+class Memory:
+    """An allocation of device memory."""
+
+    def __init__(self, size: int):
+        self._bytes = np.zeros(size, np.uint8)
+        self.ptr = self._bytes.ctypes.data
+
+
 class CudaError(RuntimeError):
     """An error of CUDA with its number, as CuPy's have."""
 
@@ -66,7 +74,12 @@ def memcpy(target: int, source: int, size: int, *_: object) -> None:
 def modules() -> dict[str, types.ModuleType]:
     """What to put into sys.modules."""
     cupy, cupyx = types.ModuleType("cupy"), types.ModuleType("cupyx")
-    runtime = types.SimpleNamespace(memcpyAsync=memcpy, memGetInfo=lambda: (1 << 40, 1 << 40), CUDARuntimeError=CudaError)
+    runtime = types.SimpleNamespace(
+        memcpyAsync=memcpy,
+        memGetInfo=lambda: (1 << 40, 1 << 40),
+        getDeviceProperties=lambda device: {"name": b"NVIDIA H200", "major": 9, "minor": 0},
+        CUDARuntimeError=CudaError,
+    )
     driver = types.SimpleNamespace(CUDADriverError=CudaError)
     contents = {name: getattr(np, name) for name in ("float16", "float32", "int32", "uint64")} | {
         "ndarray": Array,
@@ -74,7 +87,9 @@ def modules() -> dict[str, types.ModuleType]:
         "asnumpy": np.asarray,
         "empty": lambda shape, dtype: array(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else -7, dtype)),
         "zeros": lambda shape, dtype: array(np.zeros(shape, dtype)),
-        "cuda": types.SimpleNamespace(Stream=Context, Device=Context, runtime=runtime, driver=driver),
+        "cuda": types.SimpleNamespace(
+            Stream=Context, Device=Context, runtime=runtime, driver=driver, alloc=Memory, get_current_stream=Context
+        ),
     }
     for name, value in contents.items():
         setattr(cupy, name, value)
