@@ -18,7 +18,7 @@ def plan(tensors: list[str], memory: int = 0) -> bytes:
 
 
 class Context:
-    """Records what it is told."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.profiles: list[int] = []
@@ -103,21 +103,21 @@ class Strategy(enum.Enum):
 
 
 def module(version: str) -> types.ModuleType:
-    """What to put into sys.modules as `tensorrt`; `runtimes` and `loggers` list what was made."""
+    """What to put into sys.modules as `tensorrt`; `runtimes` and `loggers` list those that were created."""
     trt = types.ModuleType("tensorrt")
-    made: dict[str, list[Any]] = {"runtimes": [], "loggers": []}
+    created: dict[str, list[Any]] = {"runtimes": [], "loggers": []}
 
     class Logger:
         WARNING = "warning"
 
         def __init__(self, severity: str):
             assert severity == self.WARNING
-            made["loggers"].append(self)
+            created["loggers"].append(self)
 
     class Runtime:
         def __init__(self, logger: Logger):
             self.engines: list[Engine] = []
-            made["runtimes"].append(self)
+            created["runtimes"].append(self)
 
         def deserialize_cuda_engine(self, content: bytes) -> Engine | None:
             if not content.startswith(b"{"):
@@ -126,7 +126,7 @@ def module(version: str) -> types.ModuleType:
             self.engines.append(engine)
             return engine
 
-    contents: dict[str, Any] = {"__version__": version, "Logger": Logger, "Runtime": Runtime, **made}
+    contents: dict[str, Any] = {"__version__": version, "Logger": Logger, "Runtime": Runtime, **created}
     if version.startswith(("10", "11")):
         contents["ExecutionContextAllocationStrategy"] = Strategy
     for name, value in contents.items():

@@ -156,10 +156,10 @@ def test_a_decoder_step_equals_that_of_plain_numpy(
     rng = np.random.default_rng(1)
     for slot, length in enumerate((30, 7, 21)):
         hidden = rng.standard_normal((length, manifest.sizes.d_model_encoder)).astype(np.float16)
-        places = np.sort(rng.choice(90, length, replace=False)).astype(np.int32)
+        token_positions = np.sort(rng.choice(90, length, replace=False)).astype(np.int32)
         packed = packer.pack(hidden[None], np.ones((1, length), np.int32))
-        decoder.admit(slot, slot, packer.concatenate([packed[: length // 3], packed[length // 3 :]] if slot else [packed]), places)
-        reference.admit(slot, slot, hidden, places)
+        decoder.admit(slot, slot, packer.concatenate([packed[: length // 3], packed[length // 3 :]] if slot else [packed]), token_positions)
+        reference.admit(slot, slot, hidden, token_positions)
     tokens, penalty = np.zeros(3, np.int32), np.array([-1e9, 0, 0], np.float32)
     for position in range(5):
         if position == 2:  # the last sequence moves to the first slot

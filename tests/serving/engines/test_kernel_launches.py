@@ -44,13 +44,13 @@ class Kernel:
 
 
 class RawModule:
-    made: ClassVar[list[RawModule]] = []
+    modules: ClassVar[list[RawModule]] = []
 
     def __init__(self, code: str, options: tuple[str, ...]):
         self.code = re.sub(r'//.*|"(?!C")[^"\n]*"', "", code)
         self.defines = {option[2:].split("=")[0] for option in options if option.startswith("-D")}
         self.kernels = {name: Kernel(name, parameters.count(",") + 1) for name, parameters in KERNEL.findall(self.code)}
-        self.made.append(self)
+        self.modules.append(self)
 
     def get_function(self, name: str) -> Kernel:
         return self.kernels[name]
@@ -61,7 +61,7 @@ def kernels(runtime: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> A
     """The real kernels.py."""
     monkeypatch.delitem(sys.modules, "serving.engines.gpu.kernels")
     cupy: Any = sys.modules["cupy"]
-    monkeypatch.setattr(RawModule, "made", [])
+    monkeypatch.setattr(RawModule, "modules", [])
     monkeypatch.setattr(cupy, "RawModule", RawModule, raising=False)
     monkeypatch.setattr(cupy.cuda.runtime, "cudaDevAttrMaxSharedMemoryPerBlockOptin", 97, raising=False)
     attributes = {97: H100_SHARED_BYTES}
@@ -104,13 +104,13 @@ def launch_everything(kernels: Any, kv_heads: int) -> None:
 @pytest.mark.parametrize("kv_heads", [12, 1])
 def test_every_kernel_is_launched_with_as_many_arguments_as_it_has(kv_heads: int, kernels: Any) -> None:
     launch_everything(kernels, kv_heads)
-    launched = {kernel.name for module in RawModule.made for kernel in module.kernels.values() if kernel.launches}
-    assert launched == {kernel for module in RawModule.made for kernel in module.kernels} and len(launched) == 11
+    launched = {kernel.name for module in RawModule.modules for kernel in module.kernels.values() if kernel.launches}
+    assert launched == {kernel for module in RawModule.modules for kernel in module.kernels} and len(launched) == 11
 
 
 def test_every_constant_of_a_source_is_declared_or_defined_and_every_define_is_used(kernels: Any) -> None:
     launch_everything(kernels, 1)
-    for module in RawModule.made:
+    for module in RawModule.modules:
         used = set(re.findall(r"\b[A-Z][A-Z0-9_]+\b", module.code))
         declared = set(re.findall(r"\b([A-Z][A-Z0-9_]+)\s*=[^=]", module.code))
         assert used - declared == module.defines, sorted(module.kernels)
@@ -122,7 +122,7 @@ def test_attention_has_the_shared_memory_of_the_longest_passage(passage_length: 
     attend = kernels.EncoderAttention(STACK, 128, passage_length)
     tiles = attention_tiles(np.array([passage_length]))
     attend(empty(1, 1), tiles, passage_length, empty(1), empty(1))
-    (used,) = RawModule.made[-1].kernels["attention"].launches
+    (used,) = RawModule.modules[-1].kernels["attention"].launches
     assert used >= 4 * (passage_length + 64)  # a float for every distance between a tile's queries and the keys
 
 

@@ -127,7 +127,7 @@ def test_all_engines_have_one_runtime_and_one_logger(load: Any, manifest: Manife
 )
 def test_an_engine_of_elsewhere_is_refused_before_it_is_loaded(field: str, said: str, load: Any, manifest: Manifest, trt: Any) -> None:
     assert manifest.build is not None
-    elsewhere = dataclasses.replace(manifest, build=dataclasses.replace(manifest.build, **{field: "another"}))
+    elsewhere = dataclasses.replace(manifest, build=dataclasses.replace(manifest.build, **{field: "another"}))  # type: ignore[arg-type]
     with pytest.raises(EngineError, match=rf"{FILE}: {said}"):
         load(elsewhere)
     with pytest.raises(EngineError, match="does not say which GPU it was built for"):
