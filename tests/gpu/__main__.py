@@ -94,13 +94,13 @@ def differences(examples: Sequence[Example], wanted: Sequence[Generated], found:
 
 
 def check_stream(server: TritonServer, name: str, examples: Sequence[Example]) -> int:
-    """Streams whose pieces do not join to the unary answer."""
+    """Streams whose chunks do not join to the unary answer."""
     wrong = 0
     with ReaderClient(server.grpc_url, name) as client:
         for example in examples:
             whole = client.answer(example.question, *texts(example)).text
-            pieces = [piece.text for piece in client.stream(example.question, *texts(example))]
-            wrong += "".join(pieces) != whole
+            chunks = [chunk.text for chunk in client.stream(example.question, *texts(example))]
+            wrong += "".join(chunks) != whole
     return wrong
 
 

@@ -1,4 +1,4 @@
-"""Readers for the GPU tests: engines under build/engines, the graphs they were built from, and fp32 engines for the CPU beside them."""
+"""Readers for the GPU tests: engines under build/engines, the graphs that they were built from, and fp32 engines for the CPU."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ HELDOUT = Path("build/corpus/heldout.jsonl")
 
 @dataclasses.dataclass(frozen=True)
 class GpuReader:
-    """One reader three times over.
+    """One reader in three forms.
 
     Attributes:
         graphs: half-precision ONNX that the engines were built from.
         cpu: fp32 engines for ONNX Runtime.
-        states: fp32 hidden states of some held-out questions, packed, with the places of each token.
+        states: fp32 hidden states of some held-out questions, packed, with the position of each token in the padded sequence.
     """
 
     name: str
@@ -42,9 +42,9 @@ class GpuReader:
 
 
 def limits_of(engines: Path) -> Limits:
-    """Limits within what the engines were built for."""
+    """Limits that the engines cover."""
     built = Manifest.load(engines)
-    if built.build is None:  # ONNX Runtime takes any
+    if built.build is None:  # ONNX Runtime takes any shape
         return Limits(slots=8)
     profiles = built.build.profiles["decoder.qkv.plan"]
     return Limits(slots=max(profile["x"][2][-2] for profile in profiles))

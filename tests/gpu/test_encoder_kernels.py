@@ -19,7 +19,7 @@ SIZES = [
     StackSizes(1032, 1, 5, 5, 128, 512, False, 1e-3),
     StackSizes(24, 1, 3, 3, 16, 40, False, 1e-12),
 ]
-REACHES = [128, 128, 20, 7]
+MAX_DISTANCES = [128, 128, 20, 7]
 LENGTHS = [256, 1, 128, 129, 63, 64, 65, 200, 17, 512, 250]
 
 
@@ -35,27 +35,27 @@ def halves(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> np.ndar
 def test_attention_stays_within_each_passage(stack: StackSizes) -> None:
     rng = np.random.default_rng(0)
     rows, width = sum(LENGTHS), stack.num_heads * stack.d_kv
-    made = halves(rng, rows + 3, 3 * width)  # rows behind the last that nobody may read
-    made[:rows, :width] *= np.float16(stack.d_kv**-0.5)
-    made[rows:] = np.nan
-    max_relative_distance = REACHES[SIZES.index(stack)]
+    gemm_output = halves(rng, rows + 3, 3 * width)  # rows beyond the last, which must not be read
+    gemm_output[:rows, :width] *= np.float16(stack.d_kv**-0.5)
+    gemm_output[rows:] = np.nan
+    max_relative_distance = MAX_DISTANCES[SIZES.index(stack)]
     bias = rng.standard_normal((2 * max_relative_distance + 1, stack.num_heads)).astype(np.float32)
     out = cp.full((rows, width), cp.nan, cp.float16)
     tiles = cp.asarray(attention_tiles(np.array(LENGTHS)))
-    EncoderAttention(stack, max_relative_distance, max(LENGTHS))(cp.asarray(made), tiles, max(LENGTHS), cp.asarray(bias), out)
-    wanted = attend_within_passages(made[:rows].astype(np.float64), LENGTHS, bias, stack)
+    EncoderAttention(stack, max_relative_distance, max(LENGTHS))(cp.asarray(gemm_output), tiles, max(LENGTHS), cp.asarray(bias), out)
+    wanted = attend_within_passages(gemm_output[:rows].astype(np.float64), LENGTHS, bias, stack)
     assert np.abs(out.get() - wanted).max() < 4e-3 * np.abs(wanted).max()
 
 
 def test_large_scores_do_not_overflow() -> None:
     stack = SIZES[0]
     rng = np.random.default_rng(1)
-    made = halves(rng, 300, 3 * 768, scale=20.0)
+    gemm_output = halves(rng, 300, 3 * 768, scale=20.0)
     bias = rng.standard_normal((257, 12)).astype(np.float32) * 30
     out = cp.full((300, 768), cp.nan, cp.float16)
     tiles = cp.asarray(attention_tiles(np.array([100, 200])))
-    EncoderAttention(stack, 128, 200)(cp.asarray(made), tiles, 200, cp.asarray(bias), out)
-    wanted = attend_within_passages(made.astype(np.float64), [100, 200], bias, stack)
+    EncoderAttention(stack, 128, 200)(cp.asarray(gemm_output), tiles, 200, cp.asarray(bias), out)
+    wanted = attend_within_passages(gemm_output.astype(np.float64), [100, 200], bias, stack)
     assert np.abs(out.get() - wanted).max() < 4e-3 * np.abs(wanted).max()
 
 
@@ -63,7 +63,7 @@ def test_embedding_and_norms(stack: StackSizes) -> None:
     rng = np.random.default_rng(2)
     rows = 77
     kernels = RowKernels(stack)
-    embedding, made = halves(rng, 50, stack.d_model), halves(rng, rows, stack.d_model)
+    embedding, gemm_output = halves(rng, 50, stack.d_model), halves(rng, rows, stack.d_model)
     weights = rng.standard_normal((2, stack.d_model)).astype(np.float32)
     tokens = rng.integers(0, 50, rows).astype(np.int32)
     residual, normed = cp.full((rows, stack.d_model), cp.nan, cp.float32), cp.full((rows, stack.d_model), cp.nan, cp.float16)
@@ -71,18 +71,18 @@ def test_embedding_and_norms(stack: StackSizes) -> None:
     stream = embedding[tokens].astype(np.float32)
     np.testing.assert_array_equal(residual.get(), stream)
     np.testing.assert_allclose(normed.get(), norm(stream.astype(np.float64), weights[0], stack.epsilon), rtol=2e-3, atol=1e-5)
-    kernels.add_and_norm(cp.asarray(made), cp.asarray(weights[1]), residual, normed)
-    stream = stream + made
+    kernels.add_and_norm(cp.asarray(gemm_output), cp.asarray(weights[1]), residual, normed)
+    stream = stream + gemm_output
     np.testing.assert_array_equal(residual.get(), stream)
     wanted = norm(stream.astype(np.float64), weights[1], stack.epsilon)
     np.testing.assert_allclose(normed.get(), wanted, rtol=2e-3, atol=1e-5)
     # the last one: to other rows, and the residual stream stays
-    places = rng.permutation(100)[:rows].astype(np.int32)
+    destinations = rng.permutation(100)[:rows].astype(np.int32)
     hidden = cp.zeros((100, stack.d_model), cp.float16)
-    kernels.add_and_norm(cp.asarray(made), cp.asarray(weights[0]), residual, hidden, cp.asarray(places))
+    kernels.add_and_norm(cp.asarray(gemm_output), cp.asarray(weights[0]), residual, hidden, cp.asarray(destinations))
     np.testing.assert_array_equal(residual.get(), stream)
     wanted = np.zeros((100, stack.d_model))
-    wanted[places] = norm((stream + made).astype(np.float64), weights[0], stack.epsilon)
+    wanted[destinations] = norm((stream + gemm_output).astype(np.float64), weights[0], stack.epsilon)
     np.testing.assert_allclose(hidden.get(), wanted, rtol=2e-3, atol=1e-5)
 
 

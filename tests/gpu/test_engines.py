@@ -37,13 +37,13 @@ def test_every_engine_equals_its_graph(gpu_reader: GpuReader, record_property) -
     load = gpu_loader(gpu_reader.engines, manifest, gpu_reader.limits, 0)
     lengths = {"encoder_sequence_length": 300, "tokens": 300, "batch": gpu_reader.limits.slots}
     for name, tensors in graphs_of(manifest).items():
-        given = {}
+        values = {}
         for spec in tensors.inputs:
-            given[spec.name] = rng.standard_normal(spec.shape(lengths)).astype(spec.dtype)
-        wanted = ort.InferenceSession(str(gpu_reader.graphs / f"{name}.onnx")).run(None, given)
+            values[spec.name] = rng.standard_normal(spec.shape(lengths)).astype(spec.dtype)
+        wanted = ort.InferenceSession(str(gpu_reader.graphs / f"{name}.onnx")).run(None, values)
         stream = cp.cuda.Stream(non_blocking=True)
         with stream:
-            inputs = {key: cp.asarray(value) for key, value in given.items()}
+            inputs = {key: cp.asarray(value) for key, value in values.items()}
             outputs = {spec.name: cp.full(spec.shape(lengths), cp.nan, spec.dtype) for spec in tensors.outputs}
             load(name, tensors, Scratch()).bind(inputs, outputs).enqueue(stream)
             stream.synchronize()
@@ -84,9 +84,9 @@ def test_decoder_equals_fp32(gemms: str, gpu_reader: GpuReader, record_property,
     packer = load_packer(gpu_reader.engines, gpu_reader.manifest)
     cpu = OnnxDecoder(gpu_reader.cpu, gpu_reader.cpu_manifest, len(states) + 1)
     for decoder in (gpu, cpu):
-        for slot, (hidden, places) in enumerate(states):
+        for slot, (hidden, token_positions) in enumerate(states):
             packed = hidden if decoder is cpu else packer.pack(hidden.astype(np.float16)[None], np.ones((1, len(hidden)), np.int32))
-            decoder.admit(slot, slot, packed, places)
+            decoder.admit(slot, slot, packed, token_positions)
     tokens, penalty = np.zeros(len(states), np.int32), np.full(len(states), -1e9, np.float32)
     worst_log_prob = worst_evidence = 0.0
     for position in range(STEPS):
@@ -115,16 +115,19 @@ def test_batch_of_n_equals_n_times_one(gpu_reader: GpuReader) -> None:
     decoder = load_decoder(gpu_reader.engines, gpu_reader.manifest, gpu_reader.limits)
     packer = load_packer(gpu_reader.engines, gpu_reader.manifest)
     packed = [
-        (packer.pack(hidden.astype(np.float16)[None], np.ones((1, len(hidden)), np.int32)), places) for hidden, places in gpu_reader.states
+        (packer.pack(hidden.astype(np.float16)[None], np.ones((1, len(hidden)), np.int32)), token_positions)
+        for hidden, token_positions in gpu_reader.states
     ]
     loop = Scheduler(decoder, start_token=0, eos_token=1, max_waiting=1000)
 
-    def ask(i: int, most: int, leave_at: int | None = None) -> tuple[list[int], threading.Event]:
+    def ask(i: int, max_new_tokens: int, cancel_at: int | None = None) -> tuple[list[int], threading.Event]:
         tokens: list[int] = []
         done = threading.Event()
-        cancel_reason = (lambda: CancelledError("enough") if len(tokens) >= leave_at else None) if leave_at else (lambda: None)
+        cancel_reason = (lambda: CancelledError("enough") if len(tokens) >= cancel_at else None) if cancel_at else (lambda: None)
         loop.submit(
-            DecodeSequence(*packed[i], most, 0, lambda token, _: tokens.append(token), lambda _: done.set(), cancel_reason=cancel_reason)
+            DecodeSequence(
+                *packed[i], max_new_tokens, 0, lambda token, _: tokens.append(token), lambda _: done.set(), cancel_reason=cancel_reason
+            )
         )
         return tokens, done
 
@@ -136,15 +139,15 @@ def test_batch_of_n_equals_n_times_one(gpu_reader: GpuReader) -> None:
             alone.append(tokens)
         running = []
         for _ in range(300):
-            i, most = int(rng.integers(len(packed))), int(rng.integers(1, 25))
-            leave_at = int(rng.integers(1, 6)) if rng.random() < 0.2 else None
-            running.append((i, most, leave_at, *ask(i, most, leave_at)))
+            i, max_new_tokens = int(rng.integers(len(packed))), int(rng.integers(1, 25))
+            cancel_at = int(rng.integers(1, 6)) if rng.random() < 0.2 else None
+            running.append((i, max_new_tokens, cancel_at, *ask(i, max_new_tokens, cancel_at)))
             if rng.random() < 0.3:
                 running[int(rng.integers(len(running)))][4].wait(1)
-        for i, most, leave_at, tokens, done in running:
+        for i, max_new_tokens, cancel_at, tokens, done in running:
             assert done.wait(30)
-            if leave_at is None:
-                assert tokens == alone[i][:most]
+            if cancel_at is None:
+                assert tokens == alone[i][:max_new_tokens]
             else:
                 assert tokens == alone[i][: len(tokens)]
     finally:

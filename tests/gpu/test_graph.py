@@ -1,4 +1,4 @@
-"""Kernels in a graph that come up while the one before them still runs: each must wait for what that one writes."""
+"""Programmatic dependent launch: a kernel that starts early must wait before it reads what earlier kernels write."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def halves(seed: int, *shape: int) -> Any:
 
 
 class Case:
-    """A kernel with what the one before it writes, and what it makes of that."""
+    """A kernel, its input `source`, which the kernel before it writes, and its results."""
 
-    def __init__(self, given: Any, made: tuple[Any, ...], run: Callable[[Any], None], kernels: int = 1):
-        self.given, self.made, self.run, self.kernels = given, made, run, kernels
+    def __init__(self, source: Any, results: tuple[Any, ...], run: Callable[[Any], None], kernels: int = 1):
+        self.source, self.results, self.run, self.kernels = source, results, run, kernels
 
 
 def row_case(name: str) -> Case:
     rows = RowKernels(STACK)
     if name == "activate":
         out = cp.empty((ROWS, STACK.d_ff), cp.float16)
-        return Case(halves(1, ROWS, 2 * STACK.d_ff), (out,), lambda given: rows.activate(given, out))
+        return Case(halves(1, ROWS, 2 * STACK.d_ff), (out,), lambda source: rows.activate(source, out))
     weight, residual, normed = cp.ones(WIDTH, cp.float32), cp.zeros((ROWS, WIDTH), cp.float32), cp.empty((ROWS, WIDTH), cp.float16)
-    return Case(halves(1, ROWS, WIDTH), (residual, normed), lambda given: rows.add_and_norm(given, weight, residual, normed))
+    return Case(halves(1, ROWS, WIDTH), (residual, normed), lambda source: rows.add_and_norm(source, weight, residual, normed))
 
 
 def step_case(name: str, kv_heads: int) -> Case:
@@ -62,15 +62,15 @@ def step_case(name: str, kv_heads: int) -> Case:
     out = cp.empty((ROWS, WIDTH), cp.float16)
     if name == "self_attention":
         bias = cp.zeros((20, HEADS), cp.float32)
-        given = halves(1, ROWS, (HEADS + 2 * kv_heads) * D_KV)
-        return Case(given, (out, cache), lambda given: kernels.self_attention(given, cache, slots, positions, bias, out))
+        source = halves(1, ROWS, (HEADS + 2 * kv_heads) * D_KV)
+        return Case(source, (out, cache), lambda source: kernels.self_attention(source, cache, slots, positions, bias, out))
     lengths = cp.asarray(np.array([700, 1, 256, 0, 513], np.int32))
     partial = cp.empty((ROWS, HEADS, kernels.max_splits(CAPACITY), D_KV + 2), cp.float32)
     softmax, weights = cp.empty((ROWS, HEADS, 2), cp.float32), cp.zeros((ROWS, CAPACITY), cp.float32)
     places = cp.zeros((ROWS, 1), cp.int32)
 
-    def run(given: Any) -> None:
-        at = (given, cache, slots, lengths, positions, None, places)
+    def run(source: Any) -> None:
+        at = (source, cache, slots, lengths, positions, None, places)
         kernels.cross_attention(*at, partial, softmax, out)
         kernels.attribution(*at, softmax, 0, weights)
 
@@ -80,13 +80,13 @@ def step_case(name: str, kv_heads: int) -> Case:
 def head_case() -> Case:
     kernels, head, penalty = HeadKernels(WIDTH, VOCAB, 1), halves(3, VOCAB, WIDTH), cp.zeros(ROWS, cp.float32)
     found, token, log_prob = kernels.scratch(ROWS), cp.empty(ROWS, cp.int32), cp.empty(ROWS, cp.float32)
-    run = lambda given: kernels.combine_argmax(given, head, penalty, found, token, log_prob)  # noqa: E731
+    run = lambda source: kernels.combine_argmax(source, head, penalty, found, token, log_prob)  # noqa: E731
     return Case(halves(1, ROWS, WIDTH), (token, log_prob), run, kernels=2)
 
 
 def product_case() -> Case:
-    few, weight, out = SkinnyGemm(), halves(4, 4, WIDTH // 4, WIDTH), cp.empty((4, ROWS, WIDTH), cp.float16)
-    return Case(halves(1, 4, ROWS, WIDTH // 4), (out,), lambda given: few.multiply(given, weight, out))
+    skinny, weight, out = SkinnyGemm(), halves(4, 4, WIDTH // 4, WIDTH), cp.empty((4, ROWS, WIDTH), cp.float16)
+    return Case(halves(1, 4, ROWS, WIDTH // 4), (out,), lambda source: skinny.multiply(source, weight, out))
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -101,11 +101,11 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-def late_then(run: Callable[[Any], None], given: Any, stale: Any) -> Callable[[], None]:
-    """Write `given` over `stale` after a while, and run on that."""
+def late_then(run: Callable[[Any], None], source: Any, stale: Any) -> Callable[[], None]:
+    """Write `source` over `stale` after a while, and run on that."""
 
     def program() -> None:
-        LATE((8,), (128,), (given, stale, np.int32(given.nbytes // 4)))
+        LATE((8,), (128,), (source, stale, np.int32(source.nbytes // 4)))
         run(stale)
 
     return program
@@ -119,39 +119,39 @@ def stream() -> Any:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_the_kernel_before_writes_is_waited_for(name: str, stream: Any) -> None:
+def test_a_kernel_waits_for_the_one_before_it(name: str, stream: Any) -> None:
     with stream:
         case = CASES[name]()
-        case.run(case.given)
-        wanted = [made.copy() for made in case.made]
-        stale = cp.full(case.given.shape, 7, cp.float16)
-        graph = CudaGraph(stream, late_then(case.run, case.given, stale))
+        case.run(case.source)
+        wanted = [result.copy() for result in case.results]
+        stale = cp.full(case.source.shape, 7, cp.float16)
+        graph = CudaGraph(stream, late_then(case.run, case.source, stale))
         for _ in range(3):
             stale.fill(7)
-            for made in case.made[: -1 if "self" in name else None]:  # the cache is read as well
-                made.fill(0)
+            for result in case.results[: -1 if "self" in name else None]:  # the cache is read as well
+                result.fill(0)
             graph.launch(stream)
-            for made, want in zip(case.made, wanted, strict=True):
-                np.testing.assert_array_equal(made.get(), want.get())
+            for result, want in zip(case.results, wanted, strict=True):
+                np.testing.assert_array_equal(result.get(), want.get())
     assert graph.dependent_launches == case.kernels
 
 
-def test_what_an_earlier_kernel_writes_is_waited_for_as_well(stream: Any) -> None:
-    """Several kernels may be up at once: the residual stream was written some kernels ago."""
+def test_a_kernel_waits_for_all_earlier_ones(stream: Any) -> None:
+    """Several kernels may run at once: the residual stream was written some kernels ago."""
     with stream:
-        few, rows, weight = SkinnyGemm(), RowKernels(STACK), halves(4, WIDTH, WIDTH)
-        given, norm, normed = halves(1, ROWS, WIDTH), cp.ones(WIDTH, cp.float32), cp.empty((ROWS, WIDTH), cp.float16)
-        made, written = cp.empty((2, ROWS, WIDTH), cp.float16), cp.asarray(halves(2, ROWS, WIDTH), cp.float32)
+        skinny, rows, weight = SkinnyGemm(), RowKernels(STACK), halves(4, WIDTH, WIDTH)
+        source, norm, normed = halves(1, ROWS, WIDTH), cp.ones(WIDTH, cp.float32), cp.empty((ROWS, WIDTH), cp.float16)
+        results, written = cp.empty((2, ROWS, WIDTH), cp.float16), cp.asarray(halves(2, ROWS, WIDTH), cp.float32)
         residual = written.copy()
 
-        def behind() -> None:
-            few.multiply(given, weight, made[0])
-            few.multiply(given, weight, made[1])
-            rows.add_and_norm(made[1], norm, residual, normed)
+        def following() -> None:
+            skinny.multiply(source, weight, results[0])
+            skinny.multiply(source, weight, results[1])
+            rows.add_and_norm(results[1], norm, residual, normed)
 
-        behind()
+        following()
         wanted = residual.get()
-        graph = CudaGraph(stream, late_then(lambda _: behind(), written, residual))
+        graph = CudaGraph(stream, late_then(lambda _: following(), written, residual))
         for _ in range(3):
             residual.fill(7)
             graph.launch(stream)
@@ -160,22 +160,22 @@ def test_what_an_earlier_kernel_writes_is_waited_for_as_well(stream: Any) -> Non
 
 
 def test_a_kernel_that_does_not_wait_reads_too_early(stream: Any) -> None:
-    """So the tests above would see one that forgot to."""
+    """Therefore the tests above would notice a kernel that does not wait."""
     with stream:
-        given, stale, out = (cp.full(64, value, cp.int32) for value in (1, 7, 0))
-        count = np.int32(len(given))
-        HASTY((1,), (64,), (given, out, count))
-        graph = CudaGraph(stream, late_then(lambda x: HASTY((1,), (64,), (x, out, count)), given, stale))
+        source, stale, out = (cp.full(64, value, cp.int32) for value in (1, 7, 0))
+        count = np.int32(len(source))
+        HASTY((1,), (64,), (source, out, count))
+        graph = CudaGraph(stream, late_then(lambda x: HASTY((1,), (64,), (x, out, count)), source, stale))
         graph.launch(stream)
         assert (out.get() == 7).all()
         assert "activate" in DEPENDENT_KERNELS
 
 
-def test_other_kernels_wait_as_ever(stream: Any) -> None:
+def test_kernels_of_others_start_after_the_one_before_has_ended(stream: Any) -> None:
     with stream:
-        given, stale, out = (cp.full(64, value, cp.int32) for value in (1, 7, 0))
-        cp.copyto(out, given)
-        graph = CudaGraph(stream, late_then(lambda x: cp.copyto(out, x), given, stale))
+        source, stale, out = (cp.full(64, value, cp.int32) for value in (1, 7, 0))
+        cp.copyto(out, source)
+        graph = CudaGraph(stream, late_then(lambda x: cp.copyto(out, x), source, stale))
         graph.launch(stream)
         assert (out.get() == 1).all()
     assert graph.dependent_launches == 0

@@ -16,7 +16,7 @@ from tests.serving.engines.numpy_rows import as_splits  # noqa: E402
 pytestmark = pytest.mark.gpu
 CAPACITY, SLOTS, BATCH, MAX_RELATIVE_DISTANCE = 700, 6, 5, 20
 LENGTHS = np.array([700, 1, 256, 0, 513], np.int32)
-PLACES = np.array([4, 0, 5, 0, 2], np.int32)
+ROW_SLOTS = np.array([4, 0, 5, 0, 2], np.int32)
 
 
 def sizes_of(heads: int, kv_heads: int, d_kv: int) -> EngineSizes:
@@ -44,46 +44,46 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def reference(sizes: EngineSizes, query: np.ndarray, rows: np.ndarray, bias: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """[heads, d_kv], [tokens, 2 * kv_heads * d_kv], [tokens, heads] -> mixed [heads * d_kv], weights [heads, tokens]."""
+    """[heads, d_kv], [tokens, 2 * kv_heads * d_kv], [tokens, heads] -> attended [heads * d_kv], weights [heads, tokens]."""
     keys, values = rows.astype(np.float64).reshape(-1, 2, sizes.num_kv_heads, sizes.d_kv).transpose(1, 2, 0, 3)
     group = sizes.num_heads // sizes.num_kv_heads
-    mixed, all_weights = [], []
+    attended, all_weights = [], []
     for head in range(sizes.num_heads):
         scores = keys[head // group] @ query[head].astype(np.float64) + (0 if bias is None else bias[:, head])
         weights = np.exp(scores - scores.max())
         weights /= weights.sum()
         all_weights.append(weights)
-        mixed.append(weights @ values[head // group])
-    return np.concatenate(mixed), np.array(all_weights)
+        attended.append(weights @ values[head // group])
+    return np.concatenate(attended), np.array(all_weights)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_cross_attention_and_evidence(sizes: EngineSizes, with_bias: bool) -> None:
+def test_cross_attention_and_attribution(sizes: EngineSizes, with_bias: bool) -> None:
     rng = np.random.default_rng(0)
     heads, d_kv = sizes.num_heads, sizes.d_kv
     cache = normal(rng, SLOTS, CAPACITY, 2 * sizes.num_kv_heads * d_kv).astype(np.float16)
-    cache[1] = np.nan  # a slot that nobody may read
+    cache[1] = np.nan  # a slot that no row uses
     query = (normal(rng, BATCH, heads * d_kv) * d_kv**-0.5).astype(np.float16)
     positions = np.array([0, 0, 7, -1, 0], np.int32)
     bias = normal(rng, MAX_RELATIVE_DISTANCE + 1, heads) if with_bias else None
     encoder_positions = rng.integers(0, 30, (SLOTS, CAPACITY)).astype(np.int32)
     kernels = StepKernels(sizes)
-    arrays = (query, cache, PLACES, LENGTHS, positions, bias, encoder_positions)
-    at: Any = tuple(None if a is None else cp.asarray(a) for a in arrays)
+    arrays = (query, cache, ROW_SLOTS, LENGTHS, positions, bias, encoder_positions)
+    inputs: Any = tuple(None if a is None else cp.asarray(a) for a in arrays)
     partial = cp.full((BATCH, heads, kernels.max_splits(CAPACITY), d_kv + 2), cp.nan, cp.float32)
     softmax, out = cp.empty((BATCH, heads, 2), cp.float32), cp.full((BATCH, heads * d_kv), cp.nan, cp.float16)
     weights = cp.full((BATCH, CAPACITY), cp.nan, cp.float32)
-    kernels.cross_attention(*at, partial, softmax, out)  # type: ignore[call-arg]
-    kernels.attribution(*at, softmax, 0, weights)  # type: ignore[call-arg]
-    kernels.attribution(*at, softmax, 1, weights)  # type: ignore[call-arg]  # both layers the same here: the mean is one layer's
+    kernels.cross_attention(*inputs, partial, softmax, out)  # type: ignore[call-arg]
+    kernels.attribution(*inputs, softmax, 0, weights)  # type: ignore[call-arg]
+    kernels.attribution(*inputs, softmax, 1, weights)  # type: ignore[call-arg]  # both layers the same here: the mean is one layer's
     out, weights = out.get(), weights.get()
-    for row, (length, place) in enumerate(zip(LENGTHS, PLACES, strict=True)):
+    for row, (length, slot) in enumerate(zip(LENGTHS, ROW_SLOTS, strict=True)):
         if not length:
             assert not out[row].any()
             continue
-        behind = np.clip(positions[row] - encoder_positions[place, :length], 0, MAX_RELATIVE_DISTANCE)
-        mixed, wanted = reference(sizes, query[row].reshape(heads, d_kv), cache[place, :length], None if bias is None else bias[behind])
-        assert np.abs(out[row] - mixed).max() < 2e-3 * np.abs(mixed).max()  # what rounding to half leaves
+        distance = np.clip(positions[row] - encoder_positions[slot, :length], 0, MAX_RELATIVE_DISTANCE)
+        attended, wanted = reference(sizes, query[row].reshape(heads, d_kv), cache[slot, :length], None if bias is None else bias[distance])
+        assert np.abs(out[row] - attended).max() < 2e-3 * np.abs(attended).max()  # what rounding to half leaves
         if positions[row] == 0:
             np.testing.assert_allclose(weights[row, :length], wanted.sum(0), atol=2e-5, rtol=1e-4)
         else:
@@ -103,31 +103,37 @@ def test_self_attention(sizes: EngineSizes, k_splits: int) -> None:
     if heads * d_kv // k_splits % 8:
         pytest.skip("k_splits are whole vectors")
     cache = normal(rng, SLOTS, capacity, 2 * kv_heads * d_kv).astype(np.float16)
-    made = normal(rng, BATCH, (heads + 2 * kv_heads) * d_kv)
-    made[:, : heads * d_kv] *= d_kv**-0.5
-    given = split(made, k_splits, rng)
-    made = given.astype(np.float32).sum(0)
+    qkv = normal(rng, BATCH, (heads + 2 * kv_heads) * d_kv)
+    qkv[:, : heads * d_kv] *= d_kv**-0.5
+    in_splits = split(qkv, k_splits, rng)
+    qkv = in_splits.astype(np.float32).sum(0)
     positions = np.array([0, 299, 17, -1, 140], np.int32)
     bias = normal(rng, MAX_RELATIVE_DISTANCE + 1, heads)
     on_gpu, out = cp.asarray(cache), cp.full((BATCH, heads * d_kv), cp.nan, cp.float16)
     out = out if k_splits == 1 else out.reshape(k_splits, BATCH, -1)
-    at = (cp.asarray(given if k_splits > 1 else given[0]), on_gpu, cp.asarray(PLACES), cp.asarray(positions), cp.asarray(bias))
-    StepKernels(sizes).self_attention(*at, out)
+    inputs = (
+        cp.asarray(in_splits if k_splits > 1 else in_splits[0]),
+        on_gpu,
+        cp.asarray(ROW_SLOTS),
+        cp.asarray(positions),
+        cp.asarray(bias),
+    )
+    StepKernels(sizes).self_attention(*inputs, out)
     after, out = on_gpu.get(), out.get()
     expected, wanted = cache.copy(), np.zeros((BATCH, heads * d_kv))
-    for row, (position, place) in enumerate(zip(positions, PLACES, strict=True)):
+    for row, (position, slot) in enumerate(zip(positions, ROW_SLOTS, strict=True)):
         if position < 0:
             continue
-        expected[place, position] = made[row, heads * d_kv :]
-        behind = np.minimum(position - np.arange(position + 1), MAX_RELATIVE_DISTANCE)
-        query = made[row, : heads * d_kv].reshape(heads, d_kv)
-        wanted[row], _ = reference(sizes, query, expected[place, : position + 1], bias[behind])
+        expected[slot, position] = qkv[row, heads * d_kv :]
+        distance = np.minimum(position - np.arange(position + 1), MAX_RELATIVE_DISTANCE)
+        query = qkv[row, : heads * d_kv].reshape(heads, d_kv)
+        wanted[row], _ = reference(sizes, query, expected[slot, : position + 1], bias[distance])
     np.testing.assert_allclose(out, as_splits(wanted, k_splits), atol=2e-5, rtol=6e-4)  # what rounding to half leaves
     np.testing.assert_array_equal(after, expected)
 
 
 @pytest.mark.parametrize("k_splits", [2, 4])
-def test_cross_attention_in_parts_is_that_in_one(k_splits: int) -> None:
+def test_split_output_of_cross_attention_equals_the_whole(k_splits: int) -> None:
     rng = np.random.default_rng(4)
     sizes = sizes_of(12, 1, 64)
     kernels, batch, capacity = StepKernels(sizes), 48, 3000
@@ -142,8 +148,8 @@ def test_cross_attention_in_parts_is_that_in_one(k_splits: int) -> None:
             out = cp.full((rows, 12 * sizes.d_kv), cp.nan, cp.float16)
             out = out if count == 1 else out.reshape(count, rows, -1)
             partial = cp.full((rows, 12, kernels.max_splits(capacity), sizes.d_kv + 2), cp.nan, cp.float32)
-            at = (query[:rows], cache, slots[:rows], of_rows[:rows], positions[:rows], None, cp.zeros((batch, 1), cp.int32))
-            kernels.cross_attention(*at, partial, cp.empty((rows, 12, 2), cp.float32), out)
+            inputs = (query[:rows], cache, slots[:rows], of_rows[:rows], positions[:rows], None, cp.zeros((batch, 1), cp.int32))
+            kernels.cross_attention(*inputs, partial, cp.empty((rows, 12, 2), cp.float32), out)
             found.append(out.get())
     np.testing.assert_array_equal(found[1], as_splits(found[0], k_splits))
     np.testing.assert_array_equal(found[3], as_splits(found[2], k_splits))
@@ -154,7 +160,7 @@ def test_cross_attention_in_parts_is_that_in_one(k_splits: int) -> None:
 
 
 @pytest.mark.parametrize(("batch", "d_model", "vocab"), [(5, 768, 32128), (1, 64, 3072), (48, 24, 3070), (100, 1032, 257)])
-def test_pick_token(batch: int, d_model: int, vocab: int) -> None:
+def test_greedy_choice(batch: int, d_model: int, vocab: int) -> None:
     rng = np.random.default_rng(2)
     hidden, head = (normal(rng, n, d_model).astype(np.float16) for n in (batch, vocab))
     head[5] = head[200]  # equals: the lower id

@@ -152,8 +152,9 @@ class EncoderAttention:
 
     def _reserve(self, max_length: int) -> None:
         """Allow the kernel the shared memory of the longest passage, which may exceed the default of 48 KB per block."""
-        needed, available = self._shared_bytes(max_length), cp.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
-        static = self._attention.shared_size_bytes
+        runtime = cp.cuda.runtime
+        available = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, cp.cuda.Device().id)
+        needed, static = self._shared_bytes(max_length), self._attention.shared_size_bytes
         if static + needed > available:
             longest = ((available - static) // 4 - TILE) // self._keys * self._keys
             raise EngineError(

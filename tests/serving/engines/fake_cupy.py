@@ -1,6 +1,6 @@
-"""As much of CuPy as the GPU runtime uses, on NumPy and without waiting for anything; and the kernels, in NumPy, under their own names.
+"""As much of CuPy as the GPU runtime uses, on NumPy, and stand-ins for the classes of kernels.py.
 
-For tests of what the runtime does with them on machines without a GPU. The real ones are tested in tests/gpu.
+They test the runtime on machines without a GPU; tests/gpu tests the real ones. Enqueued work runs at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def array(values: Any) -> Array:
 
 
 class Context:
-    """A stream or a device: enqueued work is done at once."""
+    """A stream or a device."""
 
     ptr = 0
     id = 0
@@ -51,6 +51,14 @@ class Context:
         pass
 
 
+class Memory:
+    """An allocation of device memory."""
+
+    def __init__(self, size: int):
+        self._bytes = np.zeros(size, np.uint8)
+        self.ptr = self._bytes.ctypes.data
+
+
 class CudaError(RuntimeError):
     """An error of CUDA with its number, as CuPy's have."""
 
@@ -66,7 +74,12 @@ def memcpy(target: int, source: int, size: int, *_: object) -> None:
 def modules() -> dict[str, types.ModuleType]:
     """What to put into sys.modules."""
     cupy, cupyx = types.ModuleType("cupy"), types.ModuleType("cupyx")
-    runtime = types.SimpleNamespace(memcpyAsync=memcpy, memGetInfo=lambda: (1 << 40, 1 << 40), CUDARuntimeError=CudaError)
+    runtime = types.SimpleNamespace(
+        memcpyAsync=memcpy,
+        memGetInfo=lambda: (1 << 40, 1 << 40),
+        getDeviceProperties=lambda device: {"name": b"NVIDIA H200", "major": 9, "minor": 0},
+        CUDARuntimeError=CudaError,
+    )
     driver = types.SimpleNamespace(CUDADriverError=CudaError)
     contents = {name: getattr(np, name) for name in ("float16", "float32", "int32", "uint64")} | {
         "ndarray": Array,
@@ -74,19 +87,21 @@ def modules() -> dict[str, types.ModuleType]:
         "asnumpy": np.asarray,
         "empty": lambda shape, dtype: array(np.full(shape, np.nan if np.dtype(dtype).kind == "f" else -7, dtype)),
         "zeros": lambda shape, dtype: array(np.zeros(shape, dtype)),
-        "cuda": types.SimpleNamespace(Stream=Context, Device=Context, runtime=runtime, driver=driver),
+        "cuda": types.SimpleNamespace(
+            Stream=Context, Device=Context, runtime=runtime, driver=driver, alloc=Memory, get_current_stream=Context
+        ),
     }
     for name, value in contents.items():
         setattr(cupy, name, value)
     cupyx.zeros_pinned = lambda shape, dtype: np.zeros(shape, dtype)  # type: ignore[attr-defined]
     kernels = types.ModuleType("serving.engines.gpu.kernels")
-    for made in (RowKernels, SkinnyGemm, EncoderAttention, StepKernels, HeadKernels):
-        setattr(kernels, made.__name__, made)
+    for stand_in in (RowKernels, SkinnyGemm, EncoderAttention, StepKernels, HeadKernels):
+        setattr(kernels, stand_in.__name__, stand_in)
     return {"cupy": cupy, "cupyx": cupyx, "serving.engines.gpu.kernels": kernels}
 
 
 def put(out: Array, rows: np.ndarray) -> None:
-    """Write rows as the gemm behind wants them."""
+    """Write rows in the shape of the next GEMM's input."""
     out[:] = as_splits(rows, out.shape[0] if out.ndim == 3 else 1)
 
 
@@ -98,8 +113,8 @@ class RowKernels:
         residual[:] = embedding[tokens]
         put(normed, norm(residual, weight, self.stack.epsilon))
 
-    def add_and_norm(self, made: Array, weight: Array, residual: Array, normed: Array, destinations: Array | None = None) -> None:
-        total = residual + whole(made)
+    def add_and_norm(self, y: Array, weight: Array, residual: Array, normed: Array, destinations: Array | None = None) -> None:
+        total = residual + whole(y)
         if destinations is None:
             residual[:] = total
             put(normed, norm(total, weight, self.stack.epsilon))
@@ -111,7 +126,7 @@ class RowKernels:
 
 
 class SkinnyGemm:
-    """Leaves three rows and more to the engine, so that both have their turn."""
+    """Leaves three rows and more to the engine, so that a test runs both."""
 
     def takes(self, x: Array, weight: Array) -> bool:
         return bool(x.shape[-2] < 3 and weight.dtype == np.float16)
@@ -128,7 +143,7 @@ class EncoderAttention:
         assert len(bias) == 2 * self.max_relative_distance + 1
         lengths = [int(length) for _, length, start in tiles if start == 0 and length > 0]
         assert max(lengths, default=0) <= longest <= self.max_length
-        rows = sum(lengths)  # behind them is what nobody reads
+        rows = sum(lengths)  # what follows is padding
         out[:rows] = attend_within_passages(query_key_value[:rows].astype(np.float32), lengths, bias, self.stack)
 
 
@@ -152,33 +167,33 @@ class StepKernels:
         weights /= weights.sum(1, keepdims=True)
         return np.einsum("ht,htd->hd", weights, values.repeat(group, 0)).ravel(), weights.sum(0)
 
-    def self_attention(self, made: Array, cache: Array, slots: Array, positions: Array, bias: Array, out: Array) -> None:
-        queries, rows = self.sizes.num_heads * self.sizes.d_kv, whole(made)
+    def self_attention(self, y: Array, cache: Array, slots: Array, positions: Array, bias: Array, out: Array) -> None:
+        queries, rows = self.sizes.num_heads * self.sizes.d_kv, whole(y)
         attended = np.zeros((len(rows), queries), np.float32)
         for row, position, slot in self._rows(positions, slots):
             cache[slot, position] = rows[row, queries:]
-            behind = (position - np.arange(position + 1)).clip(0, len(bias) - 1)
-            attended[row], _ = self._attend(rows[row, :queries], cache[slot, : position + 1], bias[behind])
+            distance = (position - np.arange(position + 1)).clip(0, len(bias) - 1)
+            attended[row], _ = self._attend(rows[row, :queries], cache[slot, : position + 1], bias[distance])
         put(out, attended)
 
-    def _across(self, row: int, position: int, slot: int, at: tuple) -> tuple[np.ndarray, np.ndarray]:
-        query, cache, _, lengths, _, bias, places = at
+    def _across(self, row: int, position: int, slot: int, inputs: tuple) -> tuple[np.ndarray, np.ndarray]:
+        query, cache, _, lengths, _, bias, token_positions = inputs
         length = int(lengths[row])
-        near = None if bias is None else bias[(position - places[slot, :length]).clip(0, len(bias) - 1)]
-        return self._attend(query[row], cache[slot, :length], near)
+        row_bias = None if bias is None else bias[(position - token_positions[slot, :length]).clip(0, len(bias) - 1)]
+        return self._attend(query[row], cache[slot, :length], row_bias)
 
     def cross_attention(self, *arguments: Any) -> None:
-        at, out = arguments[:7], arguments[9]
-        attended = np.zeros(at[0].shape, np.float32)
-        for row, position, slot in self._rows(at[4], at[2]):
-            attended[row], _ = self._across(row, position, slot, at)
+        inputs, out = arguments[:7], arguments[9]
+        attended = np.zeros(inputs[0].shape, np.float32)
+        for row, position, slot in self._rows(inputs[4], inputs[2]):
+            attended[row], _ = self._across(row, position, slot, inputs)
         put(out, attended)
 
     def attribution(self, *arguments: Any) -> None:
-        at, layer, weights = arguments[:7], arguments[8], arguments[9]
-        for row, position, slot in self._rows(at[4], at[2]):
+        inputs, layer, weights = arguments[:7], arguments[8], arguments[9]
+        for row, position, slot in self._rows(inputs[4], inputs[2]):
             if position == 0:
-                _, total = self._across(row, position, slot, at)
+                _, total = self._across(row, position, slot, inputs)
                 share = total / len(self.sizes.cross_attention_layers)
                 weights[row, : len(total)] = share if layer == 0 else weights[row, : len(total)] + share
 

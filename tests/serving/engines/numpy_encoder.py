@@ -1,4 +1,4 @@
-"""The encoder in gemms, on ONNX Runtime's CPU provider and NumPy: what the GPU runtime must equal, in plain fp32."""
+"""The encoder of a GPU reader in plain fp32: its GEMMs on ONNX Runtime's CPU provider, NumPy between them. The GPU must equal it."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class NumpyEncoder:
         lengths = [int(n) for n in attention_mask.sum(1) if n]
         residual = self.embedding[input_ids[valid]].astype(np.float32)
         norms = iter(self.norms)
-        given = norm(residual, next(norms), self.stack.epsilon)
+        x = norm(residual, next(norms), self.stack.epsilon)
         for gemm, multiply in self.gemms:
-            made = multiply(given)
+            y = multiply(x)
             if gemm.kind == "qkv":
-                given = attend_within_passages(made, lengths, self.bias, self.stack)
+                x = attend_within_passages(y, lengths, self.bias, self.stack)
             elif gemm.kind == "wi":
-                given = activate(made, self.stack)
+                x = activate(y, self.stack)
             else:
-                residual = residual + made
-                given = norm(residual, next(norms), self.stack.epsilon)
+                residual = residual + y
+                x = norm(residual, next(norms), self.stack.epsilon)
         out = np.zeros((*input_ids.shape, self.stack.d_model), np.float16)
-        out[valid] = given
+        out[valid] = x
         return out

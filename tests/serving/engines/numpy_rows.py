@@ -1,4 +1,4 @@
-"""What the GPU's kernels do to rows, in NumPy: the same arithmetic in plain form, in whatever precision it is given."""
+"""The arithmetic of the GPU's kernels in plain NumPy, in the precision of its arguments."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ def attend_within_passages(query_key_value: np.ndarray, lengths: list[int], bias
 
 
 def as_splits(rows: np.ndarray, k_splits: int) -> np.ndarray:
-    """[rows, columns] as a gemm in k_splits takes it: [k_splits, rows, columns / k_splits]."""
+    """[rows, columns] as the input of a split-K GEMM: [k_splits, rows, columns / k_splits]."""
     return rows if k_splits == 1 else np.ascontiguousarray(rows.reshape(len(rows), k_splits, -1).transpose(1, 0, 2))
 
 
-def whole(made: np.ndarray) -> np.ndarray:
-    """What a gemm made, its k_splits summed."""
-    return made.astype(np.float32).sum(0) if made.ndim == 3 else made
+def whole(y: np.ndarray) -> np.ndarray:
+    """A GEMM's output, its splits summed."""
+    return y.astype(np.float32).sum(0) if y.ndim == 3 else y
 
 
 def load_gemms(directory: Path, gemms: Sequence[Gemm]) -> list[tuple[Gemm, Callable[[np.ndarray], np.ndarray]]]:
-    """Each gemm with what multiplies by its weights, as its exported graph does; takes any float, gives float32.
+    """Each GEMM with a function that multiplies by its weights as its exported graph does, from any float to float32.
 
-    Of a gemm in k_splits the k_splits are summed.
+    The splits of a split-K GEMM are summed.
     """
     sessions = {p.engine: ort.InferenceSession(str(directory / f"{p.engine}.onnx")) for p in gemms}
 
     def multiply(session: ort.InferenceSession, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
         k_splits = weight.shape[0] if weight.ndim == 3 else 1
-        (made,) = session.run(None, {"x": as_splits(x.astype(np.float16), k_splits), "weight": weight})
-        return whole(made.astype(np.float32))
+        (y,) = session.run(None, {"x": as_splits(x.astype(np.float16), k_splits), "weight": weight})
+        return whole(y.astype(np.float32))
 
     return [(p, functools.partial(multiply, sessions[p.engine], np.load(directory / p.weight, allow_pickle=False))) for p in gemms]

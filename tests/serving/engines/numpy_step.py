@@ -1,6 +1,6 @@
-"""The decoder step in gemms as a DecoderEngine, on ONNX Runtime's CPU provider and NumPy: what the GPU runtime must equal.
+"""The decoder of a GPU reader in plain fp32: its GEMMs on ONNX Runtime's CPU provider, NumPy between them. The GPU must equal it.
 
-It is written for plainness: attention is a loop over rows, in fp32.
+Attention is a loop over rows and heads.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class NumpyStep:
         self.cache: dict[tuple[str, int, int], np.ndarray] = {}  # (kind, layer, slot) -> [tokens, 2 * kv_heads * d_kv]
 
     def admit(self, slot: int, running: int, hidden: np.ndarray, encoder_positions: np.ndarray) -> None:
-        made = self.cross_kv.run(None, {"encoder_hidden_states": hidden.astype(np.float16)})
-        for layer, rows in zip(self.sizes.cross_attention_layers, made, strict=True):
+        y = self.cross_kv.run(None, {"encoder_hidden_states": hidden.astype(np.float16)})
+        for layer, rows in zip(self.sizes.cross_attention_layers, y, strict=True):
             self.cache["cross", layer, slot] = rows.astype(np.float32)
         self.positions[slot] = encoder_positions
 
@@ -44,23 +44,23 @@ class NumpyStep:
         """[heads, d_kv] and [tokens, 2 * kv_heads * d_kv] -> [heads * d_kv], and the weights summed over heads."""
         heads, kv_heads, d_kv = self.sizes.num_heads, self.sizes.num_kv_heads, self.sizes.d_kv
         keys, values = rows.reshape(-1, 2, kv_heads, d_kv).transpose(1, 2, 0, 3)
-        mixed, total = [], np.zeros(len(rows), np.float32)
+        attended, total = [], np.zeros(len(rows), np.float32)
         for head in range(heads):
             group = head // (heads // kv_heads)
             scores = keys[group] @ queries[head] + (0 if bias is None else bias[:, head])
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()
-            mixed.append(weights @ values[group])
+            attended.append(weights @ values[group])
             total += weights
-        return np.concatenate(mixed), total
+        return np.concatenate(attended), total
 
-    def attention(self, kind: str, layer: int, made: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    def attention(self, kind: str, layer: int, y: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         heads, d_kv = self.sizes.num_heads, self.sizes.d_kv
         out, weights = [], []
         for row, position in enumerate(positions):
-            queries = made[row, : heads * d_kv].reshape(heads, d_kv)
+            queries = y[row, : heads * d_kv].reshape(heads, d_kv)
             if kind == "self":
-                new = made[row : row + 1, heads * d_kv :]
+                new = y[row : row + 1, heads * d_kv :]
                 past = self.cache["self", layer, row][:position] if position else new[:0]
                 cache = self.cache["self", layer, row] = np.concatenate([past, new])
                 bias = self.self_bias[np.minimum(position - np.arange(len(cache)), len(self.self_bias) - 1)]
@@ -68,8 +68,8 @@ class NumpyStep:
                 cache, bias = self.cache["cross", layer, row], None
                 if self.cross_bias is not None:
                     bias = self.cross_bias[np.clip(position - self.positions[row], 0, len(self.cross_bias) - 1)]
-            mixed, total = self.attend(queries, cache, bias)
-            out.append(mixed)
+            attended, total = self.attend(queries, cache, bias)
+            out.append(attended)
             weights.append(total)
         return np.array(out, np.float32), weights
 
@@ -77,21 +77,21 @@ class NumpyStep:
         attribution = np.zeros((len(tokens), max(len(self.positions[row]) for row in range(len(tokens)))), np.float32)
         norms = iter(self.norms)
         residual = self.embedding[tokens].astype(np.float32)
-        given = norm(residual, next(norms), self.stack.epsilon)
+        x = norm(residual, next(norms), self.stack.epsilon)
         for gemm, multiply in self.gemms:
-            made = multiply(given)
+            y = multiply(x)
             if gemm.kind == "qkv":
-                given, _ = self.attention("self", gemm.layer, made, positions)
+                x, _ = self.attention("self", gemm.layer, y, positions)
             elif gemm.kind == "cross_q":
-                given, weights = self.attention("cross", gemm.layer, made, positions)
+                x, weights = self.attention("cross", gemm.layer, y, positions)
                 for row, total in enumerate(weights):
                     attribution[row, : len(total)] += total / len(self.sizes.cross_attention_layers)
             elif gemm.kind == "wi":
-                given = activate(made, self.stack)
+                x = activate(y, self.stack)
             else:
-                residual = residual + made
-                given = norm(residual, next(norms), self.stack.epsilon)
-        logits = given.astype(np.float16) @ self.head.T
+                residual = residual + y
+                x = norm(residual, next(norms), self.stack.epsilon)
+        logits = x.astype(np.float16) @ self.head.T
         logits[:, 1] += eos_penalty  # the readers of the tests and the demo end with token 1
         log_probs = logits.max(1) - logits.max(1, keepdims=True)[:, 0] - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1))
         return logits.argmax(1).astype(np.int32), log_probs.astype(np.float32), attribution

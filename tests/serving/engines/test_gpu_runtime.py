@@ -1,12 +1,13 @@
-"""What the GPU's encoder and decoder do with their gemms and kernels, on stand-ins for both: tests/gpu has the real ones."""
+"""The GPU's encoder and decoder on stand-ins for their GEMMs and kernels; tests/gpu runs the real ones."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import re
+import shutil
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,20 @@ import pytest
 
 from export.checkpoint.files import Checkpoint
 from export.graphs.gpu import export_gpu_reader
+from export.tensorrt.compiler import graphs_of
 from serving.contract.gemms import decoder_gemms, split_k_of
-from serving.contract.limits import Limits
-from serving.contract.manifest import EngineError, Manifest, ManifestError
+from serving.contract.limits import Limits, LimitsError
+from serving.contract.manifest import EngineBuild, EngineError, Manifest, ManifestError, sha256_of_file
+from serving.contract.profiles import profile_ranges, profile_shapes
+from serving.engines.load import kv_budget, load_decoder
 from serving.launcher.installation import PROJECT
 from tests.conftest import FID, FIDO, RELEASED_FID, random_passages, random_reader, wide
-from tests.serving.engines import fake_cupy
+from tests.serving.engines import fake_cupy, fake_tensorrt
 from tests.serving.engines.numpy_encoder import NumpyEncoder
 from tests.serving.engines.numpy_step import NumpyStep
 
 READERS = {"fid": FID, "fido": FIDO, "released_fid": RELEASED_FID}
-SPLIT_K = "fido_in_parts"  # fido, with gemms in k_splits, which those of its size have no need of
+SPLIT_K = "fido_split_k"  # fido with split-K GEMMs, which a reader of its size would not have
 LIMITS = Limits(slots=3, max_passages=4)
 
 
@@ -37,7 +41,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> dic
     for name, config in READERS.items():
         folders[name] = tmp_path_factory.mktemp("gpu") / name
         export_gpu_reader(Checkpoint(random_reader(wide(config)), tokenizer_json, name, "own"), folders[name])
-    with shorter_sums():
+    with split_small_gemms():
         folders[SPLIT_K] = tmp_path_factory.mktemp("gpu") / SPLIT_K
         decoder = dataclasses.replace(wide(FIDO).decoder, d_model=128, d_ff=256, num_heads=8)
         config = dataclasses.replace(wide(FIDO), decoder=decoder)
@@ -46,33 +50,20 @@ def graphs(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> dic
 
 
 @contextlib.contextmanager
-def shorter_sums() -> Iterator[None]:
-    """Products in k_splits for small readers as well."""
+def split_small_gemms() -> Iterator[None]:
+    """Split-K also for the GEMMs of a small reader."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("serving.contract.gemms.MIN_K_PER_SPLIT", 64)
         yield
 
 
-@pytest.fixture
-def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Imports a module of the runtime on the stand-ins."""
-    before = set(sys.modules)
-    for name, module in fake_cupy.modules().items():
-        monkeypatch.setitem(sys.modules, name, module)
-    yield lambda name: importlib.import_module(f"serving.engines.gpu.{name}")
-    for name in set(sys.modules) - before:
-        if name.startswith("serving.engines.gpu."):
-            del sys.modules[name]
-            vars(sys.modules["serving.engines.gpu"]).pop(name.removeprefix("serving.engines.gpu."), None)
-
-
 class Call:
-    def __init__(self, session: ort.InferenceSession, given: dict[str, np.ndarray], outputs: dict[str, np.ndarray]):
-        self._session, self._given, self._outputs = session, given, outputs
+    def __init__(self, session: ort.InferenceSession, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray]):
+        self._session, self._inputs, self._outputs = session, inputs, outputs
 
     def enqueue(self, stream: object) -> None:
-        for made, out in zip(self._session.run(list(self._outputs), self._given), self._outputs.values(), strict=True):
-            out[:] = made
+        for result, out in zip(self._session.run(list(self._outputs), self._inputs), self._outputs.values(), strict=True):
+            out[:] = result
 
 
 class Engine:
@@ -101,7 +92,7 @@ def test_encoder_packs_passages_of_all_questions_and_puts_each_back(name: str, g
         for n, width in ((3, 24), (1, 9), (4, 24), (2, 16), (4, 24), (4, 24), (4, 24))
     ]
     batch[2][1][1] = 0  # a passage without a token
-    assert sum(int(mask.sum()) for _, mask in batch) > encoder.max_tokens_per_call, "wanted more than one call"
+    assert sum(int(mask.sum()) for _, mask in batch) > encoder.max_tokens_per_call, "this test is about more than one call"
     reference = NumpyEncoder(directory, manifest)
     for (ids, mask), found in zip(batch, encoder.encode(batch), strict=True):
         wanted = reference.encode(ids, mask)
@@ -109,11 +100,11 @@ def test_encoder_packs_passages_of_all_questions_and_puts_each_back(name: str, g
         np.testing.assert_allclose(found, wanted, atol=2e-2)
 
 
-def test_a_captured_call_has_room_for_any_passages_of_so_many_tokens(graphs: dict[str, Path], runtime: Any, monkeypatch: Any) -> None:
+def test_a_captured_call_holds_any_passages(graphs: dict[str, Path], runtime: Any, monkeypatch: Any) -> None:
     launched = []
 
     class CudaGraph:
-        """What was captured is what runs at every launch."""
+        """Runs at every launch what was captured."""
 
         def __init__(self, stream: object, run: Any):
             self._run = run
@@ -139,7 +130,7 @@ def test_a_captured_call_has_room_for_any_passages_of_so_many_tokens(graphs: dic
         assert np.isfinite(found).all()
 
 
-def test_foreign_ids_and_passages_that_are_too_long_reach_no_foreign_memory(graphs: dict[str, Path], runtime: Any) -> None:
+def test_unknown_ids_and_passages_that_are_too_long_read_no_foreign_memory(graphs: dict[str, Path], runtime: Any) -> None:
     directory, manifest = graphs["fid"], Manifest.load(graphs["fid"])
     encoder = runtime("encoder").GpuEncoder(directory, manifest, loader(directory), LIMITS)
     ids = np.full((2, 40), 96, np.int32)
@@ -150,7 +141,9 @@ def test_foreign_ids_and_passages_that_are_too_long_reach_no_foreign_memory(grap
 
 
 @pytest.mark.parametrize("name", [*READERS, SPLIT_K])
-def test_decoder_steps_as_the_products_say(name: str, graphs: dict[str, Path], runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_step_equals_that_of_plain_numpy(
+    name: str, graphs: dict[str, Path], runtime: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory, manifest = graphs[name], Manifest.load(graphs[name])
     if name == SPLIT_K:
         monkeypatch.setattr("serving.contract.gemms.MIN_K_PER_SPLIT", 64)
@@ -163,13 +156,13 @@ def test_decoder_steps_as_the_products_say(name: str, graphs: dict[str, Path], r
     rng = np.random.default_rng(1)
     for slot, length in enumerate((30, 7, 21)):
         hidden = rng.standard_normal((length, manifest.sizes.d_model_encoder)).astype(np.float16)
-        places = np.sort(rng.choice(90, length, replace=False)).astype(np.int32)
+        token_positions = np.sort(rng.choice(90, length, replace=False)).astype(np.int32)
         packed = packer.pack(hidden[None], np.ones((1, length), np.int32))
-        decoder.admit(slot, slot, packer.concatenate([packed[: length // 3], packed[length // 3 :]] if slot else [packed]), places)
-        reference.admit(slot, slot, hidden, places)
+        decoder.admit(slot, slot, packer.concatenate([packed[: length // 3], packed[length // 3 :]] if slot else [packed]), token_positions)
+        reference.admit(slot, slot, hidden, token_positions)
     tokens, penalty = np.zeros(3, np.int32), np.array([-1e9, 0, 0], np.float32)
     for position in range(5):
-        if position == 2:  # the last answer takes the first's place
+        if position == 2:  # the last sequence moves to the first slot
             for engine in (decoder, reference):
                 engine.move(2, 0)
             tokens, penalty = np.array([tokens[2], tokens[1]]), penalty[[2, 1]]
@@ -180,16 +173,16 @@ def test_decoder_steps_as_the_products_say(name: str, graphs: dict[str, Path], r
         tokens = wanted[0]
 
 
-def test_kernels_that_come_up_early_wait_before_they_write_or_end(runtime: Any) -> None:
-    awaiting = runtime("cuda_graph").DEPENDENT_KERNELS
+def test_kernels_that_start_early_wait_before_they_write_or_return(runtime: Any) -> None:
+    dependent = runtime("cuda_graph").DEPENDENT_KERNELS
     names = ("rows.cu", "skinny_gemm.cu", "self_attention.cu", "cross_attention.cu", "head.cu")
     sources = "".join((PROJECT / "serving/engines/gpu/cuda" / name).read_text("utf-8") for name in names)
-    # __global__ void, bounds if any, and the name; then everything up to the brace that ends the kernel, at the line's start
+    # __global__ void, launch bounds if any, the name; then everything up to the closing brace, which is at the start of a line
     kernels = dict(re.findall(r"__global__ void(?: __launch_bounds__\(.*?\))? (\w+)\((.*?)^\}", sources, re.DOTALL | re.MULTILINE))
-    assert set(kernels) - awaiting == {"embed"}
-    for name in awaiting:
+    assert set(kernels) - dependent == {"embed"}
+    for name in dependent:
         branches = [kernels[name]]
-        if name == "cross_attention":  # two kernels under one name: where heads share keys, and where they do not
+        if name == "cross_attention":  # two forms under one name: without and with shared keys
             branches = re.split(r"^#(?:if|else|endif).*$", kernels[name], flags=re.MULTILINE)[1:3]
         for branch in branches:
             before, after = branch.split("grid_dependency_wait(", 1)
@@ -197,7 +190,7 @@ def test_kernels_that_come_up_early_wait_before_they_write_or_end(runtime: Any) 
             assert "grid_dependency_wait(" not in after, name
 
 
-def test_what_cannot_run_is_refused_by_name(graphs: dict[str, Path], runtime: Any, tmp_path: Path, tokenizer_json: str) -> None:
+def test_a_reader_that_a_gpu_cannot_run_is_refused(graphs: dict[str, Path], runtime: Any, tmp_path: Path, tokenizer_json: str) -> None:
     directory, manifest = graphs["fido"], Manifest.load(graphs["fido"])
     whole = dataclasses.replace(manifest, encoder=None)
     with pytest.raises(EngineError, match="the encoder is one graph, for Triton's own backend"):
@@ -207,3 +200,51 @@ def test_what_cannot_run_is_refused_by_name(graphs: dict[str, Path], runtime: An
     files = {file: hash_ for file, hash_ in manifest.files.items() if file != "decoder.00.qkv.npy"}
     with pytest.raises(ManifestError, match=r"decoder\.00\.qkv\.npy: not in manifest\.json"):
         runtime("decoder").GpuDecoder(directory, dataclasses.replace(manifest, files=files), loader(directory), 1, (64, 16))
+
+
+def test_a_step_beyond_the_slots_is_refused_before_anything_is_written(graphs: dict[str, Path], runtime: Any) -> None:
+    directory, manifest = graphs["fido"], Manifest.load(graphs["fido"])
+    decoder = runtime("decoder").GpuDecoder(directory, manifest, loader(directory), 2, (64, 16))
+    hidden = fake_cupy.array(np.ones((5, manifest.sizes.d_model_encoder), np.float16))
+    for slot in range(2):
+        decoder.admit(slot, slot, hidden, np.arange(5, dtype=np.int32))
+    tokens, penalty = np.zeros(2, np.int32), np.zeros(2, np.float32)
+    decoder.step(tokens, np.array([0, 15], np.int32), penalty)  # the last token that a slot holds
+    caches = [cache.copy() for cache in decoder._self_cache.values()]
+    with pytest.raises(EngineError, match=r"position in the answer: wanted less than 16, .* got 16; .*max_new_tokens"):
+        decoder.step(tokens, np.array([1, 16], np.int32), penalty)
+    for cache, before in zip(decoder._self_cache.values(), caches, strict=True):
+        np.testing.assert_array_equal(cache, before)
+    with pytest.raises(EngineError, match=r"passages of a question: wanted at most 64 tokens, .* got 65"):
+        decoder.admit(0, 2, fake_cupy.array(np.ones((65, 24), np.float16)), np.arange(65, dtype=np.int32))
+
+
+def test_slots_that_the_memory_budget_leaves_are_those_that_the_engines_must_cover(
+    graphs: dict[str, Path], runtime: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    directory, manifest = tensorrt_reader(graphs["fido"], tmp_path, Limits(slots=2, max_passages=4))
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.module("11.4.0"))
+    monkeypatch.setattr(runtime("decoder"), "CudaGraph", lambda stream, run: types.SimpleNamespace(launch=lambda stream: run()))
+    limits = Limits(slots=3, max_passages=4, max_new_tokens=32)
+    with pytest.raises(LimitsError, match=r"decoder\.qkv\.plan: batch: wanted at most 2, .* allow 3; lower slots"):
+        load_decoder(directory, manifest, limits)
+    budget = dataclasses.replace(limits, kv_cache_bytes=2 * kv_budget(manifest, limits).bytes_per_question)
+    assert load_decoder(directory, manifest, budget).slots == 2
+    with pytest.raises(LimitsError, match=r"cross_kv\.plan: encoder_sequence_length: wanted at most 96, .* allow 120; lower max_passages"):
+        load_decoder(directory, manifest, dataclasses.replace(limits, slots=2, max_passages=5))
+
+
+def tensorrt_reader(graphs: Path, directory: Path, limits: Limits) -> tuple[Path, Manifest]:
+    """The reader in `graphs` with plans for the stand-in of TensorRT 11 in place of its graphs."""
+    shutil.copytree(graphs, directory, dirs_exist_ok=True)
+    manifest = Manifest.load(graphs)
+    profiles = {}
+    for name, tensors in graphs_of(manifest).items():
+        profiles[f"{name}.plan"] = [
+            profile_shapes(tensors, ranges) for ranges in profile_ranges(name, limits, manifest.prompt.passage_length)
+        ]
+        specs = (*tensors.inputs, *tensors.outputs)
+        (directory / f"{name}.plan").write_bytes(fake_tensorrt.plan([spec.name for spec in specs], 64))
+    files = {file.name: sha256_of_file(file) for file in directory.iterdir()}
+    build = EngineBuild("NVIDIA H200", "9.0", "11.4.0", profiles, {})
+    return directory, dataclasses.replace(manifest, engine="tensorrt", files=files, build=build)
