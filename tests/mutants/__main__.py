@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     accepted = notes.load_reasons()
     print(notes.survivors_text(tried, accepted))
     out = args.notes or (Path("build/mutants.md") if args.paths else NOTES)
-    settings = f"--seed {args.seed} --sample {args.sample} --minutes {args.minutes:g}" + "".join(f" --paths {path}" for path in args.paths)
+    settings = f"--seed {args.seed} --sample {args.sample} --minutes {args.minutes:g}"
+    settings += f" --paths {' '.join(args.paths)}" if args.paths else ""
     notes.write(ROOT / out, tried, accepted, settings)
     print(f"written: {out}")
     print(notes.score_line(tried))
