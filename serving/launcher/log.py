@@ -8,6 +8,7 @@ failed start. Nothing here can block the server: what cannot be written is dropp
 from __future__ import annotations
 
 import collections
+import contextlib
 import datetime
 import json
 import logging
@@ -111,8 +112,9 @@ class LogPump:
                 self._take(rest)
         finally:
             os.close(read_fd)
-            self._log.close()
-            self._requests.close()
+            for file in (self._log, self._requests):
+                with contextlib.suppress(OSError):
+                    file.close()
 
     def _take(self, content: bytes) -> None:
         try:
