@@ -35,7 +35,7 @@ def test_requests_are_json_lines_of_their_own(tmp_path):
     pumped(tmp_path, "\n".join(lines).encode())
     requests = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().split("\n") if line]
     assert [{key: value for key, value in request.items() if key != "time"} for request in requests] == [FIELDS, FIELDS]
-    assert all(list(request)[0] == "time" for request in requests)
+    assert all(next(iter(request)) == "time" for request in requests)
     assert (tmp_path / "tritonserver.log").read_text() == other + "\n"
 
 
