@@ -1,1 +1,1 @@
-"""What serves a reader: the chain behind a request, the engines it runs on, Triton's models, and the launcher. Needs no torch."""
+"""Serves readers: what a request goes through, the engines that run it, Triton's models, and the launcher. Needs no torch."""

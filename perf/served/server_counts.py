@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import urllib.request
 from typing import Any
 
+from serving.launcher.endpoints import fetch
 from serving.launcher.server import TritonServer
+from serving.launcher.statistics import statistics_of
 
-SUMS = ("queue", "compute_infer")
+TIMEOUT_S = 10.0
 # The readers' counters (serving/triton/metrics.py) that a load point reports.
 COUNTERS = (
     "encoder_engine_seconds_total",
@@ -26,14 +26,12 @@ def counts_of(server: TritonServer) -> Counts:
     """All counts now, by model and name."""
     found: Counts = {}
     for model in server.models:
-        with urllib.request.urlopen(f"{server.http_url}/v2/models/{model}/stats", timeout=10) as response:
-            (stats,) = json.load(response)["model_stats"]
-        found[f"{model} executions"] = float(stats["execution_count"])
-        found[f"{model} requests"] = float(stats["inference_stats"]["success"]["count"])
-        for name in SUMS:
-            found[f"{model} {name}_s"] = float(stats["inference_stats"][name]["ns"]) / 1e9
-    with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
-        lines = response.read().decode().splitlines()
+        stats = statistics_of(server, model)
+        found[f"{model} executions"] = float(stats.executions)
+        found[f"{model} requests"] = float(stats.requests)
+        found[f"{model} queue_s"] = stats.queue_s
+        found[f"{model} compute_infer_s"] = stats.compute_s
+    lines = fetch(server.metrics_url, TIMEOUT_S).decode().splitlines()
     for line in lines:
         name, _, rest = line.partition("{")
         if name in COUNTERS:

@@ -11,7 +11,8 @@ import pytest
 
 from export.repository import repository_from_engines
 from serving.contract.limits import Limits
-from serving.launcher.installation import HEAP_TRIM, NO_THREAD_CACHES, environment, find_installation
+from serving.launcher.environment import HEAP_TRIM, NO_THREAD_CACHES, environment
+from serving.launcher.installation import find_installation
 from serving.launcher.server import TritonServer, models_of
 
 # fills 100 MB of heap with small blocks, frees all but the last, and prints resident memory until it has shrunk

@@ -12,8 +12,8 @@ from clients.errors import ReaderError
 from clients.reader_client import ReaderClient
 from export.repository import repository_from_engines
 from serving.contract.limits import Limits
-from serving.launcher import installation
-from serving.launcher.installation import STREAM_LOCKS
+from serving.launcher import environment
+from serving.launcher.environment import STREAM_LOCKS
 from serving.launcher.server import TritonServer, models_of
 
 pytestmark = [pytest.mark.server, pytest.mark.skipif(not STREAM_LOCKS.is_file(), reason="there was no C compiler at `make setup`")]
@@ -23,16 +23,16 @@ CANCELLED, TOKENS = 5, 24
 @pytest.fixture
 def server(engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[TritonServer]:
     monkeypatch.setenv("TRITONSERVER_DELAY_GRPC_RESPONSE", "30")
-    monkeypatch.setattr(installation, "STREAM_LOCKS", request.param)
+    monkeypatch.setattr(environment, "STREAM_LOCKS", request.param)
     repository_from_engines(engines["fido"][1], tmp_path / "repository", "fido", Limits())
     with TritonServer(models_of(["fido"], stream=True), tmp_path / "repository", drain_timeout_s=1.0) as server:
         yield server
 
 
 def cancel_in_mid_answer(client: ReaderClient) -> None:
-    """Leave a stream behind its first piece: more are under way."""
-    with client.stream("w1", ["w2"], max_new_tokens=TOKENS, min_new_tokens=TOKENS) as pieces:
-        next(pieces)
+    """Leave a stream after its first response, while more are on their way."""
+    with client.stream("w1", ["w2"], max_new_tokens=TOKENS, min_new_tokens=TOKENS) as responses:
+        next(responses)
 
 
 @pytest.mark.parametrize("server", [STREAM_LOCKS], indirect=True, ids=["with it"])

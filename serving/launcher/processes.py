@@ -1,0 +1,112 @@
+"""Starts a server's process so that it ends with this one, ends it, and finds its children.
+
+In: a command. Out: a `GuardedProcess`. The kernel's parent-death signal is not used: it comes when the starting thread ends, not the
+process, and it needs Python code between fork and exec. Instead a small shell process, the guard, waits for the end of a pipe whose other
+end only this process holds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+# The shell becomes the server, so that the server has the process id that Popen returns. $1 is how many seconds the server may drain.
+# Standard input is the pipe; the guard keeps it as descriptor 3. The guard is in the server's process group, and that keeps the number of
+# the group from being used again. SIGPIPE is ignored: the server goes on when nobody reads its log.
+GUARD = """
+exec 3<&0 </dev/null
+trap '' PIPE
+(read -r _ <&3; kill -s TERM $$; sleep "$1"; kill -s KILL -- -$$) >/dev/null 2>&1 &
+exec 3<&-
+shift
+exec "$@"
+"""
+GUARD_NAME = "fido-guard"
+
+
+class GuardedProcess:
+    """A running process with a group of its own.
+
+    Args:
+        command: the program and its arguments.
+        environment: of the process and of the guard.
+        preload: environment variables of the process alone; the guard goes without.
+        output_fd: for standard output and standard error.
+        inherited_fds: descriptors that the process and its children keep open.
+        drain_timeout_s: how long the process may take to end if this process is killed.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        preload: Mapping[str, str],
+        output_fd: int,
+        inherited_fds: Sequence[int],
+        drain_timeout_s: float,
+    ):
+        guard_fd, self._lifeline_fd = os.pipe()
+        variables = ["env", *(f"{name}={value}" for name, value in preload.items())] if preload else []
+        try:
+            # A session of its own: Ctrl-C at the terminal reaches the launcher alone, which decides how the server ends.
+            self.popen = subprocess.Popen(
+                ["/bin/sh", "-c", GUARD, GUARD_NAME, str(max(1, round(drain_timeout_s))), *variables, *command],
+                stdin=guard_fd,
+                stdout=output_fd,
+                stderr=output_fd,
+                env=environment,
+                pass_fds=inherited_fds,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(self._lifeline_fd)
+            raise
+        finally:
+            os.close(guard_fd)
+
+    def end(self, timeout_s: float) -> None:
+        """Ask the process to end, wait for at most `timeout_s`, then kill it, the guard and every child in its group."""
+        self.popen.send_signal(signal.SIGTERM)
+        try:
+            self.popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.popen.wait()
+        os.close(self._lifeline_fd)
+
+
+def model_processes(server_pid: int, models: Sequence[str]) -> dict[str, int]:
+    """Process ids of the Python processes of a server's models: MODEL -> id; a second process of a model is "MODEL 2"."""
+    found: dict[str, int] = {}
+    for pid in descendants(server_pid):
+        try:
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue  # it ended meanwhile
+        if GUARD_NAME in arguments:
+            continue
+        for model in models:
+            if any(f"/{model}/" in argument for argument in arguments):
+                number = sum(name.split()[0] == model for name in found) + 1
+                found[model if number == 1 else f"{model} {number}"] = pid
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids of the direct and indirect children of a process."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        try:
+            direct = [int(child) for child in (task / "children").read_text().split()]
+        except OSError:
+            continue
+        for child in direct:
+            found += [child, *descendants(child)]
+    return found

@@ -1,0 +1,119 @@
+"""TritonServer against a stand-in of tritonserver."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from serving.launcher import log
+from serving.launcher.endpoints import PortError, free_ports
+from serving.launcher.installation import ServerError
+from serving.launcher.server import START_ATTEMPTS, TritonServer
+from tests.serving.launcher.stand_in import ends_within, install_stand_in, write_models
+
+
+def failure_within(server: TritonServer, seconds: float) -> str | None:
+    deadline = time.monotonic() + seconds
+    while (failure := server.failure()) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return failure
+
+
+def test_a_native_encoder_has_no_process_and_is_not_missed(tmp_path, monkeypatch):
+    install_stand_in(tmp_path, monkeypatch)
+    repository = write_models(tmp_path / "repository", fid_encoder="tensorrt", fid="python")
+    with TritonServer(["fid_encoder", "fid"], repository) as server:
+        time.sleep(0.3)
+        assert server.failure() is None
+        assert set(server.model_processes()) == {"tritonserver", "fid"}
+        os.kill(server.model_processes()["fid"], signal.SIGKILL)
+        assert failure_within(server, 5) == "the process of fid has died"
+
+
+def test_a_python_model_whose_process_never_came_is_missed(tmp_path, monkeypatch):
+    install_stand_in(tmp_path, monkeypatch, "repository.joinpath('fid_encoder').unlink()")
+    repository = write_models(tmp_path / "repository", fid_encoder="python", fid="python")
+    with TritonServer(["fid_encoder", "fid"], repository) as server:
+        time.sleep(0.3)
+        assert server.failure() == "the process of fid_encoder has died"
+
+
+def test_stopping_ends_every_process_and_removes_regions_and_scratch(tmp_path, monkeypatch):
+    install_stand_in(tmp_path, monkeypatch, "open('/dev/shm/' + sys.argv[4].rpartition('=')[2] + 'x', 'w')")
+    repository = write_models(tmp_path / "repository", fid="python")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with TritonServer(["fid"], repository) as server:
+        pids, prefix = set(server.model_processes().values()), server.shm_prefix
+        scratch = server.log.parent
+    assert scratch.name.startswith("fido-triton-") and not scratch.exists()
+    assert not list(Path("/dev/shm").glob(f"{prefix}*"))
+    assert all(ends_within(pid, 2) for pid in pids)
+
+
+def test_a_failed_start_quotes_the_first_fault_and_its_log_is_of_bounded_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(log, "MAX_FILE_BYTES", 1 << 16)
+    lines = "print('E1124 13:38:36.1 8 x.cc:1] \"the cause\"'); [print('x' * 99) for _ in range(20_000)]; sys.stdout.flush(); sys.exit(3)"
+    install_stand_in(tmp_path, monkeypatch, lines)
+    repository = write_models(tmp_path / "repository", fid="python")
+    with pytest.raises(ServerError, match="ended with code 3") as caught, TritonServer(["fid"], repository, log=tmp_path / "log" / "a.log"):
+        pass
+    assert "the cause" in str(caught.value) and len(str(caught.value)) < 5_000
+    assert sum(path.stat().st_size for path in (tmp_path / "log").iterdir()) <= (log.OLD_FILES + 1) * log.MAX_FILE_BYTES
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    install_stand_in(tmp_path, monkeypatch)
+    repository = write_models(tmp_path / "repository", fid="python")
+    (tmp_path / "file").touch()
+    with pytest.raises(ServerError, match=r"--log .*/file/a.log: cannot be written"):
+        TritonServer(["fid"], repository, log=tmp_path / "file" / "a.log").__enter__()
+
+
+@pytest.mark.parametrize(("how", "starts"), [("os.abort()", START_ATTEMPTS), ("sys.exit(1)", 1)])
+def test_a_start_that_triton_aborts_is_tried_again_and_one_that_it_refuses_is_not(tmp_path, monkeypatch, how, starts):
+    counted = tmp_path / "starts"
+    install_stand_in(tmp_path, monkeypatch, f"open({str(counted)!r}, 'a').write('x'); {how}")
+    repository = write_models(tmp_path / "repository", fid="python")
+    with pytest.raises(ServerError, match="before it was ready"), TritonServer(["fid"], repository):
+        pass
+    assert counted.read_text() == "x" * starts
+
+
+def test_a_port_that_another_server_takes_at_the_last_moment_is_named(tmp_path, monkeypatch):
+    """Our check has passed by then; Triton's own message says a socket is in use, not whose option it is."""
+    install_stand_in(tmp_path, monkeypatch, "print('error: Socket already in use', flush=True); sys.exit(1)")
+    repository = write_models(tmp_path / "repository", fid="python")
+    server = TritonServer(["fid"], repository, ports := tuple(free_ports(3)))
+    with socket.socket() as other:
+        start = server._start
+
+        def start_and_lose_the_port() -> None:
+            start()
+            other.bind(("127.0.0.1", ports[1]))
+            other.listen()
+
+        monkeypatch.setattr(server, "_start", start_and_lose_the_port)
+        with pytest.raises(PortError, match=f"--grpc-port {ports[1]}: another process listens"):
+            server.__enter__()
+
+
+def test_the_library_path_with_a_blank_reaches_the_server_whole(tmp_path, monkeypatch):
+    from serving.launcher import environment
+
+    folder = tmp_path / "with blank"
+    folder.mkdir()
+    (folder / "libheap_trim.so").write_bytes(b"no library, but the loader only warns")
+    monkeypatch.setattr(environment, "HEAP_TRIM", folder / "libheap_trim.so")
+    monkeypatch.setattr(environment, "STREAM_LOCKS", tmp_path / "none.so")
+    install_stand_in(tmp_path, monkeypatch, f"open({str(tmp_path / 'preload')!r}, 'w').write(os.environ.get('LD_PRELOAD', ''))")
+    repository = write_models(tmp_path / "repository", fid="python")
+    with TritonServer(["fid"], repository) as server:
+        (library,) = (tmp_path / "preload").read_text().split()
+        assert library.endswith("/libheap_trim.so") and " " not in library
+        assert Path(library).read_bytes().startswith(b"no library")
+        assert [line.split(":")[0] for line in server.missing_guards] == ["without stream_locks"]
