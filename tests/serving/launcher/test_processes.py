@@ -31,7 +31,9 @@ def test_a_launcher_that_is_killed_takes_its_server_with_it():
     assert launcher.stdout is not None
     pid = int(launcher.stdout.readline())
     assert is_running(pid)
-    (guard,) = descendants(pid)
+    while not (children := descendants(pid)):  # the shell has not started it yet
+        time.sleep(0.01)
+    (guard,) = children
     launcher.kill()
     launcher.wait()
     assert ends_within(pid, 5)
