@@ -13,15 +13,26 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# The shell becomes the server, so that the server has the process id that Popen returns. $1 is how many seconds the server may drain.
+# The shell becomes the server, so that the server has the process id that Popen returns. $1 is how many seconds the server may drain,
+# $2 the path that its shared memory regions start with, $3 its scratch folder: the guard removes both if the launcher was killed.
 # Standard input is the pipe; the guard keeps it as descriptor 3. The guard is in the server's process group, and that keeps the number of
 # the group from being used again. SIGPIPE is ignored: the server goes on when nobody reads its log.
 GUARD = """
 exec 3<&0 </dev/null
 trap '' PIPE
-(read -r _ <&3; kill -s TERM $$; sleep "$1"; kill -s KILL -- -$$) >/dev/null 2>&1 &
+(
+    read -r _ <&3
+    kill -s TERM $$
+    for _ in $(seq "$1"); do
+        sleep 1
+        read -r _ _ state _ </proc/$$/stat && [ "$state" != Z ] || break
+    done
+    case "$2" in /dev/shm/?*) rm -f -- "$2"* ;; esac
+    case "$3" in /?*) rm -rf -- "$3" ;; esac
+    kill -s KILL -- -$$
+) >/dev/null 2>&1 &
 exec 3<&-
-shift
+shift 3
 exec "$@"
 """
 GUARD_NAME = "fido-guard"
@@ -37,6 +48,8 @@ class GuardedProcess:
         output_fd: for standard output and standard error.
         inherited_fds: descriptors that the process and its children keep open.
         drain_timeout_s: how long the process may take to end if this process is killed.
+        shm_prefix: path that the names of its shared memory regions start with, removed if this process is killed; "" for none.
+        scratch: folder that is removed then; "" for none.
     """
 
     def __init__(
@@ -47,13 +60,15 @@ class GuardedProcess:
         output_fd: int,
         inherited_fds: Sequence[int],
         drain_timeout_s: float,
+        shm_prefix: str = "",
+        scratch: str = "",
     ):
         guard_fd, self._lifeline_fd = os.pipe()
         variables = ["env", *(f"{name}={value}" for name, value in preload.items())] if preload else []
         try:
             # A session of its own: Ctrl-C at the terminal reaches the launcher alone, which decides how the server ends.
             self.popen = subprocess.Popen(
-                ["/bin/sh", "-c", GUARD, GUARD_NAME, str(max(1, round(drain_timeout_s))), *variables, *command],
+                ["/bin/sh", "-c", GUARD, GUARD_NAME, str(max(1, round(drain_timeout_s))), shm_prefix, scratch, *variables, *command],
                 stdin=guard_fd,
                 stdout=output_fd,
                 stderr=output_fd,

@@ -158,7 +158,14 @@ class TritonServer:
             raise ServerError(f"--log {self.log}: cannot be written: {error}") from error
         try:
             self._running = GuardedProcess(
-                command, variables, alone, self._pump.write_fd, self._workspace.lock_fds, self._drain_timeout_s + 10
+                command,
+                variables,
+                alone,
+                self._pump.write_fd,
+                self._workspace.lock_fds,
+                self._drain_timeout_s + 10,
+                str(SHM / self.shm_prefix),
+                str(scratch),
             )
         finally:
             self._pump.close_write_end()

@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from serving.launcher.processes import GuardedProcess
+from serving.launcher.processes import GuardedProcess, descendants
 from tests.serving.launcher.stand_in import ends_within, is_running
 
 ROOT = Path(__file__).parents[3]
@@ -31,9 +31,13 @@ def test_a_launcher_that_is_killed_takes_its_server_with_it():
     assert launcher.stdout is not None
     pid = int(launcher.stdout.readline())
     assert is_running(pid)
+    while not (children := descendants(pid)):  # the shell has not started it yet
+        time.sleep(0.01)
+    (guard,) = children
     launcher.kill()
     launcher.wait()
     assert ends_within(pid, 5)
+    assert ends_within(guard, 3), "it must not wait for the whole drain timeout"
 
 
 def test_a_server_outlives_the_thread_that_started_it():

@@ -44,12 +44,13 @@ def test_a_python_model_whose_process_never_came_is_missed(tmp_path, monkeypatch
 
 
 def test_stopping_ends_every_process_and_removes_regions_and_scratch(tmp_path, monkeypatch):
-    install_stand_in(tmp_path, monkeypatch, "open('/dev/shm/' + sys.argv[4].rpartition('=')[2] + 'x', 'w')")
+    install_stand_in(tmp_path, monkeypatch, "open('/dev/shm/' + sys.argv[3].rpartition('=')[2] + 'x', 'w')")
     repository = write_models(tmp_path / "repository", fid="python")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with TritonServer(["fid"], repository) as server:
         pids, prefix = set(server.model_processes().values()), server.shm_prefix
         scratch = server.log.parent
+        assert Path(f"/dev/shm/{prefix}x").exists()
     assert scratch.name.startswith("fido-triton-") and not scratch.exists()
     assert not list(Path("/dev/shm").glob(f"{prefix}*"))
     assert all(ends_within(pid, 2) for pid in pids)
