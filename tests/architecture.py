@@ -1,4 +1,4 @@
-"""The table of modules in docs/architecture.md, from the first line of each module's docstring. `python -m tests.architecture` writes it."""
+"""The table of modules in docs/architecture.md, from the modules' docstrings. `python -m tests.architecture` writes it."""
 
 from __future__ import annotations
 

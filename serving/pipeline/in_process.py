@@ -1,4 +1,4 @@
-"""The chain without Triton: the same prompt, engines and decode loop in one process, for benchmarks and comparisons."""
+"""The chain without Triton: the same prompt, engines and scheduler in one process, for benchmarks and comparisons."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class InProcessReader:
         self._encoding = threading.Lock()  # one call at a time keeps all cores busy; two would share them
         decoder = load_decoder(engines, manifest, limits)
         self.packer = load_packer(engines, manifest)
-        self._loop = Scheduler(
+        self._scheduler = Scheduler(
             decoder,
             start_token=manifest.decoder_start_token_id,
             eos_token=manifest.eos_token_id,
@@ -54,7 +54,7 @@ class InProcessReader:
         max_new_tokens: int | None = None,
         min_new_tokens: int = 0,
     ) -> Generated:
-        """Answer one question; blocks until the answer is whole."""
+        """Answer one question; blocks until the answer is complete."""
         tokens = self.prompt.encode(question, passages, titles)
         with self._encoding:
             (states,) = self._encoder.encode([(tokens.input_ids, tokens.attention_mask)])
@@ -68,17 +68,17 @@ class InProcessReader:
             errors.append(error)
             done.set()
 
-        most = max_new_tokens or self._default_max_new_tokens
+        maximum = max_new_tokens or self._default_max_new_tokens
         hidden = self.packer.pack(states, tokens.attention_mask)
-        self._loop.submit(DecodeSequence(hidden, tokens.encoder_positions, most, min_new_tokens, on_token, on_end))
+        self._scheduler.submit(DecodeSequence(hidden, tokens.encoder_positions, maximum, min_new_tokens, on_token, on_end))
         done.wait()
         if errors[0] is not None:
             raise errors[0]
         return Generated(self.prompt.text(found), found, log_probs)
 
     def close(self) -> None:
-        """Stop the decode loop."""
-        self._loop.stop()
+        """Stop the scheduler."""
+        self._scheduler.stop()
 
     def __enter__(self) -> InProcessReader:
         return self

@@ -48,7 +48,7 @@ class EncoderModel:
             try:
                 batch.append(self._checked(request))
                 places.append(place)
-            except ShapeError as error:
+            except Exception as error:  # a tensor that is missing or elsewhere than in host memory, for one
                 responses[place] = _error(error, pb_utils.TritonError.INVALID_ARG)
         for place, hidden in zip(places, self._encoded(batch), strict=True):
             responses[place] = self._response(hidden)
@@ -67,6 +67,8 @@ class EncoderModel:
             raise ShapeError(f"attention_mask: wanted the shape of input_ids, {list(ids.shape)}, got {list(mask.shape)}")
         if not ids.size:
             raise ShapeError(f"input_ids: wanted at least one passage of at least one token, got {list(ids.shape)}")
+        if ((mask != 0) & (mask != 1)).any() or (np.diff(mask, axis=1) > 0).any():
+            raise ShapeError("attention_mask: wanted rows of ones and then zeros, for valid tokens and then padding; got other values")
         if ids.min() < 0 or ids.max() >= self._vocab_size:
             outside = ids[(ids < 0) | (ids >= self._vocab_size)][0]
             raise ShapeError(f"input_ids: wanted 0 to {self._vocab_size - 1}, got {outside}")

@@ -7,6 +7,7 @@ class under Triton's decoupled policy.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import sys
@@ -37,6 +38,7 @@ from .shutdown import DRAIN_TIMEOUT_S, arm_watchdog, end_process, exit_soon
 CANCEL_POLL_S, CANCEL_POLLED = 0.01, 16
 # Python's default of 5 ms is ten steps of a small reader on a GPU: the scheduler would wait that long for a thread that tokenizes.
 SWITCH_INTERVAL_S = 0.0002
+MAX_WARNINGS = 100  # that are logged once each
 
 
 class ReaderModel:
@@ -81,6 +83,7 @@ class ReaderModel:
         # One thread, so that the parts of a stream leave in order. Not the scheduler's: that one shall step.
         self._responding = ThreadPoolExecutor(1, thread_name_prefix="respond")
         self._stopping = threading.Event()
+        self._warned: set[str] = set()
         self._in_flight: set[ResponseWriter] = set()
         threading.Thread(target=self._poll_cancellations, name="cancellations", daemon=True).start()
         self._metrics = Metrics(self._name, self._scheduler.counts, lambda: len(self._in_flight), self._kv_bytes)
@@ -88,16 +91,22 @@ class ReaderModel:
     def execute(self, requests: list[Any]) -> None:
         """Accept requests; answers are sent later. A bad request gets its own error and no other is affected."""
         for request in requests:
-            sender = request.get_response_sender()
             try:
-                writer = self._accept(request, sender)
-            except Exception as error:
-                if request.request_id() != LIVENESS_ID:
-                    self._metrics.refused()
-                send_error(sender, error)
-                continue
-            self._in_flight.add(writer)
-            self._encoding.submit(self._encode, writer)
+                self._accept_or_refuse(request)
+            except Exception as error:  # a refusal that cannot be sent, for one: the other requests of the batch go on
+                pb_utils.Logger.log_warn(f"{self._name}: a request could be neither accepted nor refused: {error!r}")
+
+    def _accept_or_refuse(self, request: Any) -> None:
+        sender = request.get_response_sender()
+        try:
+            writer = self._accept(request, sender)
+        except Exception as error:
+            if request.request_id() != LIVENESS_ID:
+                self._metrics.refused()
+            send_error(sender, error)
+            return
+        self._in_flight.add(writer)
+        self._encoding.submit(self._encode, writer)
 
     def _accept(self, request: Any, sender: Any) -> ResponseWriter:
         arrays = {}
@@ -156,9 +165,15 @@ class ReaderModel:
                 try:
                     writer.caller.poll_cancelled()
                 except Exception as error:  # of this question only: the others are still polled
-                    pb_utils.Logger.log_warn(f"{self._name}: request {writer.caller.id!r}: its cancellation cannot be polled: {error}")
-                    writer.caller.close()
+                    self._log_once(f"request {writer.caller.id!r}: its cancellation cannot be polled: {error!r}")
             del to_poll[:CANCEL_POLLED]
+
+    def _log_once(self, warning: str) -> None:
+        """Log a warning that may come again every 10 ms. An error of the logger itself must not end the thread that warns."""
+        with contextlib.suppress(Exception):
+            if warning not in self._warned and len(self._warned) < MAX_WARNINGS:
+                self._warned.add(warning)
+                pb_utils.Logger.log_warn(f"{self._name}: {warning}")
 
     def _kv_bytes(self, counts: SchedulerCounts) -> int:
         return counts.encoder_tokens * self._kv_bytes_per_token

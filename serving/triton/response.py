@@ -216,6 +216,7 @@ class StreamWriter(ResponseWriter):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._detokenizer = IncrementalDetokenizer(self._prompt)
+        self._send_failure: Exception | None = None
 
     def on_token(self, token: int, log_prob: float) -> None:
         """Add one token to the answer and send the text that it completes."""
@@ -223,8 +224,16 @@ class StreamWriter(ResponseWriter):
         self._submit(self._send_text, token)
 
     def _send_text(self, token: int) -> None:
-        if text := self._detokenizer.add(token):
-            self._send({"answer": _text(text)}, 0)
+        if self._send_failure is not None:
+            return  # a part is missing already: the stream ends with an error
+        try:
+            if text := self._detokenizer.add(token):
+                self._send({"answer": _text(text)}, 0)
+        except Exception as error:
+            self._send_failure = error
+
+    def _finish(self, error: Exception | None) -> None:
+        super()._finish(error or self._send_failure)
 
     def _last_text(self) -> str:
         return self._detokenizer.flush()

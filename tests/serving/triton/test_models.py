@@ -60,6 +60,10 @@ def changed(**arrays: np.ndarray) -> Request:
     [
         (changed(attention_mask=np.ones((2, 4), np.int32)), "attention_mask: wanted the shape of input_ids, [2, 3], got [2, 4]"),
         (changed(attention_mask=np.ones((1, 3), np.int32)), "attention_mask: wanted the shape of input_ids, [2, 3], got [1, 3]"),
+        (changed(attention_mask=np.array([[0, 1, 1]] * 2, np.int32)), "attention_mask: wanted rows of ones and then zeros"),
+        (changed(attention_mask=np.array([[2, 1, 1]] * 2, np.int32)), "attention_mask: wanted rows of ones and then zeros"),
+        (changed(attention_mask=np.array([[-1, 1, 1]] * 2, np.int32)), "attention_mask: wanted rows of ones and then zeros"),
+        (Request({"input_ids": GOOD["input_ids"]}), "'NoneType' object has no attribute"),
         (changed(input_ids=np.array([[1, 2, 10]] * 2, np.int32)), "input_ids: wanted 0 to 9, got 10"),
         (changed(input_ids=np.array([[1, -1, 3]] * 2, np.int32)), "input_ids: wanted 0 to 9, got -1"),
         (Request({name: array[:0] for name, array in GOOD.items()}), "input_ids: wanted at least one passage of at least one token"),
@@ -99,7 +103,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def test_an_exception_of_is_cancelled_ends_no_other_questions_cancellation(load):
     module, response = load("reader_model"), load("response")
     model = module.ReaderModel()
-    model._name, model._stopping = "fid", threading.Event()
+    model._name, model._stopping, model._warned = "fid", threading.Event(), set()
     broken, cancelled = (types.SimpleNamespace(caller=response.Caller(r, r.sender)) for r in (Request({}, "a"), Request({}, "b")))
     broken.caller.sender.cancelled, cancelled.caller.sender.cancelled = RuntimeError("the request is gone"), True
     model._in_flight = [broken, cancelled]  # polled in this order
@@ -109,6 +113,50 @@ def test_an_exception_of_is_cancelled_ends_no_other_questions_cancellation(load)
     assert broken.caller.cancel_reason() is None and "the request is gone" in fake_backend.Logger.lines[0]
     model._stopping.set()
     thread.join(10)
+
+
+def test_a_refusal_that_cannot_be_sent_costs_no_other_request_of_the_batch(load):
+    module = load("reader_model")
+    model = module.ReaderModel()
+    model._name, model._in_flight, model._warned = "fid", set(), set()
+    accepted: list[Any] = []
+    model._encoding = types.SimpleNamespace(submit=lambda run, writer: accepted.append(writer))
+    model._metrics = types.SimpleNamespace(refused=lambda: None)
+
+    def accept(request: Request, sender: Any) -> Any:
+        if request.request_id() == "bad":
+            raise ValueError("wrong")
+        return request
+
+    model._accept = accept
+    bad, good = Request({}, "bad"), Request({}, "good")
+    bad.sender.send = lambda *_, **__: (_ for _ in ()).throw(RuntimeError("the client is gone"))
+    model.execute([bad, good])
+    assert accepted == [good] and "the client is gone" in fake_backend.Logger.lines[0]
+
+
+def test_a_stream_that_lost_a_part_ends_with_an_error(load):
+    response = load("response")
+    prompt = types.SimpleNamespace(incomplete_byte_tokens=set(), text=lambda tokens: "".join(map(str, tokens)))
+    request, finished = Request({}, "a"), []
+    writer = response.StreamWriter(
+        response.Caller(request, request.sender), None, prompt, {"answer"}, lambda run, *arguments: run(*arguments), finished.append
+    )
+    sent, send = [], request.sender.send
+
+    def send_but_not_the_second(message: Any, flags: int) -> None:
+        sent.append(message)
+        if len(sent) == 2:
+            raise RuntimeError("no room in shared memory")
+        send(message, flags)
+
+    request.sender.send = send_but_not_the_second
+    for token in (1, 2, 3):
+        writer.on_token(token, -0.5)
+    writer.finish(None)
+    parts, (last, flags) = request.sender.responses[:-1], request.sender.responses[-1]
+    assert len(parts) == 1 and last.error().message() == "no room in shared memory" and flags == 1
+    assert writer.outcome == "failed" and finished == [writer]
 
 
 def test_metrics_go_on_after_an_exception_and_count_answers_by_time(load, monkeypatch):
