@@ -25,14 +25,15 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import CompileConfig, T5Config, T5ForConditionalGeneration
+from transformers import CompileConfig, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from clients.examples import ExampleError, read_examples
 from clients.metrics import percentile
 from export.checkpoint.config import ConfigError, ReaderConfig, reader_preset
 from export.checkpoint.files import Checkpoint, load_checkpoint
-from export.checkpoint.weights import CheckpointError, hf_name
+from export.checkpoint.hugging_face import t5_faults, t5_from_reader
+from export.checkpoint.weights import CheckpointError
 from export.graphs.cpu import engine_sizes
 from export.model.reader import Reader
 from perf.bounds.machine import describe
@@ -54,9 +55,6 @@ from serving.pipeline.prompt import PromptEncoder, PromptError
 
 EXCLUDES = "tokenization, network"
 PRECISIONS = {"cpu": (torch.float32,), "cuda": (torch.float16, torch.bfloat16)}
-T5_WIDTHS = ("d_model", "d_kv", "d_ff", "num_heads")  # in T5Config once, for both stacks
-T5_TOKENS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-T5_REST = ("vocab_size", "feed_forward_proj", "relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon")
 
 Passages: TypeAlias = tuple[Tensor, Tensor]  # input_ids and attention_mask (1 = attend), each int64[n_passages, passage_length]
 
@@ -83,50 +81,16 @@ def hugging_face_fid(reader: Reader) -> T5ForConditionalGeneration:
     Raises:
         PeerError: naming everything for which transformers' T5 has no place.
     """
-    config = reader.config
-    require_t5(config)
-    t5 = T5Config(
-        **{name: getattr(config, name) for name in T5_TOKENS + T5_REST},
-        **{name: getattr(config.encoder, name) for name in T5_WIDTHS},
-        num_layers=config.encoder.num_layers,
-        num_decoder_layers=config.decoder.num_layers,
-        # transformers 5 ties the head of every T5, and takes this flag for whether the last hidden state is scaled before the head
-        tie_word_embeddings=config.scale_decoder_outputs,
-    )
-    with torch.device("meta"):  # nothing is drawn at random only to be replaced
-        model = T5ForConditionalGeneration(t5)
-    # the head is put in by hand: `shared` also stands under the tied names, and only here is it known whether the head is one of them
-    weights = {hf_name(name): weight.detach() for name, weight in reader.state_dict().items()}
-    head = weights.pop("lm_head.weight", None)
-    found = model.load_state_dict(weights, strict=False, assign=True)
-    for module in (model.encoder.embed_tokens, model.decoder.embed_tokens, model.lm_head):
-        module.weight = model.shared.weight
-    if head is not None:
-        model.lm_head.weight = nn.Parameter(head)
-    empty = sorted(name for name, weight in model.named_parameters() if weight.is_meta)
-    if empty or found.unexpected_keys:
-        raise PeerError(
-            f"transformers {transformers.__version__}: its T5 has other weights than ours; left empty: {', '.join(empty) or 'none'}; "
-            f"unknown to it: {', '.join(found.unexpected_keys) or 'none'}"
-        )
-    return model.requires_grad_(False).eval()
+    require_t5(reader.config)
+    return t5_from_reader(reader)
 
 
 def require_t5(config: ReaderConfig) -> None:
-    """Raise PeerError unless the reader is one that transformers' T5 can be."""
+    """Raise PeerError unless transformers' T5 can represent the reader and `generate` can run it."""
+    faults = t5_faults(config)
     encoder, decoder = config.encoder, config.decoder
-    faults = []
-    if config.encoder_decoder_attention_period != 1:
-        faults.append(f"encoder_decoder_attention_period: wanted 1, got {config.encoder_decoder_attention_period}")
-    if decoder.num_kv_heads != decoder.num_heads:
-        faults.append(f"decoder.num_kv_heads: wanted num_heads={decoder.num_heads}, got {decoder.num_kv_heads}")
-    for size in T5_WIDTHS:
-        if getattr(encoder, size) != getattr(decoder, size):
-            faults.append(f"decoder.{size}: wanted the encoder's {getattr(encoder, size)}, got {getattr(decoder, size)}")
     if decoder.num_layers > encoder.num_layers:  # `generate` makes a cache of as many layers as the encoder has, whatever the decoder has
         faults.append(f"decoder.num_layers: wanted at most the encoder's {encoder.num_layers}, got {decoder.num_layers}")
-    if config.cross_attention_relative_bias:
-        faults.append("cross_attention_relative_bias: wanted none, which transformers dropped in 4.0, got one")
     if faults:
         which = "FiDO" if config.kind == "fido" else "this FiD reader"
         raise PeerError(f"transformers' T5 cannot run {which}; measure a plain FiD reader instead:\n  " + "\n  ".join(faults))
