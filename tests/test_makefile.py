@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,34 +16,36 @@ RECORDER = '#!/bin/sh\nexec /usr/bin/env -u PYTHONPATH "$REAL_PYTHON" -c \'\nimp
 AWKWARD = ["how much is $100?", 'who said "I can\'t"?', "`rm -rf x`; $(false) & $HOME \\ #1", "a  b\tc*"]
 
 
-@pytest.fixture
-def make(tmp_path: Path):
-    """Runs make on a copy of the Makefile; returns the arguments of every Python process that it starts."""
-    shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
-    for file in ("requirements.txt", "requirements-triton.txt", "requirements-export.txt", "requirements-dev.txt"):
-        (tmp_path / file).write_text("")
-    for folder in ("export", "serving/contract", "serving/launcher/preload", "venv/bin", "build/corpus"):
-        (tmp_path / folder).mkdir(parents=True)
-    for name in ("heap_trim", "stream_locks"):
-        (tmp_path / f"serving/launcher/preload/{name}.c").write_text("")
-    python = tmp_path / "venv/bin/python"
-    python.write_text(RECORDER)
-    python.chmod(0o755)
-    for made in ("venv/.installed", "build/corpus/heldout.jsonl"):
-        (tmp_path / made).write_text("")
+class Make:
+    """Runs make on a copy of the Makefile; a call returns the arguments of every Python process that make starts."""
 
-    def run(*arguments: str, **variables: str) -> list[list[str]]:
-        import sys
+    def __init__(self, directory: Path):
+        self.directory = directory
+        shutil.copyfile(ROOT / "Makefile", directory / "Makefile")
+        for file in ("requirements.txt", "requirements-triton.txt", "requirements-export.txt", "requirements-dev.txt"):
+            (directory / file).write_text("")
+        for folder in ("export", "serving/contract", "serving/launcher/preload", "venv/bin", "build/corpus"):
+            (directory / folder).mkdir(parents=True)
+        for name in ("heap_trim", "stream_locks"):
+            (directory / f"serving/launcher/preload/{name}.c").write_text("")
+        python = directory / "venv/bin/python"
+        python.write_text(RECORDER)
+        python.chmod(0o755)
+        for made in ("venv/.installed", "build/corpus/heldout.jsonl"):
+            (directory / made).write_text("")
 
+    def __call__(self, *arguments: str, **variables: str) -> list[list[str]]:
         inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}  # this test may itself run under make
         command = ["make", "--no-print-directory", *arguments, "VENV=venv"]
         env = {**inherited, "REAL_PYTHON": sys.executable, **variables}
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=self.directory, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
 
-    run.directory = tmp_path
-    return run
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    return Make(tmp_path)
 
 
 def exported(calls: list[list[str]]) -> list[str]:

@@ -129,8 +129,8 @@ def build_engines(
 
 def _in_processes(shards: list[Shard]) -> Iterator[dict[str, float]]:
     # spawned, not forked: CUDA does not survive a fork
-    ignore_ctrl_c = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # this process ends them
-    with ProcessPoolExecutor(len(shards), multiprocessing.get_context("spawn"), **ignore_ctrl_c) as pool:  # type: ignore[arg-type]
+    ignored = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the terminal; this one terminates the others
+    with ProcessPoolExecutor(len(shards), multiprocessing.get_context("spawn"), signal.signal, ignored) as pool:
         try:
             for future in as_completed([pool.submit(_compile_shard, shard) for shard in shards]):
                 yield future.result()

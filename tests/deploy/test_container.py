@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "deploy" / "container" / "requirements.py"
-SPEC = importlib.util.spec_from_file_location("container_requirements", SCRIPT)
-container = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(container)
+container = types.SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 SERVING, GPU = ((ROOT / name).read_text() for name in ("requirements.txt", "requirements-gpu.txt"))
 
 

@@ -49,10 +49,10 @@ def test_the_former_directory_is_deleted_only_after_the_new_one_is_in_place(tmp_
         (tmp_dir / "file").write_text("former")
     delete, seen = manifest_writer.shutil.rmtree, []
 
-    def recorded(path: Path, **options: bool) -> None:
+    def recorded(path: Path, ignore_errors: bool = False) -> None:
         if (Path(path) / "file").exists():
             seen.append(((Path(path) / "file").read_text(), (tmp_path / "engines" / "file").read_text()))
-        delete(path, **options)
+        delete(path, ignore_errors)
 
     monkeypatch.setattr(manifest_writer.shutil, "rmtree", recorded)
     with atomic_directory(tmp_path / "engines") as tmp_dir:

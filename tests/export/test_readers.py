@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,49 +26,50 @@ FILES = ("encoder.onnx", "cross_kv.onnx", "decoder_step.onnx", "tokenizer.json")
 SIZES = EngineSizes(8, 8, 1, (0,), 1, 1, 8, 97)
 
 
-def write_engines(directory: Path, engine: str = "onnxruntime") -> Manifest:
+def write_engines(directory: Path) -> Manifest:
     with atomic_directory(directory) as tmp_dir:
         for file in FILES:
             (tmp_dir / file).write_text(file)
         files = {file: sha256_of_file(tmp_dir / file) for file in FILES}
         prompt = Prompt("{question}{title}{context}", 16, True)
-        manifest = Manifest("fid", engine, "float32", SIZES, prompt, 0, 1, 0, files, "w", {"parameters": 1})
+        manifest = Manifest("fid", "onnxruntime", "float32", SIZES, prompt, 0, 1, 0, files, "w", {"parameters": 1})
         return write_manifest(manifest, tmp_dir)
 
 
-@pytest.fixture
-def update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Updates a reader called nq with stand-in engines; returns which steps ran, "engines" and "models"."""
-    checkpoint = tmp_path / "check point"
-    checkpoint.mkdir()
-    (checkpoint / "config.json").write_text("{}")
-    steps: list[str] = []
-    backend = {"auto": "onnxruntime"}
+class Update:
+    """Updates a reader called nq with stand-in engines; a call returns the steps that ran, "engines" and "models"."""
 
-    def build_reader(source, directory, engine, limits, **options):
-        steps.append("engines")
-        manifest = write_engines(directory)
-        return dataclasses.replace(manifest, engine=backend.get(engine, engine))
+    def __init__(self, root: Path):
+        self.root, self.checkpoint, self.auto = root, root / "check point", "onnxruntime"
+        self.checkpoint.mkdir()
+        (self.checkpoint / "config.json").write_text("{}")
+        self.settings = Settings(root / "engines", root / "repository")
+        self.steps: list[str] = []
 
-    monkeypatch.setattr(readers, "build_reader", build_reader)
-    settings = Settings(tmp_path / "engines", tmp_path / "repository")
+    def build_reader(self, source: str, directory: Path, engine: str, limits: Limits, **_: object) -> Manifest:
+        self.steps.append("engines")
+        return dataclasses.replace(write_engines(directory), engine=self.auto if engine == "auto" else engine)
 
-    def run(options: dict | None = None, source: Path = checkpoint, **changes: object) -> list[str]:
-        steps.clear()
+    def __call__(self, options: Any = None, source: Path | None = None, **changes: Any) -> list[str]:
+        self.steps.clear()
         lines: list[str] = []
-        made = update_reader("nq", str(source), dataclasses.replace(settings, **changes), options, lines.append)
+        settings = dataclasses.replace(self.settings, **changes)
+        made = update_reader("nq", str(source or self.checkpoint), settings, options, lines.append)
         assert len(lines) == 1 and lines[0].startswith("nq: ") and made == ("up to date" not in lines[0])
-        return [*steps, *(["models"] if "models in" in lines[0] else [])]
+        return [*self.steps, *(["models"] if "models in" in lines[0] else [])]
 
-    run.backend, run.checkpoint, run.root = backend, checkpoint, tmp_path
-    return run
+
+@pytest.fixture
+def update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Update:
+    update = Update(tmp_path)
+    monkeypatch.setattr(readers, "build_reader", update.build_reader)
+    return update
 
 
 def touch(path: Path, text: str) -> None:
+    """Write a file so that its time of change differs, however coarse the clock."""
     path.write_text(text)
     later = time.time_ns() + 10**9
-    import os
-
     os.utime(path, ns=(later, later))
 
 
@@ -139,7 +142,7 @@ def test_other_limits_make_the_configurations_again_and_tensorrt_engines_too(upd
     update()
     assert update(limits=Limits(slots=3)) == ["models"]
     assert update(limits=Limits(slots=3)) == []
-    update.backend["auto"] = "onnxruntime-gpu"
+    update.auto = "onnxruntime-gpu"
     (update.root / "engines" / "nq" / "encoder.onnx").unlink()
     assert update(limits=Limits(slots=3)) == ["engines", "models"]
     assert update(limits=Limits(slots=4)) == ["engines", "models"]

@@ -12,12 +12,12 @@ from export.errors import PassError
 from export.graphs.opset17 import to_opset_17
 
 
-def model_of(nodes: list[onnx.NodeProto], output_type: int = TensorProto.FLOAT, **constants: np.ndarray) -> onnx.ModelProto:
+def model_of(nodes: list[onnx.NodeProto], **constants: np.ndarray) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "graph",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 3])],
-        [helper.make_tensor_value_info("y", output_type, None)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
