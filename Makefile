@@ -3,42 +3,62 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
+# ---- Settings: NAME=value on make's command line ----
+
 PYTHON ?= python3
 VENV ?= .venv
-PY := $(VENV)/bin/python
-INSTALLED := $(VENV)/.installed
 
-# What is exported and served: a directory of any known layout, or a hub name. Flags as `python -m export onnx --help` lists them.
+# Readers to export: a checkpoint directory of any known layout, or a hub name. `make export FID=path` exports fid alone.
 FID ?= checkpoints/fid
 FIDO ?= checkpoints/fido
+# A reader of another name: make export READER=nq CHECKPOINT=path
+READER ?=
+CHECKPOINT ?=
+# Options of each checkpoint, as `python -m export onnx --help` lists them.
 FID_FLAGS ?=
 FIDO_FLAGS ?=
-# Bounds written into the served models' configuration, as `python -m export repository --help` lists them.
+READER_FLAGS ?=
+# Bounds of the served models, as `python -m export readers --help` lists them.
 LIMITS ?=
-# What runs them: tensorrt, onnxruntime-gpu, onnxruntime, or auto for the fastest that this machine has.
+# Engine of the readers: tensorrt, onnxruntime-gpu, onnxruntime, or auto for the fastest that this machine can run.
 ENGINE ?= auto
-# What runs the encoder inside Triton: python, or tensorrt in NVIDIA's container (deploy/container/).
+# Triton backend of the encoder: python, or tensorrt in NVIDIA's container (deploy/container/).
 TRITON_BACKEND ?= python
-# What is served, and where.
+
+# Readers to serve.
 READERS ?= fid fido
 STREAM ?=
 SERVE_FLAGS ?=
-# For `make ask`.
+
+# The question of `make ask`.
 MODEL ?= fido
 QUESTION ?= what is the capital of France?
 PASSAGES ?= examples/passages.json
-# Where `make perf` keeps its results; the committed ones are in perf/results/.
-RUN ?= build/perf
 
+# Results of `make perf`. The committed ones are in perf/results/.
+RUN ?= build/perf
+STRESS_MINUTES ?=
+
+# ---- Typed values reach the shell through the environment: "$$NAME" is safe with spaces, quotes and dollars ----
+
+TYPED := FID FIDO READER CHECKPOINT FID_FLAGS FIDO_FLAGS READER_FLAGS MODEL QUESTION PASSAGES RUN
+# `value` keeps make from expanding a dollar. The origin is "command line" or "environment" where the user typed the value.
+$(foreach name,$(TYPED),$(eval ORIGIN_$(name) := $$(origin $(name)))$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
+is_typed = $(filter command environment,$(ORIGIN_$(1)))
+
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
 CORPUS := build/corpus/heldout.jsonl
-SERVED := model_repository/fid/1/manifest.json model_repository/fido/1/manifest.json
+EXPORT_CODE = $(shell find export serving/contract -name "*.py")
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {sub(/:.*/, "", $$1); printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {sub(/:.*/, "", $$1); printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ---- Set-up ----
 
 setup: $(INSTALLED) ## make .venv and install what every other target needs
 
-# What tritonserver loads before all else: keeps its memory flat, and cancelled streams from stopping it. Without a C compiler it goes without.
+# Libraries that tritonserver preloads: they bound its memory, and keep cancelled streams from stopping it. They need a C compiler.
 PRELOADED := heap_trim stream_locks
 
 $(INSTALLED): requirements.txt requirements-triton.txt requirements-export.txt requirements-dev.txt $(PRELOADED:%=serving/launcher/preload/%.c)
@@ -49,41 +69,28 @@ $(INSTALLED): requirements.txt requirements-triton.txt requirements-export.txt r
 	else echo "no C compiler, so without $(PRELOADED:%=serving/launcher/preload/%.c)"; fi
 	@touch $@
 
-export: $(SERVED) ## checkpoints -> ONNX engines -> model repository (FID=... FIDO=... for your own)
+# ---- Export and serving ----
 
-# Engines for a GPU are built for the limits that they will serve.
-ENGINE_HERE = $(if $(filter auto,$(ENGINE)),$(shell $(PY) -m export detect),$(ENGINE))
-MADE_WITH = $($(shell echo $* | tr a-z A-Z)) $($(shell echo $* | tr a-z A-Z)_FLAGS) $(ENGINE_HERE) $(if $(filter-out onnxruntime,$(ENGINE_HERE)),$(LIMITS)) $(WHOLE_ENCODER)
-# Triton's own backend wants the encoder as one engine; our runtime runs its products.
-WHOLE_ENCODER = $(if $(filter tensorrt,$(TRITON_BACKEND)),--whole-encoder)
+# NAME=CHECKPOINT of each reader that the user named; of both demo readers if none is named.
+NAMED = $(strip $(if $(call is_typed,FID),"fid=$$FID") $(if $(call is_typed,FIDO),"fido=$$FIDO") $(if $(READER)$(CHECKPOINT),"$$READER=$$CHECKPOINT"))
+DEMO := "fid=$$FID" "fido=$$FIDO"
+TO_EXPORT = $(or $(NAMED),$(DEMO))
+flags_of = $(if $(findstring "$(1)=,$(TO_EXPORT)),$(if $($(2)),--flags "$(1)=$$$(2)"))
+EXPORT_FLAGS = $(call flags_of,fid,FID_FLAGS) $(call flags_of,fido,FIDO_FLAGS) $(call flags_of,$$READER,READER_FLAGS)
 
-# One stamp a reader holds what it is made with; it changes only when that changes, so that `make export FID=other` exports again
-# and a second `make export` does nothing.
-build/engines/%.made-with: $(INSTALLED) FORCE
-	@mkdir -p $(@D)
-	@echo '$(MADE_WITH)' | cmp -s - $@ || echo '$(MADE_WITH)' > $@
+export: $(INSTALLED) ## checkpoints -> engines -> model repository (FID=path FIDO=path, or READER=name CHECKPOINT=path)
+	@$(PY) -m export readers $(TO_EXPORT) $(EXPORT_FLAGS) --engine $(ENGINE) --triton-backend $(TRITON_BACKEND) $(LIMITS)
 
-build/engines/limits.made-with: FORCE
-	@mkdir -p $(@D)
-	@echo '$(LIMITS) $(TRITON_BACKEND)' | cmp -s - $@ || echo '$(LIMITS) $(TRITON_BACKEND)' > $@
+# These compare or test both readers.
+demo evaluate bench bench-load perf stress gpu-test test: TO_EXPORT = $(DEMO)
 
-EXPORT_CODE := $(shell find export serving/contract -name "*.py")
-
-build/engines/fid/manifest.json: $(INSTALLED) $(EXPORT_CODE) build/engines/fid.made-with $(wildcard $(FID)/*.json $(FID)/*.safetensors $(FID)/*.bin)
-	$(PY) -m export build $(FID) $(@D) --engine $(ENGINE_HERE) $(WHOLE_ENCODER) $(FID_FLAGS) $(LIMITS)
-
-build/engines/fido/manifest.json: $(INSTALLED) $(EXPORT_CODE) build/engines/fido.made-with $(wildcard $(FIDO)/*.json $(FIDO)/*.safetensors $(FIDO)/*.bin)
-	$(PY) -m export build $(FIDO) $(@D) --engine $(ENGINE_HERE) $(WHOLE_ENCODER) $(FIDO_FLAGS) $(LIMITS)
-
-model_repository/%/1/manifest.json: build/engines/%/manifest.json build/engines/limits.made-with
-	$(PY) -m export repository $(<D) --reader $* --triton-backend $(TRITON_BACKEND) $(LIMITS)
-	@touch $@
-
-serve: export ## run Triton on the repository until Ctrl-C (READERS="fid fido", STREAM=1 for the streaming models)
+# `make serve` serves what was exported. It exports only if a reader is missing, or if an option of the export is typed.
+MISSING = $(strip $(foreach reader,$(READERS),$(if $(wildcard model_repository/$(reader)/1/manifest.json),,$(reader))))
+serve: $(if $(NAMED)$(MISSING)$(LIMITS)$(filter-out auto,$(ENGINE))$(filter-out python,$(TRITON_BACKEND)),export,$(INSTALLED)) ## run Triton on the repository until Ctrl-C (READERS="fid fido", STREAM=1 for the streaming models)
 	@exec $(PY) -m serving --readers $(READERS) $(if $(STREAM),--stream) $(SERVE_FLAGS)
 
 ask: $(INSTALLED) ## ask a running server: MODEL=fido QUESTION="..." PASSAGES=file.json
-	$(PY) -m clients ask --model $(MODEL) --question "$(QUESTION)" --passages $(PASSAGES)
+	@$(PY) -m clients ask --model "$$MODEL" --question "$$QUESTION" --passages "$$PASSAGES"
 
 $(CORPUS): $(INSTALLED) $(wildcard training/corpus/*.py)
 	$(PY) -m training corpus
@@ -95,77 +102,85 @@ demo: export $(CORPUS) ## start Triton, ask three questions of each demo reader,
 evaluate: export $(CORPUS) ## EM of all demo readers through Triton on held-out and human-written questions
 	$(PY) -m perf.served.accuracy
 
-bench: export $(CORPUS) ## through Triton, in process and PyTorch beside each other, on this machine
+# ---- Measurement on a CPU ----
+
+bench: export $(CORPUS) ## Triton, in process and PyTorch compared on this machine
 	$(PY) -m perf.served.chain
 
-bench-load: export $(CORPUS) ## throughput and latency at concurrency 1 to 64, and the worth of decoding in flight
+bench-load: export $(CORPUS) ## throughput and latency at concurrency 1 to 64, and the gain of in-flight batching
 	$(PY) -m perf.served.concurrency
 
 perf: export $(CORPUS) ## FiD against FiDO by perf_analyzer, stages, peers, ablation, report, under 15 minutes (RUN=folder)
-	$(PY) -m perf.bounds.rates --run $(RUN)
-	$(PY) -m perf.served.sweep --run $(RUN)
-	$(PY) -m perf.bounds.stages --fid $(FID) --fido $(FIDO) --run $(RUN)
-	$(PY) -m perf.peers.transformers_fid --fid $(FID) --workload paper --passages 10 --passage-tokens 128 --out $(RUN)/peers.json
-	$(PY) -m perf.peers.onnxruntime_engines --passages 10 --passage-tokens 128 --requests 64 --out $(RUN)/peers.json
-	$(PY) -m perf.bounds.ablation --run $(RUN)
-	$(PY) -m perf.report $(RUN)
-
-# Base-size readers with random weights: what the FiDO paper measures, and what a GPU is for.
-BASE := build/base
-BASE_SLOTS := --slots 48
-BASE_LIMITS := $(BASE_SLOTS) --encoder-batch 120
-# Two processes each, so that what they do in Python goes on side by side; CUDA's multi-process service lets their kernels do so as well.
-BASE_SERVED := $(BASE_LIMITS) --encoder-instances 2 --reader-instances 2 --encode-threads 16
-$(BASE)/%/manifest.json: $(INSTALLED) $(EXPORT_CODE)
-	$(PY) -m export preset base $(BASE)/$*.graphs --gpu $(if $(filter fido,$*),--fido) --tokenizer $(FID)/tokenizer.json
-	$(PY) -m export engine $(BASE)/$*.graphs $(@D) $(BASE_LIMITS)
-
-gpu-bench: $(BASE)/fid/manifest.json $(BASE)/fido/manifest.json ## on a GPU: the same at base size, 24 questions x 40 passages x 256 tokens (RUN=folder)
-	$(PY) -m perf.bounds.rates --device gpu --run $(RUN)
-	$(PY) -m perf.served.sweep --plan gpu --engines $(BASE) $(BASE_SERVED) --run $(RUN)
-	$(PY) -m perf.bounds.stages --plan gpu --engines $(BASE) --batches 1 8 24 --encoder-batch 120 --run $(RUN)
-	$(PY) -m perf.gpu.step $(BASE)/fido $(BASE_SLOTS) --out $(RUN)/gpu_step_fido.json
-	$(PY) -m perf.gpu.step $(BASE)/fid $(BASE_SLOTS) --out $(RUN)/gpu_step_fid.json
-	$(PY) -m perf.peers.transformers_fid --preset base --device cuda --requests 8 --compiled-batches 8 --out $(RUN)/peers.json
-	-$(PY) -m perf.peers.onnxruntime_engines --fid $(BASE)/fid.graphs --fido $(BASE)/fido.graphs --out $(RUN)/peers.json # wants onnxruntime-gpu
-	$(PY) -m perf.bounds.ablation --batches 1 24 --prebuilt base:1:12=$(BASE)/fid base:6:1=$(BASE)/fido --memory-gb 120 --run $(RUN)
-	$(PY) -m perf.report $(RUN)
-
-# Decoders much larger than encoders, at 100 passages, beside the FiD reader that such a decoder would be weighed against.
-LARGE_LIMITS := --slots 8 --encoder-batch 120
-LARGE_FLAGS := $(LARGE_LIMITS) --passages 100 --concurrency 16 --questions 64 --alone 8 --rounds 2
-build/large/%/manifest.json: $(INSTALLED) $(EXPORT_CODE)
-	$(PY) -m export preset $* build/large/$*.graphs --gpu $(if $(findstring -,$*),--fido) --tokenizer $(FID)/tokenizer.json
-	$(PY) -m export engine build/large/$*.graphs $(@D) $(LARGE_LIMITS) --max-passages 100
-
-gpu-bench-large: $(foreach size,large base-xl large-xxl,build/large/$(size)/manifest.json) ## on a GPU: FiD-large, and FiDO base-XL and large-XXL
-	$(PY) -m perf.gpu.chain --fid build/large/large --fido build/large/base-xl $(LARGE_FLAGS) --out $(RUN)/gpu_chain_large_and_base_xl.json
-	$(PY) -m perf.gpu.chain --fido build/large/large-xxl $(LARGE_FLAGS) --out $(RUN)/gpu_chain_large_xxl.json
-
-# the ablation's rows: decoder, period of cross-attention, key/value heads
-ROWS := base-1-12 base-6-12 base-1-1 base-6-1 base-2-1 base-3-1 base-12-1 base-6-4 xl-1-32 xl-6-32 xl-1-1 xl-6-1
-of_row = $(word $(1),$(subst -, ,$*))
-build/ablation/%/manifest.json: $(INSTALLED) $(EXPORT_CODE)
-	$(PY) -m export preset $(if $(filter xl-%,$*),base-xl,base) build/ablation/$*.graphs --gpu --period $(call of_row,2) --num-kv-heads $(call of_row,3) --tokenizer $(FID)/tokenizer.json
-	$(PY) -m export engine build/ablation/$*.graphs $(@D) --slots 24 --encoder-batch 120
-
-gpu-ablation: $(ROWS:%=build/ablation/%/manifest.json) ## on a GPU, after gpu-bench: every row of the ablation (tens of GB of disk, 60 GB of GPU memory)
-	$(PY) -m perf.bounds.ablation --batches 1 24 --prebuilt $(foreach row,$(ROWS),$(subst -,:,$(row))=build/ablation/$(row)) --memory-gb 120 --run $(RUN)
+	$(PY) -m perf.bounds.rates --run "$$RUN"
+	$(PY) -m perf.served.sweep --run "$$RUN"
+	$(PY) -m perf.bounds.stages --fid "$$FID" --fido "$$FIDO" --run "$$RUN"
+	$(PY) -m perf.peers.transformers_fid --fid "$$FID" --workload paper --passages 10 --passage-tokens 128 --out "$$RUN/peers.json"
+	$(PY) -m perf.peers.onnxruntime_engines --passages 10 --passage-tokens 128 --requests 64 --out "$$RUN/peers.json"
+	$(PY) -m perf.bounds.ablation --run "$$RUN"
+	$(PY) -m perf.report "$$RUN"
 
 report: $(INSTALLED) ## HTML page, Markdown summary and summary.json of every run in perf/results
 	$(PY) -m perf.report
+
+# ---- Measurement on a GPU ----
+
+# Base-size readers with random weights, the sizes of the FiDO paper.
+BASE := build/base
+BASE_SLOTS := --slots 48
+BASE_LIMITS := $(BASE_SLOTS) --encoder-batch 120
+# Two processes of each model, so that their Python code runs in parallel. CUDA's multi-process service lets their kernels overlap too.
+BASE_SERVED := $(BASE_LIMITS) --encoder-instances 2 --reader-instances 2 --encode-threads 16
+$(BASE)/%/manifest.json: $(INSTALLED) $(EXPORT_CODE)
+	$(PY) -m export preset base $(BASE)/$*.graphs --gpu $(if $(filter fido,$*),--fido) --tokenizer "$$FID/tokenizer.json"
+	$(PY) -m export engine $(BASE)/$*.graphs $(@D) $(BASE_LIMITS)
+
+gpu-bench: $(BASE)/fid/manifest.json $(BASE)/fido/manifest.json ## on a GPU: `make perf` at base size, 24 questions x 40 passages x 256 tokens (RUN=folder)
+	$(PY) -m perf.bounds.rates --device gpu --run "$$RUN"
+	$(PY) -m perf.served.sweep --plan gpu --engines $(BASE) $(BASE_SERVED) --run "$$RUN"
+	$(PY) -m perf.bounds.stages --plan gpu --engines $(BASE) --batches 1 8 24 --encoder-batch 120 --run "$$RUN"
+	$(PY) -m perf.gpu.step $(BASE)/fido $(BASE_SLOTS) --out "$$RUN/gpu_step_fido.json"
+	$(PY) -m perf.gpu.step $(BASE)/fid $(BASE_SLOTS) --out "$$RUN/gpu_step_fid.json"
+	$(PY) -m perf.peers.transformers_fid --preset base --device cuda --requests 8 --compiled-batches 8 --out "$$RUN/peers.json"
+	-$(PY) -m perf.peers.onnxruntime_engines --fid $(BASE)/fid.graphs --fido $(BASE)/fido.graphs --out "$$RUN/peers.json" # needs onnxruntime-gpu
+	$(PY) -m perf.bounds.ablation --batches 1 24 --prebuilt base:1:12=$(BASE)/fid base:6:1=$(BASE)/fido --memory-gb 120 --run "$$RUN"
+	$(PY) -m perf.report "$$RUN"
+
+# Decoders much larger than their encoders, at 100 passages, and the FiD reader to compare them with.
+LARGE_LIMITS := --slots 8 --encoder-batch 120
+LARGE_FLAGS := $(LARGE_LIMITS) --passages 100 --concurrency 16 --questions 64 --alone 8 --rounds 2
+build/large/%/manifest.json: $(INSTALLED) $(EXPORT_CODE)
+	$(PY) -m export preset $* build/large/$*.graphs --gpu $(if $(findstring -,$*),--fido) --tokenizer "$$FID/tokenizer.json"
+	$(PY) -m export engine build/large/$*.graphs $(@D) $(LARGE_LIMITS) --max-passages 100
+
+gpu-bench-large: $(foreach size,large base-xl large-xxl,build/large/$(size)/manifest.json) ## on a GPU: FiD-large, and FiDO base-XL and large-XXL
+	$(PY) -m perf.gpu.chain --fid build/large/large --fido build/large/base-xl $(LARGE_FLAGS) --out "$$RUN/gpu_chain_large_and_base_xl.json"
+	$(PY) -m perf.gpu.chain --fido build/large/large-xxl $(LARGE_FLAGS) --out "$$RUN/gpu_chain_large_xxl.json"
+
+# The ablation's rows: decoder, period of cross-attention, key/value heads.
+ROWS := base-1-12 base-6-12 base-1-1 base-6-1 base-2-1 base-3-1 base-12-1 base-6-4 xl-1-32 xl-6-32 xl-1-1 xl-6-1
+of_row = $(word $(1),$(subst -, ,$*))
+row_preset = $(if $(filter xl-%,$*),base-xl,base) build/ablation/$*.graphs --period $(call of_row,2) --num-kv-heads $(call of_row,3)
+build/ablation/%/manifest.json: $(INSTALLED) $(EXPORT_CODE)
+	$(PY) -m export preset $(row_preset) --gpu --tokenizer "$$FID/tokenizer.json"
+	$(PY) -m export engine build/ablation/$*.graphs $(@D) --slots 24 --encoder-batch 120
+
+PREBUILT = $(foreach row,$(ROWS),$(subst -,:,$(row))=build/ablation/$(row))
+gpu-ablation: $(ROWS:%=build/ablation/%/manifest.json) ## on a GPU, after gpu-bench: every row of the ablation (tens of GB of disk, 60 GB of GPU memory)
+	$(PY) -m perf.bounds.ablation --batches 1 24 --prebuilt $(PREBUILT) --memory-gb 120 --run "$$RUN"
+
+# ---- Tests ----
+
+test: ENGINE := onnxruntime
+test: export $(CORPUS) ## all tests that need no GPU
+	$(PY) -m pytest
 
 stress: export $(CORPUS) ## faults and fuzz against the real server, about 10 minutes (STRESS_MINUTES=60 soaks)
 	$(PY) -m tests.stress $(if $(STRESS_MINUTES),--minutes $(STRESS_MINUTES))
 
 gpu-test: export $(CORPUS) ## on a GPU: engines, kernels, decoder and the six served models against fp32 on the CPU
-	$(PY) -m export onnx $(FID) build/cpu_engines/fid $(FID_FLAGS)
-	$(PY) -m export onnx $(FIDO) build/cpu_engines/fido $(FIDO_FLAGS)
+	$(PY) -m export onnx "$$FID" build/cpu_engines/fid $(FID_FLAGS)
+	$(PY) -m export onnx "$$FIDO" build/cpu_engines/fido $(FIDO_FLAGS)
 	$(PY) -m tests.gpu
-
-test: ENGINE := onnxruntime
-test: export $(CORPUS) ## all tests that need no GPU
-	$(PY) -m pytest
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(VENV)/bin/ruff check .
@@ -176,5 +191,4 @@ clean: ## remove everything that was built, and the environment
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find model_repository -path '*/1/*' ! -name model.py -type f -delete
 
-FORCE:
-.PHONY: help setup export serve ask demo evaluate bench bench-load perf gpu-bench gpu-bench-large gpu-ablation report stress gpu-test test lint clean FORCE
+.PHONY: help setup export serve ask demo evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation test stress gpu-test lint clean

@@ -1,95 +1,130 @@
-"""`python -m export`: from a checkpoint to engines and a model repository. See --help of each command."""
+"""`python -m export`: from a checkpoint to engines and a model repository. See --help of each command.
+
+Parses the command line, calls the step, prints the result. Errors of the user are one line on standard error, with exit code 1.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import shlex
+import signal
 import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from export.checkpoint.config import FIDO_PERIOD, reader_preset
+from export.build import PRECISIONS, TIMING_CACHE, CheckpointOptions, build_reader, export_graphs, random_checkpoint, require_reader_name
+from export.checkpoint.config import FIDO_PERIOD
+from export.errors import Interrupted, UsageError, user_errors
+from export.tensorrt.detect import default_backend
 from serving.contract.limits import Limits
-from serving.contract.manifest import SUFFIXES
 
-if TYPE_CHECKING:  # torch is imported only by the command that needs it, so that --help is quick
+if TYPE_CHECKING:  # torch and NumPy are imported by the steps that need them, so that --help and an up-to-date `readers` are fast
     from export.checkpoint.files import Checkpoint
     from serving.contract.manifest import Manifest
 
-
-USER_ERRORS = ("CheckpointError", "ConfigError", "EngineError", "ExportError", "LimitsError", "ManifestError", "PassError")
+ENGINES = ("auto", "tensorrt", "onnxruntime-gpu", "onnxruntime")
+TRITON_BACKENDS = ("python", "tensorrt")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m export", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    source = argparse.ArgumentParser(add_help=False)
+    source.add_argument("checkpoint", help="directory (ours, Hugging Face T5, facebookresearch/FiD) or hub name")
+    checkpoint = [source, _checkpoint_options()]
 
-    checkpoint = argparse.ArgumentParser(add_help=False)
-    checkpoint.add_argument("checkpoint", help="directory (ours, Hugging Face T5, facebookresearch/FiD) or hub name")
-    checkpoint.add_argument("--tokenizer", help="directory or file of the tokenizer, where the checkpoint has none")
-    checkpoint.add_argument("--passage-length", type=int, help="tokens kept of each prompt (FiD: 200, its large readers 250; T5: 256)")
-    flag = argparse.BooleanOptionalAction
-    checkpoint.add_argument("--append-eos", action=flag, help="end encoder inputs with </s> (default: no for FiD's own checkpoints)")
-    checkpoint.add_argument("--cross-attention-bias", action=flag, help="apply the relative bias in cross-attention (default: FiD's own)")
+    readers = commands.add_parser("readers", help="named checkpoints -> engines and model repository, where anything has changed")
+    readers.add_argument("readers", nargs="+", metavar="NAME=CHECKPOINT", help="name to serve under, and a checkpoint or hub name")
+    flags = "options of one reader's checkpoint, as `onnx --help` lists them, in one quoted string"
+    readers.add_argument("--flags", action="append", default=[], metavar="NAME=OPTIONS", help=flags)
+    readers.add_argument("--engines", type=Path, default=Path("build/engines"), help="default: %(default)s")
+    _add_build(readers)
+    _add_repository(readers)
+    _add_limits(readers)
 
-    onnx = commands.add_parser("onnx", parents=[checkpoint], help="checkpoint -> ONNX engines and manifest")
+    onnx = commands.add_parser("onnx", parents=checkpoint, help="checkpoint -> ONNX engines and manifest")
     onnx.add_argument("engines", type=Path, help="directory to write")
 
     preset = commands.add_parser("preset", help="a reader of published size with random weights, for benchmarks -> ONNX engines")
     preset.add_argument("name", help="base, large, ... or base-xl, large-xxl (encoder-decoder)")
-    preset.add_argument("engines", type=Path)
+    preset.add_argument("engines", type=Path, help="directory to write")
     preset.add_argument("--fido", action="store_true", help=f"cross-attention every {FIDO_PERIOD} layers, one key/value head")
-    preset.add_argument("--period", type=int)
-    preset.add_argument("--num-kv-heads", type=int)
-    preset.add_argument("--passage-length", type=int, default=256)
-    preset.add_argument("--tokenizer", required=True, help="tokenizer.json or a directory with one")
+    preset.add_argument("--period", type=int, help="cross-attention every so many layers")
+    preset.add_argument("--num-kv-heads", type=int, help="key/value heads of the decoder")
+    preset.add_argument("--passage-length", type=int, default=256, help="tokens kept of each prompt (default: %(default)s)")
+    preset.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json or a directory with one")
     preset.add_argument("--seed", type=int, default=0)
-
-    build = commands.add_parser("build", parents=[checkpoint], help="checkpoint -> engines of one kind, by the steps above and below")
-    for command in (onnx, preset, build):
-        whole = "encoder as one graph, for Triton's TensorRT backend, in place of its products"
-        command.add_argument("--whole-encoder", action="store_true", help=f"on a GPU: the {whole}")
     for command in (onnx, preset):
         command.add_argument("--opset", type=int, help="of the graphs (default: 18; with --gpu 17, the newest that TensorRT 8.6 reads)")
-        command.add_argument("--gpu", action="store_true", help="graphs for the GPU: half precision, encoder and decoder step in products")
-        command.add_argument("--precision", choices=("float16", "bfloat16"), default="float16", help="of --gpu (default: %(default)s)")
+        command.add_argument("--gpu", action="store_true", help="graphs for the GPU: half precision, encoder and decoder step as GEMMs")
+        command.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of --gpu (default: %(default)s)")
+        _add_whole_encoder(command)
 
-    build.add_argument("engines", type=Path, help="directory to write; graphs for a GPU are kept beside it, as NAME.graphs")
-    build.add_argument("--engine", choices=("auto", *SUFFIXES), default="auto", help="default: the fastest that this machine has")
-    build.add_argument("--precision", choices=("float16", "bfloat16"), default="float16", help="on a GPU (default: %(default)s)")
-    build.add_argument("--opset", type=int)
-    build.add_argument("--timing-cache", type=Path, default=Path("build/tensorrt-timing.cache"))
-    build.add_argument("--jobs", type=int, default=1, help="processes that build TensorRT engines (default: %(default)s)")
+    build = commands.add_parser("build", parents=checkpoint, help="checkpoint -> engines of one kind, by the steps onnx and engine")
+    build.add_argument("engines", type=Path, help="directory to write; graphs for TensorRT are kept next to it, as NAME.graphs")
+    build.add_argument("--opset", type=int, help="of the graphs")
+    _add_build(build)
+    _add_whole_encoder(build)
     _add_limits(build)
 
-    engine = commands.add_parser("engine", help="graphs made with --gpu -> TensorRT engines for this machine's GPU")
+    engine = commands.add_parser("engine", help="graphs exported with --gpu -> TensorRT engines for this machine's GPU")
     engine.add_argument("graphs", type=Path)
     engine.add_argument("engines", type=Path, help="directory to write")
-    engine.add_argument("--timing-cache", type=Path, default=Path("build/tensorrt-timing.cache"))
-    engine.add_argument("--jobs", type=int, default=1, help="processes that build (default: %(default)s)")
+    _add_tensorrt(engine)
     _add_limits(engine)
 
-    commands.add_parser("detect", help="print the engine that fits this machine: tensorrt, onnxruntime-gpu or onnxruntime")
+    commands.add_parser("detect", help="print the fastest engine of this machine: tensorrt, onnxruntime-gpu or onnxruntime")
 
-    convert = commands.add_parser("convert", parents=[checkpoint], help="FiD -> FiDO, a start for up-training")
+    convert = commands.add_parser("convert", parents=checkpoint, help="FiD -> FiDO, a start for up-training")
     convert.add_argument("output", type=Path, help="directory to write, in our own layout")
-    convert.add_argument("--period", type=int, default=FIDO_PERIOD)
-    convert.add_argument("--num-kv-heads", type=int, default=1)
+    convert.add_argument("--period", type=int, default=FIDO_PERIOD, help="cross-attention every so many layers (default: %(default)s)")
+    convert.add_argument("--num-kv-heads", type=int, default=1, help="key/value heads of the decoder (default: %(default)s)")
 
     repository = commands.add_parser("repository", help="engines -> Triton model repository")
     repository.add_argument("engines", type=Path)
-    repository.add_argument("--reader", choices=("fid", "fido"), required=True, help="name to serve under")
-    repository.add_argument("--repository", type=Path, default=Path("model_repository"))
-    backends = ("python", "tensorrt")
-    repository.add_argument("--triton-backend", choices=backends, default="python", help="of the encoder: tensorrt in NVIDIA's container")
+    repository.add_argument("--reader", required=True, metavar="NAME", help="name to serve under")
+    _add_repository(repository)
     _add_limits(repository)
 
-    compare = commands.add_parser("compare", parents=[checkpoint], help="each stage against the one before it")
+    compare = commands.add_parser("compare", parents=checkpoint, help="each stage against the one before it")
     compare.add_argument("engines", type=Path)
-    compare.add_argument("--json", action="store_true", help="a last line of JSON")
+    compare.add_argument("--json", action="store_true", help="print JSON as the last line")
     return parser
+
+
+def _checkpoint_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--tokenizer", help="directory or file of the tokenizer, where the checkpoint has none")
+    options.add_argument("--passage-length", type=int, help="tokens kept of each prompt (FiD: 200, its large readers 250; T5: 256)")
+    flag = argparse.BooleanOptionalAction
+    options.add_argument("--append-eos", action=flag, help="end encoder inputs with </s> (default: no for FiD's own checkpoints)")
+    options.add_argument("--cross-attention-bias", action=flag, help="apply the relative bias in cross-attention (default: FiD's own)")
+    return options
+
+
+def _add_build(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--engine", choices=ENGINES, default="auto", help="default: the fastest that this machine has")
+    command.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="on a GPU (default: %(default)s)")
+    _add_tensorrt(command)
+
+
+def _add_tensorrt(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--timing-cache", type=Path, default=TIMING_CACHE, help="default: %(default)s")
+    command.add_argument("--jobs", type=int, default=1, help="processes that build TensorRT engines (default: %(default)s)")
+
+
+def _add_whole_encoder(command: argparse.ArgumentParser) -> None:
+    help_ = "on a GPU: the encoder as one graph, for Triton's TensorRT backend, instead of its GEMMs"
+    command.add_argument("--whole-encoder", action="store_true", help=help_)
+
+
+def _add_repository(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
+    help_ = "of the encoder (default: %(default)s); tensorrt is in NVIDIA's container only"
+    command.add_argument("--triton-backend", choices=TRITON_BACKENDS, default=TRITON_BACKENDS[0], help=help_)
 
 
 def _add_limits(command: argparse.ArgumentParser) -> None:
@@ -101,117 +136,142 @@ def _limits(arguments: argparse.Namespace) -> Limits:
     return Limits(**{name: getattr(arguments, name) for name in Limits.names()})
 
 
-def main() -> int:
-    """Run one command; faults of the input are told in a line each, not by a traceback."""
-    arguments = _parser().parse_args()
-    command = globals()[f"_{arguments.command}"]
-    try:
-        return int(command(arguments))
-    except (ValueError, RuntimeError) as error:
-        # by name, since some of their modules import torch, which not every command needs
-        if type(error).__name__ not in USER_ERRORS:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def _options(arguments: argparse.Namespace) -> CheckpointOptions:
+    return {
+        "tokenizer": arguments.tokenizer,
+        "passage_length": arguments.passage_length,
+        "append_eos": arguments.append_eos,
+        "cross_attention_bias": arguments.cross_attention_bias,
+    }
 
 
 def _load(arguments: argparse.Namespace) -> Checkpoint:
     from export.checkpoint.files import load_checkpoint
 
-    return load_checkpoint(
-        arguments.checkpoint,
-        tokenizer=arguments.tokenizer,
+    return load_checkpoint(arguments.checkpoint, **_options(arguments))
+
+
+def _readers(arguments: argparse.Namespace) -> int:
+    from export.readers import Settings, update_reader
+
+    readers = _by_name(arguments.readers, "NAME=CHECKPOINT")
+    flags = _by_name(arguments.flags, "NAME=OPTIONS")
+    unknown = sorted(set(flags) - set(readers))
+    if unknown:
+        raise UsageError(f"--flags: wanted the name of a reader ({', '.join(readers)}), got {', '.join(unknown)}")
+    native = arguments.triton_backend == "tensorrt"
+    settings = Settings(
+        arguments.engines,
+        arguments.repository,
+        arguments.engine,
+        native,
+        _limits(arguments),
+        arguments.precision,
+        arguments.timing_cache,
+        arguments.jobs,
+    )
+    parser = argparse.ArgumentParser(prog="--flags", parents=[_checkpoint_options()], add_help=False)
+    options = {name: _options(parser.parse_args(shlex.split(flags.get(name, "")))) for name in readers}
+    for name, checkpoint in readers.items():
+        update_reader(name, checkpoint, settings, options[name])
+    return 0
+
+
+def _by_name(pairs: Sequence[str], form: str) -> dict[str, str]:
+    """NAME=VALUE texts as a dictionary; raises UsageError for another form, a name that cannot be served, or a name given twice."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not (value or form.endswith("OPTIONS")):
+            raise UsageError(f"wanted {form}, got {pair!r}")
+        if require_reader_name(name) in found:
+            raise UsageError(f"{form}: {name} is given twice")
+        found[name] = value
+    return found
+
+
+def _onnx(arguments: argparse.Namespace) -> int:
+    _print_engines(arguments.engines, _graphs(_load(arguments), arguments))
+    return 0
+
+
+def _preset(arguments: argparse.Namespace) -> int:
+    checkpoint = random_checkpoint(
+        arguments.name,
+        arguments.tokenizer,
+        fido=arguments.fido,
+        period=arguments.period,
+        num_kv_heads=arguments.num_kv_heads,
         passage_length=arguments.passage_length,
-        append_eos=arguments.append_eos,
-        cross_attention_bias=arguments.cross_attention_bias,
+        seed=arguments.seed,
+    )
+    _print_engines(arguments.engines, _graphs(checkpoint, arguments))
+    return 0
+
+
+def _graphs(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Manifest:
+    return export_graphs(
+        checkpoint,
+        arguments.engines,
+        gpu=arguments.gpu,
+        precision=arguments.precision,
+        opset=arguments.opset,
+        whole_encoder=arguments.whole_encoder,
     )
 
 
-def _export(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Manifest:
-    opset = {} if arguments.opset is None else {"opset": arguments.opset}
-    if arguments.gpu:
-        from export.graphs.gpu import export_gpu_reader
-
-        return export_gpu_reader(checkpoint, arguments.engines, arguments.precision, whole_encoder=arguments.whole_encoder, **opset)
-    from export.graphs.onnx_export import export_reader
-
-    return export_reader(checkpoint, arguments.engines, **opset)
+def _build(arguments: argparse.Namespace) -> int:
+    manifest = build_reader(
+        arguments.checkpoint,
+        arguments.engines,
+        arguments.engine,
+        _limits(arguments),
+        options=_options(arguments),
+        precision=arguments.precision,
+        opset=arguments.opset,
+        whole_encoder=arguments.whole_encoder,
+        timing_cache=arguments.timing_cache,
+        jobs=arguments.jobs,
+    )
+    _print_engines(arguments.engines, manifest)
+    return 0
 
 
 def _engine(arguments: argparse.Namespace) -> int:
     from export.tensorrt.compiler import build_engines
 
     manifest = build_engines(arguments.graphs, arguments.engines, _limits(arguments), arguments.timing_cache, arguments.jobs)
-    assert manifest.build is not None
-    print(f"{arguments.engines}: {manifest.reader}, TensorRT {manifest.build.version} for {manifest.build.gpu}")
+    _print_engines(arguments.engines, manifest)
     return 0
 
 
-def _build(arguments: argparse.Namespace) -> int:
-    from export.tensorrt.compiler import default_backend
-
-    engine = default_backend() if arguments.engine == "auto" else arguments.engine
-    arguments.gpu = engine != "onnxruntime"
-    arguments.whole_encoder &= arguments.gpu
-    if engine != "tensorrt":
-        return _onnx(arguments)
-    engines = arguments.engines
-    arguments.engines = arguments.graphs = engines.with_name(f"{engines.name}.graphs")
-    _onnx(arguments)
-    arguments.engines = engines
-    return _engine(arguments)
+def _print_engines(directory: Path, manifest: Manifest) -> None:
+    megabytes = sum((directory / file).stat().st_size for file in manifest.files) / 1e6
+    what = f"{manifest.reader}, {manifest.engine}, {manifest.provenance['parameters']:,} parameters, {megabytes:.1f} MB"
+    if manifest.build is not None:
+        print(f"{directory}: {what}, TensorRT {manifest.build.version} for {manifest.build.gpu}")
+    else:
+        print(f"{directory}: {what}, {sum(manifest.provenance['export_s'].values()):.1f} s")
 
 
 def _detect(arguments: argparse.Namespace) -> int:
-    from export.tensorrt.compiler import default_backend
-
     print(default_backend())
     return 0
 
 
-def _onnx(arguments: argparse.Namespace) -> int:
-    manifest = _export(_load(arguments), arguments)
-    megabytes = sum((arguments.engines / file).stat().st_size for file in manifest.files) / 1e6
-    seconds = sum(manifest.provenance["export_s"].values())
-    print(f"{arguments.engines}: {manifest.reader}, {manifest.provenance['parameters']:,} parameters, {megabytes:.1f} MB, {seconds:.1f} s")
-    return 0
-
-
-def _preset(arguments: argparse.Namespace) -> int:
-    from export.checkpoint.files import Checkpoint, read_tokenizer
-    from export.model.reader import Reader
-
-    config = reader_preset(arguments.name, fido=arguments.fido, period=arguments.period, num_kv_heads=arguments.num_kv_heads)
-    reader = Reader(dataclasses.replace(config, passage_length=arguments.passage_length))
-    reader.reset_parameters(arguments.seed)
-    checkpoint = Checkpoint(reader.eval(), read_tokenizer(Path(arguments.tokenizer)), f"random-{arguments.name}", "random weights")
-    manifest = _export(checkpoint, arguments)
-    print(f"{arguments.engines}: {manifest.reader} {arguments.name}, {manifest.provenance['parameters']:,} random parameters")
-    return 0
-
-
 def _convert(arguments: argparse.Namespace) -> int:
-    import torch
+    from export.build import convert
 
-    from export.checkpoint.convert import fido_from_fid
-    from export.checkpoint.files import save_reader
-
-    checkpoint = _load(arguments)
-    converted = fido_from_fid(checkpoint.reader, arguments.period, arguments.num_kv_heads)
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = Path(scratch, "tokenizer.json")
-        tokenizer.write_text(checkpoint.tokenizer_json, encoding="utf-8")
-        notes = {"converted_from": Path(checkpoint.source).name, "needs": "up-training"}
-        save_reader(arguments.output, converted, tokenizer, torch.float32, notes)
+    convert(arguments.checkpoint, arguments.output, arguments.period, arguments.num_kv_heads, _options(arguments))
     print(
         f"{arguments.output}: FiDO with period {arguments.period} and {arguments.num_kv_heads} key/value heads.\n"
-        "It needs up-training: until it is trained further, it answers much worse than the checkpoint it came from."
+        "It needs up-training: until it is trained further, it answers much worse than the checkpoint it was converted from."
     )
     return 0
 
 
 def _repository(arguments: argparse.Namespace) -> int:
-    from .repository import repository_from_engines
+    from export.repository import repository_from_engines
 
     native = arguments.triton_backend == "tensorrt"
     repository_from_engines(arguments.engines, arguments.repository, arguments.reader, _limits(arguments), native_encoder=native)
@@ -220,7 +280,7 @@ def _repository(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from .compare import compare_stages, table
+    from export.compare import compare_stages, table
 
     errors = compare_stages(_load(arguments), arguments.engines)
     print(table(errors))
@@ -228,6 +288,46 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"ok": ok, "errors": [dataclasses.asdict(error) for error in errors]}))
     return 0 if ok else 1
+
+
+COMMANDS = {
+    "readers": _readers,
+    "onnx": _onnx,
+    "preset": _preset,
+    "build": _build,
+    "engine": _engine,
+    "detect": _detect,
+    "convert": _convert,
+    "repository": _repository,
+    "compare": _compare,
+}
+
+
+def _interrupt(number: int, _: object) -> NoReturn:
+    for again in (signal.SIGINT, signal.SIGTERM):  # a second signal must not end the clean-up
+        signal.signal(again, signal.SIG_IGN)
+    raise Interrupted(signal.Signals(number).name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0, 1 after an error of the user, 128 + N after signal N.
+    """
+    arguments = _parser().parse_args(argv)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        return COMMANDS[arguments.command](arguments)
+    except Interrupted as interrupt:
+        print(f"error: {arguments.command}: stopped by {interrupt}; unfinished files were removed", file=sys.stderr)
+        return 128 + signal.Signals[str(interrupt)]
+    except Exception as error:
+        if not isinstance(error, user_errors()):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

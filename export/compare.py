@@ -1,7 +1,7 @@
-"""Each stage against the one before it: transformers -> our module -> graph in torch -> graph in ONNX Runtime.
+"""Compares each stage with the one before it: transformers -> our module -> graph in torch -> graph in ONNX Runtime.
 
-Comes in: a checkpoint and the engines made of it. Goes out: the worst absolute error of every output of every stage. What is served is
-compared with the torch reader by `make evaluate`.
+Comes in: a checkpoint and the CPU engines exported from it. Goes out: the worst absolute error of every output of every stage. Does not
+compare served answers; `make evaluate` does.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import onnxruntime as ort
 import torch
 
 from export.checkpoint.files import Checkpoint
-from export.checkpoint.weights import hf_name
-from export.graphs.cpu import engine_sizes
-from export.graphs.onnx_export import GRAPHS, sample_inputs, sha256_of_weights
+from export.errors import ExportError
+from export.graphs.onnx_export import GRAPHS, sample_inputs
+from export.manifest_writer import engine_sizes, sha256_of_weights
 from export.model.reader import Reader
 from serving.contract.manifest import Manifest, ManifestError
 from serving.contract.tensors import GraphTensors
 
-# By dtype of the engine: the largest difference that rounding explains. Logits of T5 are tens in size.
+# Precision of the engines -> the largest difference that rounding explains. T5's logits are in the tens.
 TOLERANCE = {"float32": 1e-3}
 SHAPES = (
     {"passages": 1, "passage_length": 16, "batch": 1, "past_length": 16, "encoder_sequence_length": 64},
@@ -33,9 +33,11 @@ SHAPES = (
 
 @dataclasses.dataclass(frozen=True)
 class OutputError:
-    """Worst absolute error of one output of one stage against the stage before it.
+    """Worst error of one output of one stage against the stage before it.
 
-    `worst` counts differing tokens where the output is a token.
+    Attributes:
+        worst: largest absolute difference; for tokens, the number that differ.
+        allowed: the largest `worst` that passes.
     """
 
     stage: str
@@ -45,21 +47,26 @@ class OutputError:
 
     @property
     def ok(self) -> bool:
-        """Whether the error is within what rounding explains; a NaN is not."""
+        """Whether the error passes; NaN does not."""
         return self.worst <= self.allowed
 
 
 def compare_stages(checkpoint: Checkpoint, engines: Path) -> list[OutputError]:
-    """Compare all stages that this checkpoint has.
+    """Compare all stages of this checkpoint.
 
     Raises:
-        ManifestError: if the engines are damaged or were made of other weights.
+        ManifestError: if the engines are damaged or were exported from other weights.
+        ExportError: if the engines are not for the CPU.
     """
     manifest = Manifest.load(engines)
     manifest.verify(engines, tuple(manifest.files))
+    if manifest.precision not in TOLERANCE:
+        raise ExportError(f"{engines}: wanted float32 engines for the CPU, got {manifest.precision} for {manifest.engine}")
     weights = sha256_of_weights(checkpoint.reader)
     if manifest.weights_sha256 != weights:
-        raise ManifestError(f"{engines}: made of weights {manifest.weights_sha256[:16]}..., but {checkpoint.source} has {weights[:16]}...")
+        raise ManifestError(
+            f"{engines}: made of weights {manifest.weights_sha256[:16]}, but {checkpoint.source} has {weights[:16]}; export it again"
+        )
     allowed = TOLERANCE[manifest.precision]
     found: list[OutputError] = []
     if checkpoint.layout == "hugging-face":
@@ -80,43 +87,18 @@ def random_question(reader: Reader, rng: np.random.Generator, n_passages: int, p
 
 @torch.no_grad()
 def module_against_transformers(reader: Reader) -> float:
-    """Worst error of the logits of one passage against T5ForConditionalGeneration with the same weights."""
-    from transformers import T5Config, T5ForConditionalGeneration
+    """Worst error of the logits of one passage against transformers' T5 with the same weights."""
+    from export.checkpoint.hugging_face import t5_from_reader  # transformers takes seconds to import
 
-    config, stack = reader.config, reader.config.encoder
-    theirs = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=config.vocab_size,
-            d_model=stack.d_model,
-            d_kv=stack.d_kv,
-            d_ff=stack.d_ff,
-            num_layers=stack.num_layers,
-            num_decoder_layers=config.decoder.num_layers,
-            num_heads=stack.num_heads,
-            relative_attention_num_buckets=config.relative_attention_num_buckets,
-            relative_attention_max_distance=config.relative_attention_max_distance,
-            layer_norm_epsilon=config.layer_norm_epsilon,
-            feed_forward_proj=config.feed_forward_proj,
-            tie_word_embeddings=config.scale_decoder_outputs,
-            pad_token_id=config.pad_token_id,
-            eos_token_id=config.eos_token_id,
-        )
-    ).eval()
-    if not config.tie_word_embeddings:
-        theirs.lm_head.weight = torch.nn.Parameter(torch.empty_like(theirs.shared.weight))
-    state = {hf_name(name): weight for name, weight in reader.state_dict().items()}
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
-    copies = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
-    assert not unexpected and set(missing) <= copies, (missing, unexpected)
     ids, mask = random_question(reader, np.random.default_rng(0), 1, 40)
-    targets = torch.randint(2, config.vocab_size, (1, 9), generator=torch.Generator().manual_seed(0))
-    logits = theirs(input_ids=ids[0], attention_mask=mask[0], decoder_input_ids=targets).logits
+    targets = torch.randint(2, reader.config.vocab_size, (1, 9), generator=torch.Generator().manual_seed(0))
+    logits = t5_from_reader(reader)(input_ids=ids[0], attention_mask=mask[0], decoder_input_ids=targets).logits
     return _worst(logits.numpy(), reader(ids, mask, targets).numpy())
 
 
 @torch.no_grad()
 def graphs_against_module(reader: Reader, allowed: float) -> Iterator[OutputError]:
-    """The graphs, run in torch, against the full pass: hidden states, then a greedy answer through cross_kv and decoder_step."""
+    """The graphs in torch against the full pass: hidden states, then a greedy answer through cross_kv and decoder_step."""
     encoder, cross_kv, step = (module_of(reader).eval() for module_of, _ in GRAPHS.values())
     stack, steps = reader.config.decoder, 12
     worst_states = worst_log_prob = differing = 0.0
@@ -165,7 +147,7 @@ def onnx_against_graph(reader: Reader, name: str, tensors: GraphTensors, engines
 
 
 def _plausible(inputs: dict[str, np.ndarray], vocab_size: int, seed: int) -> dict[str, np.ndarray]:
-    """Random tokens, positions and lengths within bounds instead of ones."""
+    """Replace the ones of `sample_inputs` by random tokens, positions and lengths within their bounds."""
     rng = np.random.default_rng(seed)
     for name, array in inputs.items():
         if name in ("input_ids", "decoder_input_ids"):
@@ -191,7 +173,7 @@ def _worst(wanted: np.ndarray, got: np.ndarray) -> float:
 
 
 def table(errors: Iterable[OutputError]) -> str:
-    """The errors as text, caches of many layers on one line."""
+    """The errors as text, with the caches of all layers merged into one line."""
     merged: dict[tuple[str, str], OutputError] = {}
     for error in errors:
         name = error.output

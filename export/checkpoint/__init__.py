@@ -1,1 +1,1 @@
-"""Checkpoints: their configuration, weights and files; conversion of FiD to FiDO."""
+"""Checkpoints: configuration, weights, files, conversion of FiD to FiDO, transformers' T5 with the same weights."""

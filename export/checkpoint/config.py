@@ -1,8 +1,8 @@
-"""What a reader is: one configuration class for FiD and FiDO, and the published sizes.
+"""The configuration of a reader: one class for FiD and FiDO, and the published sizes.
 
-Comes in: nothing heavier than the standard library. Goes out: `ReaderConfig`, which every module of export/ is built from.
-FiD is `encoder_decoder_attention_period=1` with as many key/value heads as query heads; FiDO sets the period, the number of
-key/value heads and the decoder's own sizes.
+Comes in: fields of a config.json, or the name of a published size. Goes out: `ReaderConfig`, from which export/ builds everything else.
+A FiD reader has `encoder_decoder_attention_period=1` and as many key/value heads as query heads. A FiDO reader has a longer period, fewer
+key/value heads, and a decoder with sizes of its own. Reads no files and needs no package.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from export.errors import ConfigError
+
 FeedForward = Literal["relu", "gated-gelu"]
-
-
-class ConfigError(ValueError):
-    """A configuration that contradicts itself or names something unknown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +27,7 @@ class StackConfig:
         d_ff: inner width of the feed-forward layer (of each of its two branches when gated).
         num_layers: transformer layers.
         num_heads: query heads.
-        num_kv_heads: key and value heads. Equal to num_heads is multi-head, 1 is multi-query, a divisor in between is grouped-query.
+        num_kv_heads: key and value heads: num_heads for multi-head, 1 for multi-query, a divisor in between for grouped-query attention.
     """
 
     d_model: int
@@ -40,7 +38,7 @@ class StackConfig:
     num_kv_heads: int
 
     def faults(self, name: str) -> list[str]:
-        """What is wrong with these sizes, one line each, prefixed by `name`."""
+        """Faults of these sizes, one line each, prefixed by `name`."""
         found = [
             f"{name}.{field.name}: wanted a positive integer, got {getattr(self, field.name)!r}"
             for field in dataclasses.fields(self)
@@ -53,7 +51,7 @@ class StackConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReaderConfig:
-    """What a FiD or FiDO checkpoint is.
+    """Architecture and prompt length of a FiD or FiDO checkpoint.
 
     Attributes:
         encoder: sizes of the encoder; always multi-head.
@@ -64,9 +62,9 @@ class ReaderConfig:
         feed_forward_proj: "relu" (T5 v1.0) or "gated-gelu" (T5 v1.1, Flan; gelu in its tanh form).
         tie_word_embeddings: the output head is the decoder's embedding.
         scale_decoder_outputs: multiply the last hidden state by d_model**-0.5 before the head (T5 v1.0, where the head is tied).
-        cross_attention_relative_bias: add a relative position bias in cross-attention. transformers before 4.0 did, and FiD's released
-            readers were trained with it; T5 itself has none.
-        append_eos: whether `</s>` ends every encoder input. facebookresearch/FiD was trained without it.
+        cross_attention_relative_bias: add a relative position bias in cross-attention. T5 has none, but transformers before 4.0 added one,
+            and FiD's released readers were trained with it.
+        append_eos: whether `</s>` ends every encoder input. The readers of facebookresearch/FiD were trained without it.
         passage_length: tokens kept of each prompt (question, title and passage together), `</s>` included.
     """
 
@@ -111,7 +109,7 @@ class ReaderConfig:
 
     @property
     def cross_attention_layers(self) -> tuple[int, ...]:
-        """Decoder layers, 0-based over the whole decoder, that have cross-attention."""
+        """Decoder layers with cross-attention, 0-based over the whole decoder."""
         period = self.encoder_decoder_attention_period
         return tuple(i for i in range(self.decoder.num_layers) if (i + 1) % period == 0)
 
@@ -123,24 +121,26 @@ class ReaderConfig:
 
     @property
     def shares_embedding(self) -> bool:
-        """Whether encoder and decoder use one embedding: they do where their widths allow it."""
+        """Whether encoder and decoder share one embedding, which they do if their widths are equal."""
         return self.encoder.d_model == self.decoder.d_model
 
     def to_json(self) -> str:
-        """The configuration as written to config.json."""
+        """The text of config.json."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ReaderConfig:
-        """The inverse of `to_json`; unknown or missing fields raise ConfigError naming all of them."""
+        """The inverse of `to_json`. Raises ConfigError that names every unknown and every missing field."""
         known = {f.name: f for f in dataclasses.fields(cls)}
         required = {n for n, f in known.items() if f.default is dataclasses.MISSING}
         sizes = {f.name for f in dataclasses.fields(StackConfig)}
         faults = [f"unknown field {n!r}" for n in fields if n not in known] + [f"missing field {n!r}" for n in required - set(fields)]
         for stack in ("encoder", "decoder"):
-            given = fields.get(stack)
-            if isinstance(given, Mapping) and set(given) != sizes:
-                faults.append(f"{stack}: wanted exactly the fields {sorted(sizes)}, got {sorted(given)}")
+            found = fields.get(stack)
+            if not isinstance(found, Mapping):
+                faults += [f"{stack}: wanted an object, got {found!r}"] if stack in fields else []
+            elif set(found) != sizes:
+                faults.append(f"{stack}: wanted exactly the fields {sorted(sizes)}, got {sorted(found)}")
         if faults:
             raise ConfigError("reader configuration:\n  " + "\n  ".join(faults))
         stacks = {stack: StackConfig(**fields[stack]) for stack in ("encoder", "decoder")}
@@ -148,11 +148,11 @@ class ReaderConfig:
 
 
 def own_config(fields: Mapping[str, Any]) -> ReaderConfig:
-    """The configuration in our own config.json, without what the file says besides."""
+    """The configuration in a config.json of our own layout; its other fields are ignored."""
     return ReaderConfig.from_dict({k: v for k, v in fields.items() if k not in ("model_type", "notes")})
 
 
-# T5 v1.1's published sizes: (d_model, d_ff, num_layers, num_heads); every head is 64 wide.
+# T5 v1.1's published sizes: (d_model, d_ff, num_layers, num_heads). Every head has width 64.
 _SIZES = {
     "small": (512, 1024, 8, 6),
     "base": (768, 2048, 12, 12),
@@ -165,7 +165,7 @@ VOCAB_SIZE = 32128  # T5's 32,000 pieces and 100 sentinels, padded to a multiple
 
 
 def stack_preset(size: str, num_kv_heads: int | None = None) -> StackConfig:
-    """T5 v1.1 sizes by name (small, base, large, xl, xxl); multi-head unless `num_kv_heads` is given."""
+    """T5 v1.1 sizes by name (small, base, large, xl, xxl), multi-head by default. Raises ConfigError for another name."""
     if size not in _SIZES:
         raise ConfigError(f"preset size: wanted one of {', '.join(_SIZES)}, got {size!r}")
     d_model, d_ff, num_layers, num_heads = _SIZES[size]
@@ -173,13 +173,16 @@ def stack_preset(size: str, num_kv_heads: int | None = None) -> StackConfig:
 
 
 def reader_preset(name: str, *, fido: bool, period: int | None = None, num_kv_heads: int | None = None) -> ReaderConfig:
-    """A reader of published size, T5 v1.1's architecture.
+    """A reader of published size with T5 v1.1's architecture.
 
     Args:
-        name: `base`, or `base-xl` for an encoder of one size and a decoder of another (the paper's are base-XL and large-XXL).
-        fido: layer-sparse cross-attention every `FIDO_PERIOD` layers (fewer layers: the last one) and one key/value head.
+        name: `base`, or `base-xl` for a base encoder with an XL decoder. The FiDO paper has base-XL and large-XXL.
+        fido: cross-attention in every `FIDO_PERIOD`-th layer (in the last one of a shorter decoder), and one key/value head.
         period: overrides the period, for ablations.
         num_kv_heads: overrides the key/value heads of the decoder, for ablations.
+
+    Raises:
+        ConfigError: if the name is unknown or the sizes do not fit together.
     """
     encoder, _, decoder = name.lower().partition("-")
     decoder_stack = stack_preset(decoder or encoder, num_kv_heads or (1 if fido else None))

@@ -1,7 +1,7 @@
-"""FiD -> FiDO: the weights that FiDO keeps, pooled where it has fewer heads.
+"""FiD -> FiDO: the weights that FiDO keeps, mean-pooled where it has fewer heads.
 
-What comes out answers badly until it is trained further ("up-trained"): layers lost their cross-attention and heads share what
-used to be their own keys and values.
+Comes in: a FiD reader. Goes out: a FiDO reader. It answers badly until it is trained further ("up-trained"), because layers have lost
+their cross-attention and heads share keys and values. Does not train.
 """
 
 from __future__ import annotations
@@ -11,21 +11,20 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from export.errors import ConfigError
 from export.model.reader import Reader
-
-from .config import ConfigError
 
 
 def fido_from_fid(reader: Reader, period: int, num_kv_heads: int) -> Reader:
-    """A FiDO reader that starts from a FiD reader's weights.
+    """A FiDO reader initialised from the weights of a FiD reader.
 
-    Key and value heads of the decoder are averaged over groups of neighbouring heads (Ainslie et al., 2023, found the mean better than
-    the first head or a random one); cross-attention outside every `period`-th layer is dropped.
+    Key and value heads of the decoder are averaged over groups of neighbouring heads. Ainslie et al. (2023) found the mean better than the
+    first head or a random one. Cross-attention outside every `period`-th layer is dropped.
 
     Args:
-        reader: a reader whose decoder layers cross-attend at least where the result will.
+        reader: has cross-attention at least in the layers where the result has it.
         period: encoder_decoder_attention_period of the result.
-        num_kv_heads: key/value heads of the result's decoder; divides those of `reader`.
+        num_kv_heads: key/value heads of the result's decoder, a divisor of those of `reader`.
 
     Raises:
         ConfigError: if the period or the number of heads does not fit.
@@ -40,7 +39,9 @@ def fido_from_fid(reader: Reader, period: int, num_kv_heads: int) -> Reader:
     )
     absent = sorted(set(target_config.cross_attention_layers) - set(config.cross_attention_layers))
     if absent:
-        raise ConfigError(f"period {period}: wants cross-attention in layers {absent}, which the checkpoint does not have")
+        raise ConfigError(
+            f"period {period}: needs cross-attention in layers {absent}, but the checkpoint has it in {list(config.cross_attention_layers)}"
+        )
 
     def pooled(weight: Tensor) -> Tensor:
         """float[heads * d_kv, d_source] -> float[num_kv_heads * d_kv, d_source]."""

@@ -1,7 +1,8 @@
-"""Checkpoints: read any of the three layouts into a `Reader`, write our own.
+"""Checkpoint files: reads any of three layouts into a `Reader`, and writes our own.
 
-Read: a Hugging Face T5/Flan-T5 directory or hub name, a facebookresearch/FiD directory, our own (config.json + model.safetensors +
-tokenizer.json). Weights are read as tensors only (`safetensors`, or `torch.load(weights_only=True)`); nothing is unpickled into code.
+Comes in: a Hugging Face T5 or Flan-T5 directory or hub name, a facebookresearch/FiD directory, or a directory of our own layout
+(config.json, model.safetensors, tokenizer.json). Goes out: a `Checkpoint`. Weights are read as tensors only, by `safetensors` or
+`torch.load(weights_only=True)`: no code in a pickle is run.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from export.errors import CheckpointError
 from export.model.reader import Reader
 
 from .config import ReaderConfig, StackConfig, own_config
-from .weights import HF_CROSS_BIAS, CheckpointError, is_wrapped, state_dict_from_weights, unwrapped_name
+from .weights import HF_CROSS_BIAS, is_wrapped, state_dict_from_weights, unwrapped_name
 
-MODEL_TYPE = "fid-reader"  # in config.json, tells our own layout from Hugging Face's
+MODEL_TYPE = "fid-reader"  # in config.json; marks our own layout
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 FID_PASSAGE_LENGTH = 200  # facebookresearch/FiD's text_maxlength; its large readers were trained with 250
@@ -38,7 +40,7 @@ class Checkpoint:
     Attributes:
         reader: fp32, in eval mode.
         tokenizer_json: the tokenizer in the `tokenizers` library's JSON.
-        source: where it came from, as given.
+        source: directory or hub name, as the caller wrote it.
         layout: "own", "hugging-face" or "facebookresearch/FiD".
     """
 
@@ -60,30 +62,45 @@ def load_checkpoint(
 
     Args:
         source: a directory, or a hub name such as google/flan-t5-base.
-        tokenizer: directory or file to take the tokenizer from; needed where the checkpoint has none (facebookresearch/FiD).
-        passage_length: tokens kept of each prompt, where the checkpoint does not log (default 200 for FiD's, 256 for T5).
-        append_eos: end each encoder input with `</s>`; default no for FiD's checkpoints, yes for Hugging Face's.
-        cross_attention_bias: apply the relative bias in cross-attention where the checkpoint holds one; default yes for FiD's, which
-            were trained with it, no for Hugging Face's, where it is an unused leftover that transformers drops too.
+        tokenizer: directory or file of the tokenizer; needed where the checkpoint has none (facebookresearch/FiD).
+        passage_length: tokens kept of each prompt. The default is the checkpoint's own where it states one, 200 for FiD's readers, and 256
+            for T5.
+        append_eos: end each encoder input with `</s>`. The default is no for FiD's readers and yes for Hugging Face's.
+        cross_attention_bias: apply the relative bias in cross-attention where the checkpoint holds one. The default is yes for FiD's
+            readers, which were trained with it, and no for Hugging Face's, where it is unused and transformers drops it too.
 
     Raises:
         CheckpointError: if anything is missing, extra, misshapen or unreadable.
+        ConfigError: if config.json contradicts itself.
     """
     directory = _directory_of(source)
+    reader, layout = _read_reader(
+        directory, str(source), cross_attention_bias, {"passage_length": passage_length, "append_eos": append_eos}
+    )
+    reader.requires_grad_(False)
+    return Checkpoint(reader, read_tokenizer(Path(tokenizer) if tokenizer else directory), str(source), layout)
+
+
+def load_reader(source: str | Path) -> Reader:
+    """The reader of a checkpoint directory without its tokenizer, trainable; otherwise as `load_checkpoint`."""
+    return _read_reader(Path(source), str(source), None, {})[0]
+
+
+def _read_reader(directory: Path, source: str, cross_attention_bias: bool | None, overrides: dict[str, Any]) -> tuple[Reader, str]:
+    """The reader in eval mode, and the checkpoint's layout."""
     fields = _config_fields(directory)
     weights = _read_weights(directory)
-    if fields.get("model_type") == MODEL_TYPE:
-        layout, hugging_face = "own", False
-        config = own_config(fields)
+    own = fields.get("model_type") == MODEL_TYPE
+    if own:
+        layout, config = "own", own_config(fields)
     else:
-        hugging_face = True
         wrapped = is_wrapped(weights)
         layout = "facebookresearch/FiD" if wrapped else "hugging-face"
         weights = {unwrapped_name(name): tensor for name, tensor in weights.items()}
         config = _hf_config(fields, weights, directory)
-        wants_bias = wrapped if cross_attention_bias is None else cross_attention_bias
-        if HF_CROSS_BIAS in weights and not wants_bias:
-            print(f"{directory}: leaving out the cross-attention bias (--cross-attention-bias applies it)", file=sys.stderr)
+        apply_bias = wrapped if cross_attention_bias is None else cross_attention_bias
+        if HF_CROSS_BIAS in weights and not apply_bias:
+            print(f"{directory}: the cross-attention bias is not applied; --cross-attention-bias applies it", file=sys.stderr)
             del weights[HF_CROSS_BIAS]
         config = dataclasses.replace(
             config,
@@ -91,25 +108,12 @@ def load_checkpoint(
             append_eos=not wrapped,
             passage_length=FID_PASSAGE_LENGTH if wrapped else config.passage_length,
         )
-    overrides: dict[str, Any] = {"passage_length": passage_length, "append_eos": append_eos}
-    config = dataclasses.replace(config, **{k: v for k, v in overrides.items() if v is not None})
-    state = state_dict_from_weights(config, weights, source=str(source), hugging_face=hugging_face)
-    with torch.device("meta"):
+    config = dataclasses.replace(config, **{name: value for name, value in overrides.items() if value is not None})
+    state = state_dict_from_weights(config, weights, source=source, hugging_face=not own)
+    with torch.device("meta"):  # draws no random weights only to replace them
         reader = Reader(config)
     reader.load_state_dict(state, assign=True)
-    reader.requires_grad_(False)
-    return Checkpoint(reader.eval(), read_tokenizer(Path(tokenizer) if tokenizer else directory), str(source), layout)
-
-
-def load_reader(source: str | Path) -> Reader:
-    """The reader of a checkpoint in our own layout, without its tokenizer."""
-    directory = Path(source)
-    config = own_config(_config_fields(directory))
-    state = state_dict_from_weights(config, _read_weights(directory), source=str(source), hugging_face=False)
-    with torch.device("meta"):
-        reader = Reader(config)
-    reader.load_state_dict(state, assign=True)
-    return reader.eval()
+    return reader.eval(), layout
 
 
 def save_reader(
@@ -119,31 +123,31 @@ def save_reader(
     dtype: torch.dtype = torch.float16,
     notes: dict[str, Any] | None = None,
 ) -> None:
-    """Write a reader in our own layout; an existing checkpoint there is replaced file by file, each in one step.
+    """Write a reader in our own layout. Files of an existing checkpoint are replaced one by one, each atomically.
 
     Args:
-        directory: created if need be.
-        reader: any device, any dtype.
-        tokenizer_file: a tokenizer.json to put beside the weights.
+        directory: created if missing.
+        reader: on any device, of any dtype.
+        tokenizer_file: a tokenizer.json to copy.
         dtype: of the stored weights.
-        notes: kept in config.json under "notes": how the checkpoint came to be.
+        notes: provenance, stored in config.json under "notes".
 
     Raises:
-        CheckpointError: if a weight is not finite, or does not fit the range of `dtype`. Nothing is written then.
+        CheckpointError: if a weight is not finite, or exceeds the range of `dtype`. Nothing is written then.
     """
     state = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in reader.state_dict().items()}
     bad = sorted(name for name, weight in state.items() if not torch.isfinite(weight).all())
     if bad:
-        raise CheckpointError(f"not saved, these weights are not finite in {dtype}: {', '.join(bad)}")
+        raise CheckpointError(f"{directory}: not saved, because these weights are not finite in {dtype}: {', '.join(bad)}")
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     fields = {"model_type": MODEL_TYPE, **json.loads(reader.config.to_json()), "notes": notes or {}}
-    with tempfile.TemporaryDirectory(dir=target) as beside:
-        save_file(state, str(Path(beside, WEIGHTS_FILE)))
-        Path(beside, "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        shutil.copyfile(tokenizer_file, Path(beside, TOKENIZER_FILE))
+    with tempfile.TemporaryDirectory(dir=target) as scratch:
+        save_file(state, str(Path(scratch, WEIGHTS_FILE)))
+        Path(scratch, "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(tokenizer_file, Path(scratch, TOKENIZER_FILE))
         for name in (WEIGHTS_FILE, "config.json", TOKENIZER_FILE):
-            os.replace(Path(beside, name), target / name)
+            os.replace(Path(scratch, name), target / name)
 
 
 def _directory_of(source: str | Path) -> Path:
@@ -161,7 +165,7 @@ def _directory_of(source: str | Path) -> Path:
             found = Path(snapshot_download(str(source), allow_patterns=[*wanted, "pytorch_model*.bin", "*.bin.index.json"]))
         return found
     except Exception as error:  # the hub's client raises errors of several libraries
-        raise CheckpointError(f"{source}: no such directory, and the hub did not give it: {error}") from error
+        raise CheckpointError(f"{source}: no such directory, and the hub does not have it: {error}") from error
 
 
 def _config_fields(directory: Path) -> dict[str, Any]:
@@ -169,7 +173,7 @@ def _config_fields(directory: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; a checkpoint directory holds config.json beside its weights") from None
+        raise CheckpointError(f"{path}: missing; a checkpoint directory holds config.json and the weights") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     if not isinstance(fields, dict) or fields.get("model_type", "t5") not in ("t5", MODEL_TYPE):
@@ -179,7 +183,7 @@ def _config_fields(directory: Path) -> dict[str, Any]:
 
 
 def _hf_config(fields: dict[str, Any], weights: dict[str, Tensor], directory: Path) -> ReaderConfig:
-    """ReaderConfig from transformers' T5Config, old (3.x) or new (5.x)."""
+    """ReaderConfig from the config.json of transformers' T5, from 3.x to 5.x."""
     missing = [name for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads") if name not in fields]
     if missing:
         raise CheckpointError(f"{directory / 'config.json'}: missing {', '.join(missing)}")
@@ -188,8 +192,8 @@ def _hf_config(fields: dict[str, Any], weights: dict[str, Tensor], directory: Pa
     def stack(layers: int) -> StackConfig:
         return StackConfig(fields["d_model"], fields["d_kv"], fields["d_ff"], layers, heads, heads)
 
-    # transformers 5 writes tie_word_embeddings=true for every T5 and says in scale_decoder_outputs what the flag used to log;
-    # whether the head is tied is then told by the weights alone
+    # transformers 5 writes tie_word_embeddings=true for every T5, and scale_decoder_outputs has the flag's former meaning. Only the weights
+    # show then whether the head is tied.
     flag = fields.get("tie_word_embeddings", True)
     head, shared = weights.get("lm_head.weight"), weights.get("shared.weight")
     tied = flag if head is None or shared is None else head.shape == shared.shape and torch.equal(head, shared)
@@ -222,8 +226,8 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
                 weights.update(torch.load(file, map_location="cpu", weights_only=True))
         except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{file}: cannot be read: {error}") from error
-        except Exception as error:  # pickle.UnpicklingError: the file holds more than tensors
-            raise CheckpointError(f"{file}: refused, it holds something other than tensors: {error}") from error
+        except Exception as error:  # pickle.UnpicklingError
+            raise CheckpointError(f"{file}: wanted tensors only, got other objects: {error}") from error
     stray = sorted(name for name, value in weights.items() if not isinstance(value, Tensor))
     if stray:
         raise CheckpointError(f"{directory}: wanted tensors only, got other values under {', '.join(stray)}")
@@ -231,13 +235,13 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def read_tokenizer(place: Path) -> str:
-    """The JSON of the tokenizer in a directory or file, converted from SentencePiece where only that is there."""
+    """The tokenizer in a directory or file, as JSON of the `tokenizers` library; a lone spiece.model is converted."""
     path = place if place.is_file() else place / TOKENIZER_FILE
     if path.is_file() and path.suffix == ".json":
         return path.read_text(encoding="utf-8")
     pieces = place if place.is_file() else place / "spiece.model"
     if not pieces.is_file():
-        raise CheckpointError(f"{place}: no tokenizer.json or spiece.model; give one with --tokenizer (t5-base's for FiD's readers)")
+        raise CheckpointError(f"{place}: no tokenizer.json or spiece.model; pass one with --tokenizer (t5-base's for FiD's readers)")
     from transformers import T5TokenizerFast
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,6 +1,7 @@
-"""Names of the weights: ours, Hugging Face T5's, and those that facebookresearch/FiD's wrappers left in its checkpoints.
+"""Names of weights: ours, those of Hugging Face's T5, and those that the wrappers of facebookresearch/FiD left in its checkpoints.
 
-Comes in: tensors by name as a checkpoint holds them. Goes out: the same by our names, or one `CheckpointError` with every fault.
+Comes in: tensors by the names of a checkpoint. Goes out: the same tensors by our names, or one `CheckpointError` with every fault. Reads no
+files.
 """
 
 from __future__ import annotations
@@ -11,20 +12,16 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from export.errors import CheckpointError as CheckpointError
 from export.model.reader import Reader
 
 from .config import ReaderConfig
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or whose weights are not those of its configuration."""
-
 
 HF_CROSS_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
 def hf_name(name: str) -> str:
-    """The name that transformers' T5ForConditionalGeneration gives to our weight `name`.
+    """The name of our weight `name` in transformers' T5ForConditionalGeneration.
 
     Example: decoder.layers.3.cross_attention.k.weight -> decoder.block.3.layer.1.EncDecAttention.k.weight
     """
@@ -57,26 +54,29 @@ def is_wrapped(names: Iterable[str]) -> bool:
 
 
 def unwrapped_name(name: str) -> str:
-    """FiD's wrapped name -> transformers' name: `encoder.encoder.block.0.module.layer` is `encoder.block.0.layer`."""
+    """FiD's wrapped name -> transformers' name.
+
+    Example: encoder.encoder.block.0.module.layer -> encoder.block.0.layer
+    """
     if name.startswith("encoder.encoder."):
         name = name.removeprefix("encoder.")
     return re.sub(r"^(encoder\.block\.\d+)\.module\.", r"\1.", name)
 
 
 def expected_shapes(config: ReaderConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight of a reader, by our names; nothing is allocated."""
+    """Shape of every weight of a reader, by our names. Allocates no memory for weights."""
     with torch.device("meta"):
         return {name: tuple(weight.shape) for name, weight in Reader(config).state_dict().items()}
 
 
 def state_dict_from_weights(config: ReaderConfig, weights: Mapping[str, Tensor], *, source: str, hugging_face: bool) -> dict[str, Tensor]:
-    """Our state dict from a checkpoint's tensors.
+    """Our state dict, in float32, from the tensors of a checkpoint.
 
     Args:
-        config: what the checkpoint is.
+        config: of the checkpoint.
         weights: tensors by our names, or by transformers' names if `hugging_face`.
-        source: named in the error.
-        hugging_face: tells the two apart. Copies of the shared embedding under its other names are then accepted if they are equal.
+        source: the checkpoint's name in errors.
+        hugging_face: the names are transformers'. Equal copies of the shared embedding under its other names are then accepted.
 
     Raises:
         CheckpointError: naming every missing, extra and misshapen weight at once.
@@ -91,17 +91,17 @@ def state_dict_from_weights(config: ReaderConfig, weights: Mapping[str, Tensor],
         if name in weights and tuple(weights[name].shape) != shapes[ours]:
             faults.append(f"misshapen {name}: wanted {list(shapes[ours])}, got {list(weights[name].shape)}")
     if faults:
-        raise CheckpointError(f"{source}: {len(faults)} weights are not those of its config.json:\n  " + "\n  ".join(sorted(faults)))
+        raise CheckpointError(f"{source}: {len(faults)} weights do not fit its config.json:\n  " + "\n  ".join(sorted(faults)))
     return {ours: weights[name].to(torch.float32) for name, ours in names.items()}
 
 
 def _embedding_copies(config: ReaderConfig, weights: Mapping[str, Tensor], faults: list[str]) -> set[str]:
-    """Names under which older checkpoints store the shared embedding again; a copy that differs is a fault."""
+    """Names under which older checkpoints repeat the shared embedding. A copy that differs is added to `faults`."""
     names = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
     if config.tie_word_embeddings:
         names.add("lm_head.weight")
     shared = weights.get("shared.weight")
     for name in names & set(weights):
         if shared is not None and not torch.equal(weights[name], shared):
-            faults.append(f"{name} differs from shared.weight, of which it must be a copy")
+            faults.append(f"{name} differs from shared.weight; wanted an equal copy")
     return names

@@ -1,12 +1,14 @@
 """The three graphs that are exported for the CPU, built from a Reader's weights: encoder, cross_kv, decoder_step.
 
-Each is a torch module whose forward takes and returns exactly the tensors of serving/contract/tensors.py. The graphs compute what
-export/model/reader.py computes, in the form that an inference engine wants:
+Each graph is a torch module whose forward takes and returns exactly the tensors of serving/contract/tensors.py. The graphs compute the same
+as export/model/reader.py, in a form that inference engines run fast:
 
 * weights are stored as [in, out], so that every projection is one MatMul on an initializer;
 * the q, k and v projections are fused, and so are the gate and up projections;
 * position biases are read from a table by distance;
-* query heads are folded into rows, so that multi-query keys are read once and not once a head.
+* query heads are folded into rows, so that multi-query keys are read once and not once per head.
+
+Exporting the graphs is the task of onnx_export.py.
 """
 
 from __future__ import annotations
@@ -15,29 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export.checkpoint.config import ReaderConfig
+from export.manifest_writer import engine_sizes as engine_sizes
 from export.model.layers import MASKED, Attention, FeedForward, RelativeBias, RMSNorm
 from export.model.reader import DecoderLayer, EncoderLayer, Reader
-from serving.contract.tensors import EngineSizes
-
-
-def engine_sizes(config: ReaderConfig) -> EngineSizes:
-    """What the shapes of the engines depend on."""
-    return EngineSizes(
-        d_model_encoder=config.encoder.d_model,
-        d_model_decoder=config.decoder.d_model,
-        num_decoder_layers=config.decoder.num_layers,
-        cross_attention_layers=config.cross_attention_layers,
-        num_heads=config.decoder.num_heads,
-        num_kv_heads=config.decoder.num_kv_heads,
-        d_kv=config.decoder.d_kv,
-        vocab_size=config.vocab_size,
-        reads_encoder_positions=config.cross_attention_relative_bias,
-    )
 
 
 class Projection(nn.Module):
-    """One or several bias-free linear layers of the same input as one gemm; outputs lie side by side."""
+    """One or several bias-free linear layers of the same input as one GEMM, with their outputs concatenated."""
 
     weight: Tensor
 
@@ -46,14 +32,14 @@ class Projection(nn.Module):
         self.register_buffer("weight", torch.cat([linear.weight.detach() for linear in linears]).t().contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        """float[..., in] -> float[..., sum of outs], in the weights' type."""
+        """float[..., in_features] -> float[..., sum of out_features], in the type of the weights."""
         return torch.matmul(x.to(self.weight.dtype), self.weight)
 
 
 class GraphNorm(nn.Module):
-    """RMSNorm written as x / sqrt(mean(x^2) + eps): the form that inference engines recognise and run as one kernel.
+    """RMSNorm written as x / sqrt(mean(x^2) + eps): inference engines recognise this form and run it as one kernel.
 
-    Its arithmetic and its weight are fp32 whatever the type of x.
+    Arithmetic and weight are fp32, whatever the type of x.
     """
 
     weight: Tensor
@@ -70,7 +56,7 @@ class GraphNorm(nn.Module):
 
 
 class FusedFeedForward(nn.Module):
-    """FeedForward with both gated branches in one gemm."""
+    """FeedForward with both branches of the gated form in one GEMM."""
 
     def __init__(self, source: FeedForward):
         super().__init__()
@@ -87,16 +73,16 @@ class FusedFeedForward(nn.Module):
 
 
 class BiasTable(nn.Module):
-    """A relative bias as a table by clamped distance: one Gather instead of the bucket arithmetic."""
+    """A relative bias as a table by clamped distance: one Gather replaces the bucket arithmetic."""
 
     table: Tensor
 
     def __init__(self, source: RelativeBias):
         super().__init__()
-        self.reach = source.max_distance
-        first = -self.reach if source.bidirectional else 0
-        distances = torch.arange(first, self.reach + 1)
-        # of a bidirectional table the query is at 0 and the key at the distance; of a unidirectional one the key lies that far behind
+        self.max_distance = source.max_distance
+        first = -self.max_distance if source.bidirectional else 0
+        distances = torch.arange(first, self.max_distance + 1)
+        # the query is at 0; the key is at the distance in a bidirectional table, and that far behind it in a unidirectional one
         keys = distances if source.bidirectional else -distances
         with torch.no_grad():
             table = source(torch.zeros(1, dtype=torch.int64), keys)  # [heads, 1, distances]
@@ -104,8 +90,8 @@ class BiasTable(nn.Module):
         self.register_buffer("table", table[:, 0].t().contiguous())
 
     def forward(self, distance: Tensor) -> Tensor:
-        """int32[...] distance (key minus query if bidirectional, else query minus key) -> float[..., heads]."""
-        index = distance.clamp(self.first, self.reach) - self.first
+        """int32[...] distance, key minus query if bidirectional, else query minus key -> float[..., heads]."""
+        index = distance.clamp(self.first, self.max_distance) - self.first
         return functional.embedding(index, self.table)
 
 
@@ -149,7 +135,7 @@ class EncoderGraph(nn.Module):
         positions = torch.arange(input_ids.shape[1], dtype=torch.int32, device=input_ids.device)
         position_bias = self.bias(positions[None, :] - positions[:, None]).permute(2, 0, 1)[None]
         x = functional.embedding(input_ids, self.embedding)
-        # fp16 ends at 65,504: a larger penalty would be an infinity, and 0 times that is not a number
+        # The largest fp16 number is 65,504. A larger penalty would be infinite, and 0 * infinity is NaN.
         penalty = -3e4 if x.dtype == torch.float16 else MASKED
         bias = position_bias + (1 - attention_mask[:, None, None, :]).to(x.dtype) * penalty
         for layer in self.layers:
@@ -158,7 +144,7 @@ class EncoderGraph(nn.Module):
 
 
 class CrossKVGraph(nn.Module):
-    """`cross_kv_tensors`: a question's packed hidden states -> keys and values of every cross-attending layer."""
+    """`cross_kv_tensors`: the packed hidden states of a question -> keys and values of every cross-attending layer."""
 
     def __init__(self, reader: Reader):
         super().__init__()
@@ -168,13 +154,13 @@ class CrossKVGraph(nn.Module):
         self.projections = nn.ModuleList(Projection(linear) for source in sources for linear in (source.k, source.v))  # type: ignore[union-attr, arg-type]
 
     def forward(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
-        """float[encoder_sequence_length, d_model] -> float[num_kv_heads, encoder_sequence_length, d_kv], key and value a layer."""
+        """float[encoder_sequence_length, d_model] -> float[num_kv_heads, encoder_sequence_length, d_kv], a key and a value per layer."""
         length = encoder_hidden_states.shape[0]
         return tuple(p(encoder_hidden_states).view(length, *self.shape).transpose(0, 1).contiguous() for p in self.projections)
 
 
 class DecoderStepLayer(nn.Module):
-    """DecoderLayer for one token a row, against caches."""
+    """DecoderLayer for one token per row, against caches."""
 
     def __init__(self, source: DecoderLayer):
         super().__init__()
@@ -192,9 +178,18 @@ class DecoderStepLayer(nn.Module):
         self.feed_forward = FusedFeedForward(source.feed_forward)
 
     def self_attention(self, x: Tensor, past_key: Tensor, past_value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Attend to the cached positions and to the new one; returns the output and the new key and value rows.
+        """Attend to the cached positions and to the new one.
 
-        The new row is scored apart and joined at the scores, so that the cache itself is never copied.
+        The new row is scored separately and concatenated at the scores, so that the cache itself is never copied.
+
+        Args:
+            x: float[batch, d_model].
+            past_key: float[batch, num_kv_heads, past_length, d_kv].
+            past_value: float[batch, num_kv_heads, past_length, d_kv].
+            bias: float[batch, num_kv_heads, group, past_length + 1], position bias and mask.
+
+        Returns:
+            float[batch, d_model], and the new key and value, float[batch, num_kv_heads, d_kv] each.
         """
         batch = x.shape[0]
         queries = self.kv_heads * self.group * self.d_kv
@@ -207,9 +202,16 @@ class DecoderStepLayer(nn.Module):
         return self.o(mixed.reshape(batch, queries)), key[:, :, 0], value[:, :, 0]
 
     def attend_across(self, x: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """x: float[batch, d_model] -> the same, and the weights summed over heads, float[batch, encoder_sequence_length].
+        """Attend to the encoded passages; the query heads of a key/value head are the rows of one GEMM.
 
-        The query heads of a key/value head are the rows of one gemm.
+        Args:
+            x: float[batch, d_model].
+            key: float[batch, num_kv_heads, encoder_sequence_length, d_kv].
+            value: float[batch, num_kv_heads, encoder_sequence_length, d_kv].
+            bias: float[batch, num_kv_heads or 1, group or 1, encoder_sequence_length], mask and position bias.
+
+        Returns:
+            float[batch, d_model], and the attention weights summed over heads, float[batch, encoder_sequence_length].
         """
         batch = x.shape[0]
         query = self.cross_q(x).view(batch, self.kv_heads, self.group, self.d_kv)
@@ -219,7 +221,7 @@ class DecoderStepLayer(nn.Module):
 
 
 class DecoderStepGraph(nn.Module):
-    """`decoder_step_tensors`: one token for a batch of running answers."""
+    """`decoder_step_tensors`: one token for a batch of running sequences."""
 
     embedding: Tensor
     is_eos: Tensor
@@ -246,14 +248,14 @@ class DecoderStepGraph(nn.Module):
         return bias.permute(0, 2, 1).unflatten(1, (self.kv_heads, self.group))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Inputs and outputs as `decoder_step_tensors` lists them, in that order."""
+        """Take the inputs of `decoder_step_tensors` in their order; return its outputs in theirs."""
         decoder_input_ids, positions, encoder_lengths, eos_penalty, *rest = tensors
         encoder_positions = rest.pop(0) if self.cross_bias is not None else None
         past, cross = rest[: 2 * len(self.layers)], rest[2 * len(self.layers) :]
         x = functional.embedding(decoder_input_ids, self.embedding)
         dtype = x.dtype
 
-        # behind: how far each cached token, and last the new one, lies behind the new token; what is not yet written lies ahead
+        # behind: distance of each cached token behind the new one, then 0 for the new one itself; cells not yet written are masked
         cached = torch.arange(past[0].shape[2], dtype=torch.int32, device=x.device)
         behind = torch.cat([positions[:, None] - cached[None, :], torch.zeros_like(positions)[:, None]], dim=1)
         unwritten = torch.cat([cached[None, :] >= positions[:, None], torch.zeros_like(positions, dtype=torch.bool)[:, None]], dim=1)
@@ -281,7 +283,7 @@ class DecoderStepGraph(nn.Module):
         if self.output_scale is not None:
             x = x * self.output_scale
         logits = self.head(x).float() + eos_penalty[:, None] * self.is_eos[None, :]
-        best, token = logits.max(dim=-1)
-        log_prob = -torch.log(torch.exp(logits - best[:, None]).sum(-1))
+        largest, token = logits.max(dim=-1)
+        log_prob = -torch.log(torch.exp(logits - largest[:, None]).sum(-1))
         cross_attention = sum(attended[1:], attended[0]).float() * (1 / len(attended))
         return token.to(torch.int32), log_prob, cross_attention, *present

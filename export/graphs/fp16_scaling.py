@@ -1,9 +1,9 @@
-"""Half precision without overflow: the graphs' weights rescaled by powers of two so that every activation fits, then cast.
+"""Half precision without overflow: weights rescaled by powers of two so that every activation fits, then cast.
 
-T5's residual stream outgrows fp16 (65,504). Every reader of it divides by its root mean square first, so that a common factor on all its
-writers (embedding, attention outputs, feed-forward outputs) changes nothing once epsilon is multiplied by the factor's square; a power of
-two changes no mantissa either. The same goes for the inner activations of the feed-forward layer, whose factor the output weights undo.
-Norms and softmax-free sums stay fp32 (graphs.py).
+T5's residual stream exceeds the largest fp16 number (65,504). Every layer that reads it divides by its root mean square first. A common
+factor on all writers (embedding, attention outputs, feed-forward outputs) therefore changes nothing, once epsilon is multiplied by the
+square of the factor. A power of two changes no mantissa. The inner activations of the feed-forward layer get a factor of their own, which
+the output weights divide out again. Norms stay fp32 (cpu.py). Casts and rescales modules in place; writes no files.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from export.model.reader import DecoderLayer, EncoderLayer, Reader
 from .cpu import BiasTable, DecoderStepGraph, EncoderGraph, FusedFeedForward, GraphNorm, Projection
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-LARGEST = 65504.0  # of fp16
-# What is measured on sample tokens must stay this far below the largest number: other inputs reach further.
+LARGEST = 65504.0  # fp16 number
+# Activations of the sample tokens must stay below the largest number by this factor, because other inputs may exceed them.
 HEADROOM = 32.0
 SAMPLE_PASSAGES, SAMPLE_LENGTH, SAMPLE_TARGETS = 8, 64, 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """Powers of two, at most 1, on what one stack's layers write.
+    """Factors of one stack, powers of two and at most 1.
 
     Attributes:
-        residual: on the residual stream.
-        inner: on the inner activations of the feed-forward layers.
+        residual: of the residual stream.
+        inner: of the inner activations of the feed-forward layers.
     """
 
     residual: float
@@ -42,13 +42,13 @@ class Scales:
 
 @torch.no_grad()
 def measured_scales(reader: Reader, seed: int = 0) -> dict[str, Scales]:
-    """For "encoder" and "decoder": scales that leave HEADROOM over what random tokens reach in fp32."""
+    """Scales of "encoder" and "decoder" that leave HEADROOM over the activations of random tokens in fp32."""
     largest = {"encoder": [0.0, 0.0], "decoder": [0.0, 0.0]}
     hooks = []
 
     def watch(stack: str, place: int, *, inputs: bool) -> object:
-        def hook(_: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
-            largest[stack][place] = max(largest[stack][place], float((given[0] if inputs else made).abs().max()))
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            largest[stack][place] = max(largest[stack][place], float((arguments[0] if inputs else output).abs().max()))
 
         return hook
 
@@ -79,7 +79,7 @@ def _power_of_two(largest: float) -> float:
 
 
 def to_half(graph: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a graph's weights; norms stay fp32."""
+    """Cast the weights of a graph; norms stay fp32."""
     for module in graph.modules():
         if isinstance(module, Projection):
             module.weight = module.weight.to(dtype)
@@ -97,7 +97,7 @@ def _writers(graph: EncoderGraph | DecoderStepGraph) -> Iterator[Projection]:
 
 
 def rescale(graph: EncoderGraph | DecoderStepGraph, scales: Scales) -> None:
-    """Bring a graph's activations into half precision's range by the weights that write them."""
+    """Scale a graph's activations into the range of half precision, by scaling the weights that write them."""
     graph.embedding = graph.embedding * scales.residual
     for projection in _writers(graph):
         projection.weight = projection.weight * scales.residual
@@ -105,7 +105,7 @@ def rescale(graph: EncoderGraph | DecoderStepGraph, scales: Scales) -> None:
         if isinstance(module, GraphNorm):
             module.epsilon = module.epsilon * scales.residual**2
         elif isinstance(module, FusedFeedForward):
-            # of the gated form only the branch without the gelu may be scaled; relu lets a positive factor through
+            # A positive factor passes through relu. It does not pass through gelu, so the gated form scales only its other branch.
             first = module.wi.weight.shape[1] // 2 if module.gated else 0
             factor = torch.ones(module.wi.weight.shape[1])
             factor[first:] = scales.inner

@@ -1,4 +1,7 @@
-"""A GPU reader as serving/contract/gemms.py cuts it: the weights of its gemms, and the arrays that the kernels read."""
+"""A GPU reader split as serving/contract/gemms.py describes: the weights of its GEMMs, and the arrays that the kernels read.
+
+Comes in: a Reader and its scales. Goes out: tensors and arrays by the names of their files. Writes nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from export.checkpoint.config import FeedForward, StackConfig
+from export.manifest_writer import engine_sizes
 from export.model.layers import Attention
 from export.model.reader import Reader
 from serving.contract.gemms import (
@@ -24,17 +28,17 @@ from serving.contract.gemms import (
     encoder_gemms,
 )
 
-from .cpu import DecoderStepGraph, DecoderStepLayer, EncoderGraph, EncoderGraphLayer, GraphNorm, Projection, engine_sizes
+from .cpu import DecoderStepGraph, DecoderStepLayer, EncoderGraph, EncoderGraphLayer, GraphNorm, Projection
 from .fp16_scaling import Scales, rescale
 
 
 class EncoderGemms:
-    """A reader's encoder with its weights rescaled for half precision.
+    """The encoder of a reader, with its weights rescaled for half precision.
 
     Attributes:
-        stack: for the manifest.
-        arrays: file name -> float16[vocab_size, d_model], float32[norms, d_model] in the order in which they are used,
-            float32[2 * max_distance + 1, num_heads] by key minus query.
+        stack: its sizes, for the manifest.
+        arrays: file name -> array: the embedding float16[vocab_size, d_model]; the norms float32[norms, d_model] in order of use; the
+            position bias float32[2 * max_distance + 1, num_heads] by key position minus query position.
     """
 
     def __init__(self, reader: Reader, scales: Scales):
@@ -50,7 +54,7 @@ class EncoderGemms:
         }
 
     def gemms(self) -> Iterator[tuple[Gemm, Tensor]]:
-        """Each gemm with its weights, float32[in, out]."""
+        """Each GEMM with its weights, float32[in_features, out_features]."""
         for gemm in encoder_gemms(self.stack):
             layer = self._layers[gemm.layer]
             found = {"qkv": layer.qkv, "o": layer.o, "wi": layer.feed_forward.wi, "wo": layer.feed_forward.wo}
@@ -58,12 +62,12 @@ class EncoderGemms:
 
 
 class DecoderGemms:
-    """A reader's decoder with its weights rescaled for half precision.
+    """The decoder of a reader, with its weights rescaled for half precision.
 
     Attributes:
-        stack: for the manifest.
-        arrays: as the encoder's; the biases float32[max_distance + 1, num_heads], by how far a key lies behind the query; the head
-            float16[vocab_size, d_model].
+        stack: its sizes, for the manifest.
+        arrays: file name -> array: embedding and norms as in `EncoderGemms`; the position biases float32[max_distance + 1, num_heads] by
+            distance of the key behind the query; the head float16[vocab_size, d_model].
     """
 
     def __init__(self, reader: Reader, scales: Scales):
@@ -92,7 +96,7 @@ class DecoderGemms:
         }
 
     def gemms(self) -> Iterator[tuple[Gemm, Tensor]]:
-        """Each gemm with its weights, float32[in, out]."""
+        """Each GEMM with its weights, float32[in_features, out_features]."""
         for gemm in decoder_gemms(self._sizes):
             layer = self._layers[gemm.layer]
             found = {"qkv": layer.qkv, "o": layer.o, "wi": layer.feed_forward.wi, "wo": layer.feed_forward.wo}
@@ -102,7 +106,7 @@ class DecoderGemms:
 
 
 class PackedCrossKVGraph(nn.Module):
-    """`packed_cross_kv_tensors`: a question's packed hidden states -> keys and values of every cross-attending layer, token by token."""
+    """`packed_cross_kv_tensors`: packed hidden states of a question -> keys and values of each cross-attending layer, token by token."""
 
     def __init__(self, reader: Reader):
         super().__init__()
@@ -110,12 +114,12 @@ class PackedCrossKVGraph(nn.Module):
         self.projections = nn.ModuleList(Projection(a.k, a.v) for a in attentions)
 
     def forward(self, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
-        """float[encoder_sequence_length, d_model] -> float[encoder_sequence_length, 2 * num_kv_heads * d_kv] a layer."""
+        """float[encoder_sequence_length, d_model] -> float[encoder_sequence_length, 2 * num_kv_heads * d_kv] per layer."""
         return tuple(projection(encoder_hidden_states) for projection in self.projections)
 
 
 def stack_sizes(stack: StackConfig, proj: FeedForward, epsilon: float) -> StackSizes:
-    """What the gemms and kernels of a stack depend on."""
+    """Sizes that the GEMMs and kernels of a stack depend on."""
     gated = proj == "gated-gelu"
     return StackSizes(stack.d_model, stack.num_layers, stack.num_heads, stack.num_kv_heads, stack.d_kv, stack.d_ff, gated, epsilon)
 

@@ -1,7 +1,7 @@
-"""A reader for the GPU -> ONNX: its gemms and cross_kv in half precision, and the arrays of the kernels between them.
+"""A reader for the GPU -> ONNX: its GEMMs and cross_kv in half precision, and the arrays of the kernels between them.
 
-TensorRT compiles these graphs (export/tensorrt/compiler.py); ONNX Runtime's CUDA provider runs them as they are. The precision is in
-the graphs' own types, so that a strongly typed compiler needs no flag.
+Comes in: a checkpoint. Goes out: an engine directory. TensorRT compiles these graphs (export/tensorrt/compiler.py); ONNX Runtime's CUDA
+provider runs them as they are. The precision is in the types of the graphs, so that a strongly typed compiler needs no flag.
 """
 
 from __future__ import annotations
@@ -15,58 +15,59 @@ import onnx
 import torch
 from onnx import helper
 
-from export.atomic_directory import atomic_directory
 from export.checkpoint.config import ReaderConfig
 from export.checkpoint.files import Checkpoint
+from export.errors import ExportError
+from export.manifest_writer import atomic_directory, describe_reader, engine_sizes, write_manifest
 from serving.contract.gemms import gemm_tensors, packed_cross_kv_tensors
-from serving.contract.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
+from serving.contract.manifest import TOKENIZER_FILE, Manifest
 from serving.contract.tensors import GraphTensors, encoder_tensors
 
-from .cpu import EncoderGraph, engine_sizes
+from .cpu import EncoderGraph
 from .fp16_scaling import DTYPES, measured_scales, rescale, to_half
 from .gemms import DecoderGemms, EncoderGemms, PackedCrossKVGraph
-from .onnx_export import EXTERNAL_DATA_BYTES, OPSET, ExportError, describe_reader, onnx_from_module, require_fitting_tokenizer
-from .opset17 import to_opset_17
+from .onnx_export import EXTERNAL_DATA_BYTES, OPSET, onnx_from_module, require_fitting_tokenizer
+from .opset17 import TENSORRT_OPSET, to_opset_17
 
 GpuGraph = EncoderGraph | PackedCrossKVGraph
 ONNX_TYPES = {
     "float16": onnx.TensorProto.FLOAT16,
     "bfloat16": onnx.TensorProto.BFLOAT16,
 }
-HEAD_WIDTHS = (16, 32, 64, 128)  # that the attention kernels are written for: whole tiles, and a power of two of lanes
+HEAD_WIDTHS = (16, 32, 64, 128)  # of the attention kernels, which want whole tiles and a power of two of lanes
 
 
 class Fp16Io(torch.nn.Module):
-    """A graph whose half-precision tensors cross its border as float16 whatever they are inside."""
+    """A graph whose half-precision outputs are float16, whatever type it computes in."""
 
     def __init__(self, graph: GpuGraph, tensors: GraphTensors):
         super().__init__()
         self.inner = graph
-        self.halves = [spec.dtype == "float16" for spec in tensors.outputs]
+        self.is_half = [spec.dtype == "float16" for spec in tensors.outputs]
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """As the graph's own."""
-        made = self.inner(*tensors)
-        made = made if isinstance(made, tuple) else (made,)
-        return tuple(m.to(torch.float16) if half else m for m, half in zip(made, self.halves, strict=True))
+        """The tensors of the graph's own forward."""
+        outputs = self.inner(*tensors)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return tuple(y.to(torch.float16) if half else y for y, half in zip(outputs, self.is_half, strict=True))
 
 
 @torch.no_grad()
 def export_gpu_reader(
-    checkpoint: Checkpoint, directory: Path, precision: str = "float16", opset: int = OPSET - 1, *, whole_encoder: bool = False
+    checkpoint: Checkpoint, directory: Path, precision: str = "float16", opset: int = TENSORRT_OPSET, *, whole_encoder: bool = False
 ) -> Manifest:
-    """Write the graphs, tokenizer.json, the kernels' arrays and manifest.json; all of them or none.
+    """Write the graphs, tokenizer.json, the kernels' arrays and manifest.json: all of them or none.
 
     Args:
         checkpoint: the reader and its tokenizer.
         directory: replaced if it exists.
-        precision: "float16", or "bfloat16" for engines that have it (TensorRT 10 and later).
-        opset: 17 for TensorRT 8.6; 18 and later as the exporter writes them.
-        whole_encoder: the encoder as one graph, for Triton's TensorRT backend, in place of its gemms.
+        precision: "float16", or "bfloat16" for engines that support it (TensorRT 10 and later).
+        opset: 17 for TensorRT 8.6; 18 and later as torch's exporter writes them.
+        whole_encoder: the encoder as one graph, for Triton's TensorRT backend, instead of its GEMMs.
 
     Raises:
-        ExportError: if a graph is not as specified, or the reader has sizes that the kernels do not have.
-        CheckpointError: if the tokenizer has tokens without an embedding. `directory` is as before in either case.
+        ExportError: if a graph differs from its specification, or the kernels do not support the reader's sizes.
+        CheckpointError: if the tokenizer has tokens without an embedding. In both cases `directory` stays as it was.
     """
     require_fitting_tokenizer(checkpoint)
     reader = checkpoint.reader
@@ -87,28 +88,28 @@ def export_gpu_reader(
             rescale(graph, scales["encoder"])
             write("encoder", graph, encoder_tensors(sizes, "float16"))
         write("cross_kv", PackedCrossKVGraph(reader), packed_cross_kv_tensors(sizes))
-        k_splits: list[EncoderGemms | DecoderGemms] = [decoder] if encoder is None else [encoder, decoder]
-        for part in k_splits:
-            for gemm, weight in part.gemms():
-                tensors = gemm_tensors(part.stack, gemm, precision)
-                _, of_weight = tensors.inputs
-                np.save(tmp_dir / gemm.weight, _bits(weight, precision).reshape(of_weight.shape({})), allow_pickle=False)
+        stacks: list[EncoderGemms | DecoderGemms] = [decoder] if encoder is None else [encoder, decoder]
+        for stack in stacks:
+            for gemm, weight in stack.gemms():
+                tensors = gemm_tensors(stack.stack, gemm, precision)
+                _, weight_spec = tensors.inputs
+                np.save(tmp_dir / gemm.weight, _stored(weight, precision).reshape(weight_spec.shape({})), allow_pickle=False)
                 onnx.save(gemm_model(tensors, opset), tmp_dir / f"{gemm.engine}.onnx")
+            for file, array in stack.arrays.items():
+                np.save(tmp_dir / file, array, allow_pickle=False)
         (tmp_dir / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
-        for file, array in (decoder.arrays | (encoder.arrays if encoder else {})).items():
-            np.save(tmp_dir / file, array, allow_pickle=False)
-        manifest = describe_reader(checkpoint, tmp_dir, opset, seconds)
-        notes = {"scales": {stack: dataclasses.asdict(scale) for stack, scale in scales.items()}}
-        manifest = dataclasses.replace(
-            manifest,
+        manifest = describe_reader(
+            checkpoint,
+            tmp_dir,
+            opset,
+            seconds,
             engine="onnxruntime-gpu",
             precision=precision,
             encoder=encoder.stack if encoder else None,
             decoder=decoder.stack,
-            provenance=manifest.provenance | notes,
+            notes={"scales": {name: dataclasses.asdict(scale) for name, scale in scales.items()}},
         )
-        (tmp_dir / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-    return manifest
+        return write_manifest(manifest, tmp_dir)
 
 
 def _require_kernels(config: ReaderConfig, *, whole_encoder: bool) -> None:
@@ -117,15 +118,15 @@ def _require_kernels(config: ReaderConfig, *, whole_encoder: bool) -> None:
     for name, stack in stacks.items():
         if stack.d_kv not in HEAD_WIDTHS:
             faults.append(f"d_kv of the {name}: wanted one of {HEAD_WIDTHS}, got {stack.d_kv}")
-        for what in ("d_model", "d_ff"):
-            if getattr(stack, what) % 8:
-                faults.append(f"{what} of the {name}: wanted a multiple of 8, got {getattr(stack, what)}")
+        for size in ("d_model", "d_ff"):
+            if getattr(stack, size) % 8:
+                faults.append(f"{size} of the {name}: wanted a multiple of 8, got {getattr(stack, size)}")
     if faults:
-        raise ExportError("the GPU's kernels do not have this reader's sizes:\n  " + "\n  ".join(faults))
+        raise ExportError("the GPU kernels do not support this reader's sizes; serve it with ENGINE=onnxruntime:\n  " + "\n  ".join(faults))
 
 
 def export_half(graph: GpuGraph, tensors: GraphTensors, path: Path, precision: str, opset: int) -> None:
-    """Cast one graph, export it, and bring it to the older opset where asked for."""
+    """Cast one graph to `precision` and export it; opset 17 is reached by rewriting 18."""
     to_half(graph, DTYPES[precision])
     onnx_from_module(graph if precision == "float16" else Fp16Io(graph, tensors), tensors, path, max(opset, OPSET))
     if opset < OPSET:
@@ -135,23 +136,23 @@ def export_half(graph: GpuGraph, tensors: GraphTensors, path: Path, precision: s
 
 
 def gemm_model(tensors: GraphTensors, opset: int) -> onnx.ModelProto:
-    """X @ weight as a graph, in the weight's type; what crosses the border in another is cast. No module to export: it holds no weights."""
+    """Y = X @ weight as a graph, in the weight's type, with casts where X or Y has another. It holds no weights: they are an input."""
     x, weight = tensors.inputs
     (y,) = tensors.outputs
-    inside = ONNX_TYPES[weight.dtype]
+    inner_type = ONNX_TYPES[weight.dtype]
     nodes = [helper.make_node("MatMul", [x.name, weight.name], [y.name], name="gemm")]
-    if ONNX_TYPES[x.dtype] != inside:
-        nodes[0].input[0] = "given"
-        nodes.insert(0, helper.make_node("Cast", [x.name], ["given"], name="cast_in", to=inside))
-    if ONNX_TYPES[y.dtype] != inside:
-        nodes[-1].output[0] = "made"
-        nodes.append(helper.make_node("Cast", ["made"], [y.name], name="cast_out", to=ONNX_TYPES[y.dtype]))
+    if ONNX_TYPES[x.dtype] != inner_type:
+        nodes[0].input[0] = "x_cast"
+        nodes.insert(0, helper.make_node("Cast", [x.name], ["x_cast"], name="cast_in", to=inner_type))
+    if ONNX_TYPES[y.dtype] != inner_type:
+        nodes[-1].output[0] = "y_uncast"
+        nodes.append(helper.make_node("Cast", ["y_uncast"], [y.name], name="cast_out", to=ONNX_TYPES[y.dtype]))
     inputs, outputs = ([helper.make_tensor_value_info(s.name, ONNX_TYPES[s.dtype], s.axes) for s in specs] for specs in ((x, weight), (y,)))
     graph = helper.make_graph(nodes, "gemm", inputs, outputs)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
 
 
-def _bits(weight: torch.Tensor, dtype: str) -> np.ndarray:
-    """As a file holds it: NumPy has no bfloat16, whose bits travel as integers."""
-    made = weight.detach().to(getattr(torch, dtype)).contiguous()
-    return (made.view(torch.uint16) if dtype == "bfloat16" else made).numpy()
+def _stored(weight: torch.Tensor, dtype: str) -> np.ndarray:
+    """The array that the file holds. NumPy has no bfloat16, so its bits are stored as uint16."""
+    cast = weight.detach().to(getattr(torch, dtype)).contiguous()
+    return (cast.view(torch.uint16) if dtype == "bfloat16" else cast).numpy()

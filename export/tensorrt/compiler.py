@@ -1,33 +1,38 @@
 """ONNX -> TensorRT: every graph of a GPU reader compiled for the GPU of this machine, by Polygraphy.
 
-Comes in: a directory that gpu_graphs.py wrote. Goes out: the same with .plan files in place of .onnx, and a manifest that records what
-they were built with and for. One way for TensorRT 8.6, 10, 11 and TensorRT-RTX: the precision is in the graphs. From 10 on the compiler
-takes types as they are; 8.6 is told layer by layer to do so. Needs neither torch nor onnx.
+Comes in: a directory that export/graphs/gpu.py wrote. Goes out: the same directory with .plan files in place of .onnx files, and a manifest
+that records what the plans were built with and for. TensorRT 8.6, 10, 11 and TensorRT-RTX are supported. The precision is in the graphs:
+TensorRT 10 and later take their types as they are, and 8.6 has every layer pinned to them. Needs neither torch nor onnx, except for 8.6,
+which needs onnx.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from export.atomic_directory import atomic_directory
+from export.manifest_writer import atomic_directory, describe_compiled, write_atomically, write_manifest
 from serving.contract.gemms import decoder_gemms, encoder_gemms, gemm_tensors, packed_cross_kv_tensors
 from serving.contract.limits import Limits
-from serving.contract.manifest import MANIFEST_FILE, EngineBuild, EngineError, Manifest, sha256_of_file
+from serving.contract.manifest import EngineBuild, EngineError, Manifest, sha256_of_file
 from serving.contract.profiles import Shapes, profile_ranges, profile_shapes
 from serving.contract.tensors import GraphTensors, encoder_tensors
 
+from .detect import BuildTarget, build_target
+from .plan_cache import PlanCache, file_lock, fingerprint
+
 STRONGLY_TYPED_FROM = 10
-# Runs of a kernel that its time is the mean of. One, the default, chooses as well on a quiet GPU; eight cost a few seconds a reader.
+# TensorRT times each kernel so often and takes the mean. Its default of 1 chooses as well on a quiet GPU; 8 cost a few seconds a reader.
 TIMINGS = 8
 
 
@@ -39,22 +44,39 @@ class Task:
     profiles: list[dict[str, Shapes]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The tasks of one process.
+
+    Attributes:
+        graphs: directory of the ONNX files.
+        directory: where the plans go.
+        precision: of the graphs.
+        timing_cache: file of kernel timings; the plan cache is the directory `plans` next to it.
+    """
+
+    graphs: Path
+    directory: Path
+    precision: str
+    timing_cache: Path
+    target: BuildTarget
+    tasks: list[Task]
+
+
 def graphs_of(manifest: Manifest) -> dict[str, GraphTensors]:
     """Names and tensors of all graphs of a GPU reader.
 
     Raises:
-        EngineError: if they are a CPU's.
+        EngineError: if the graphs are for a CPU.
     """
     sizes, encoder, decoder = manifest.sizes, manifest.encoder, manifest.decoder
     if decoder is None:
         raise EngineError("these graphs are for a CPU; export them with --gpu")
     graphs = {} if encoder else {"encoder": encoder_tensors(sizes, "float16")}
     graphs["cross_kv"] = packed_cross_kv_tensors(sizes)
-    for stack, gemms in ((encoder, encoder_gemms(encoder) if encoder else ()), (decoder, decoder_gemms(sizes))):
-        for gemm in gemms:
-            assert stack is not None
-            graphs[gemm.engine] = gemm_tensors(stack, gemm, manifest.precision)
-    return graphs
+    if encoder is not None:
+        graphs |= {gemm.engine: gemm_tensors(encoder, gemm, manifest.precision) for gemm in encoder_gemms(encoder)}
+    return graphs | {gemm.engine: gemm_tensors(decoder, gemm, manifest.precision) for gemm in decoder_gemms(sizes)}
 
 
 def tasks_of(manifest: Manifest, limits: Limits) -> list[Task]:
@@ -73,12 +95,11 @@ def build_engines(
 
     Args:
         graphs: directory that `export_gpu_reader` wrote.
-        directory: for the engines; replaced if it exists, left as it is if anything fails.
-        limits: what the engines must be able to serve: passages, slots, passages a call.
-        timing_cache: file that keeps kernel timings from build to build; made if missing. Beside it, in `plans`, lie the engines
-            built so far.
-        jobs: processes that build. Builds time kernels, and two on one GPU disturb each other: once it cost a step a tenth.
-        log: told about progress.
+        directory: for the engines; replaced if it exists, unchanged if anything fails.
+        limits: what the engines must serve: passages, slots, passages of one encoder call.
+        timing_cache: file that keeps kernel timings from build to build; made if missing. Plans are cached in `plans` next to it.
+        jobs: processes that build. Builds time kernels, and two builds on one GPU disturb each other: once the step became a tenth slower.
+        log: called with each line of progress.
 
     Raises:
         ManifestError: if the graphs are damaged.
@@ -87,109 +108,84 @@ def build_engines(
     manifest = Manifest.load(graphs)
     manifest.verify(graphs, tuple(manifest.files))
     with atomic_directory(directory) as tmp_dir:
-        gpu, compute_capability, version = describe_gpu()
+        target = build_target()
         tasks = tasks_of(manifest, limits)
-        log(f"{graphs}: {len(tasks)} engines with TensorRT {version} for {gpu}")
+        log(f"{graphs}: {len(tasks)} engines with TensorRT {target.tensorrt} for {target.gpu.name}")
         seconds: dict[str, float] = {}
-        shards = [tasks[i::jobs] for i in range(min(jobs, len(tasks)))]
-        work = [(graphs, tmp_dir, manifest.precision, timing_cache, shard) for shard in shards]
-        for done in _in_processes(work, jobs) if jobs > 1 else map(_compile_shard, work):
-            seconds |= done
-            for file, spent in done.items():
+        shards = [
+            Shard(graphs, tmp_dir, manifest.precision, timing_cache, target, tasks[i::jobs]) for i in range(min(max(jobs, 1), len(tasks)))
+        ]
+        for finished in _in_processes(shards) if len(shards) > 1 else map(_compile_shard, shards):
+            seconds |= finished
+            for file, spent in finished.items():
                 log(f"  {file}: {spent:.1f} s, {(tmp_dir / file).stat().st_size / 1e6:.1f} MB")
         for name in manifest.files:
             if not name.endswith((".onnx", ".onnx.data")):
                 shutil.copyfile(graphs / name, tmp_dir / name)
-        built = dataclasses.replace(
-            manifest,
-            engine="tensorrt",
-            files={file.name: sha256_of_file(file) for file in sorted(tmp_dir.iterdir())},
-            build=EngineBuild(gpu, compute_capability, version, {f"{task.name}.plan": task.profiles for task in tasks}, seconds),
-        )
-        (tmp_dir / MANIFEST_FILE).write_text(built.to_json(), encoding="utf-8")
-    return built
+        profiles = {f"{task.name}.plan": task.profiles for task in tasks}
+        build = EngineBuild(target.gpu.name, target.gpu.compute_capability, target.tensorrt, profiles, seconds)
+        return write_manifest(describe_compiled(manifest, tmp_dir, build), tmp_dir)
 
 
-Work = tuple[Path, Path, str, Path, list[Task]]
+def _in_processes(shards: list[Shard]) -> Iterator[dict[str, float]]:
+    # spawned, not forked: CUDA does not survive a fork
+    ignored = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the terminal; this one terminates the others
+    with ProcessPoolExecutor(len(shards), multiprocessing.get_context("spawn"), signal.signal, ignored) as pool:
+        try:
+            for future in as_completed([pool.submit(_compile_shard, shard) for shard in shards]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise EngineError("a process that builds engines died, for want of memory perhaps; build with fewer --jobs") from error
+        except BaseException:
+            # an error or a signal: a build runs for minutes, and leaving the pool would wait for it
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
-def _in_processes(work: list[Work], jobs: int) -> Iterator[dict[str, float]]:
-    # spawned, not forked: CUDA does not live through a fork
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(_compile_shard, item) for item in work]):
-            yield future.result()
-
-
-def _compile_shard(work: Work) -> dict[str, float]:
-    """Compile engines with one compiler; gives file -> seconds."""
-    graphs, directory, precision, timing_cache, tasks = work
-    compiler = Compiler(precision, timing_cache)
-    built_before = timing_cache.with_name("plans")
-    built_before.mkdir(parents=True, exist_ok=True)
+def _compile_shard(shard: Shard) -> dict[str, float]:
+    """Compile the engines of one shard with one compiler; returns file -> seconds."""
+    compiler = Compiler(shard.precision, shard.timing_cache)
+    cache = PlanCache(shard.timing_cache.with_name("plans"))
     seconds = {}
-    for task in tasks:
+    for task in shard.tasks:
         started = time.perf_counter()
-        file, graph = f"{task.name}.plan", graphs / f"{task.name}.onnx"
-        kept = built_before / f"{_fingerprint(graph, task, precision)}.plan"
-        if not kept.exists():
-            tmp_dir = kept.with_suffix(f".{os.getpid()}")
-            tmp_dir.write_bytes(compiler.compile(graph, task.profiles))
-            tmp_dir.replace(kept)
-        shutil.copyfile(kept, directory / file)
-        seconds[file] = round(time.perf_counter() - started, 1)
+        graph, plan = shard.graphs / f"{task.name}.onnx", shard.directory / f"{task.name}.plan"
+        key = _fingerprint(graph, task, shard, compiler.options)
+        if not cache.fetch(key, plan):
+            content = compiler.compile(graph, task.profiles)
+            cache.store(key, content)
+            plan.write_bytes(content)
+        seconds[plan.name] = round(time.perf_counter() - started, 1)
     compiler.save_timings()
     return seconds
 
 
-def _fingerprint(graph: Path, task: Task, precision: str) -> str:
-    """Of everything that an engine depends on: two readers with one encoder shard its engines, and other slots leave it as it is."""
-    files = [sha256_of_file(file) for file in (graph, graph.with_name(f"{graph.name}.data")) if file.exists()]
-    return hashlib.sha256(repr((files, task.profiles, precision, TIMINGS, describe_gpu())).encode()).hexdigest()[:32]
-
-
-def describe_gpu() -> tuple[str, str, str]:
-    """Name and compute capability of the GPU, and the version of the compiler.
-
-    Raises:
-        EngineError: if there is no GPU or no TensorRT.
-    """
-    try:
-        import cupy
-        import tensorrt
-
-        properties = cupy.cuda.runtime.getDeviceProperties(0)
-    except ImportError as error:
-        raise EngineError(f"TensorRT engines cannot be built here: {error}; see requirements-gpu.txt") from error
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise EngineError(f"TensorRT engines cannot be built here: no usable GPU ({error})") from error
-    return properties["name"].decode(), f"{properties['major']}.{properties['minor']}", tensorrt.__version__
-
-
-def default_backend() -> str:
-    """What `make export` makes where nobody says: "tensorrt" if a GPU and TensorRT are here, else "onnxruntime-gpu" or "onnxruntime"."""
-    try:
-        describe_gpu()
-        return "tensorrt"
-    except EngineError:
-        pass
-    try:
-        import cupy
-        import onnxruntime
-
-        has_gpu = cupy.cuda.runtime.getDeviceCount() > 0
-        return "onnxruntime-gpu" if has_gpu and "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "onnxruntime"
-    except ImportError:
-        return "onnxruntime"
-    except cupy.cuda.runtime.CUDARuntimeError:
-        return "onnxruntime"
+def _fingerprint(graph: Path, task: Task, shard: Shard, options: dict[str, Any]) -> str:
+    """Of everything that a plan depends on. Readers with equal encoders share its plans, and other slots leave the encoder's valid."""
+    weights = graph.with_name(f"{graph.name}.data")
+    return fingerprint(
+        {
+            "graph": sha256_of_file(graph),
+            "weights": sha256_of_file(weights) if weights.exists() else None,
+            "profiles": task.profiles,
+            "precision": shard.precision,
+            "options": options,
+            "timings": TIMINGS,
+            "target": dataclasses.asdict(shard.target),
+        }
+    )
 
 
 class Compiler:
-    """TensorRT by Polygraphy, with the kernel timings of one build handed to the next.
+    """TensorRT by Polygraphy. The kernel timings of one build serve the next.
+
+    Attributes:
+        options: of the builder; a plan depends on them.
 
     Args:
-        precision: of the graphs; TensorRT 8.6 alone must be told that it may use it.
-        timing_cache: file for the timings; None keeps them in memory only.
+        precision: of the graphs. Only TensorRT 8.6 needs it, as a builder flag.
+        timing_cache: file of the timings; None keeps them in memory only.
 
     Raises:
         EngineError: if this TensorRT does not have the precision.
@@ -197,22 +193,22 @@ class Compiler:
 
     def __init__(self, precision: str, timing_cache: Path | None = None):
         trt = self._trt = _tensorrt()
-        self._typed = trt.__name__ != "tensorrt" or int(trt.__version__.split(".")[0]) >= STRONGLY_TYPED_FROM
-        # 8.6 writes a cache that it cannot read ("Myelin error from unknown graph"); in memory it serves
-        self._timing_cache = timing_cache if self._typed else None
-        self._timings: Any = None
-        self._kept: list[Any] = []  # what the timings in memory may refer to
-        # layer by layer names and shapes stay readable in the engine, for perf/gpu/profile.py; it costs no time
-        self._options: dict[str, Any] = {"profiling_verbosity": trt.ProfilingVerbosity.DETAILED}
-        if not self._typed:
+        self._strongly_typed = trt.__name__ != "tensorrt" or int(trt.__version__.split(".")[0]) >= STRONGLY_TYPED_FROM
+        self._timing_cache = timing_cache
+        self._timings = b""
+        if timing_cache is not None and timing_cache.exists() and self._strongly_typed:
+            self._timings = timing_cache.read_bytes()
+        # layer names and shapes stay readable in the engine, for perf/gpu/profile.py; this costs no time
+        self.options: dict[str, Any] = {"profiling_verbosity": trt.ProfilingVerbosity.DETAILED}
+        if not self._strongly_typed:
             if precision != "float16":
                 raise EngineError(f"precision {precision} needs TensorRT 10 or later, here is {trt.__version__}; export float16")
-            # the plugin libraries of this version need cuBLAS 12 and cuDNN 8; its own kernels do as well
+            # the plugin libraries of this version need cuBLAS 12 and cuDNN 8; TensorRT's own kernels do without
             own = [trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS]
-            # Several contexts of one profile: the default from 10 on. What is not named is off, "faster dynamic shapes" among them, which
-            # makes no difference to single gemms
+            # Several contexts of one profile, which is the default from 10 on. The list turns off all other preview features, "faster
+            # dynamic shapes" among them, which makes no difference to single GEMMs.
             previews = [trt.PreviewFeature.PROFILE_SHARING_0806]
-            self._options |= {
+            self.options |= {
                 "fp16": True,
                 "tf32": True,
                 "precision_constraints": "obey",
@@ -228,9 +224,9 @@ class Compiler:
             profiles: input name -> (min, opt, max) shapes, one dictionary a profile.
 
         Raises:
-            EngineError: if TensorRT refuses; its log, on standard error, names the node.
+            EngineError: if TensorRT refuses the graph; its log, on standard error, names the node.
         """
-        # Polygraphy looks for TensorRT when it is first used; _tensorrt() has found it by now
+        # Polygraphy looks for TensorRT when it is first imported; _tensorrt() has found it by now
         from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network, network_from_onnx_path
         from polygraphy.exception import PolygraphyException
         from polygraphy.logger import G_LOGGER
@@ -239,32 +235,47 @@ class Compiler:
         listed = []
         for shapes in profiles:
             profile = Profile()
-            for name, (least, best, most) in shapes.items():
-                profile.add(name, min=least, opt=best, max=most)
+            for name, (smallest, optimal, largest) in shapes.items():
+                profile.add(name, min=smallest, opt=optimal, max=largest)
             listed.append(profile)
         try:
-            built = network_from_onnx_path(str(path), **({"strongly_typed": True} if self._typed else {}))
-            builder, network, _ = built
-            if not self._typed:
-                _obey_types(self._trt, network, path)
-            config = CreateConfig(profiles=listed, **self._options)(builder, network)
+            builder, network, parser = network_from_onnx_path(str(path), **({"strongly_typed": True} if self._strongly_typed else {}))
+            if not self._strongly_typed:
+                _pin_types(self._trt, network, path)
+            config = CreateConfig(profiles=listed, **self.options)(builder, network)
             config.avg_timing_iterations = TIMINGS
-            if self._timings is None:
-                self._timings = config.create_timing_cache(self._saved_timings())
-            config.set_timing_cache(self._timings, True)
-            self._kept.append((built, config))
-            return bytes(engine_bytes_from_network(built, config=config))
+            # 8.6 writes a timing cache that it cannot read ("Myelin error from unknown graph"), so each of its builds times for itself.
+            # The others get the timings as bytes: a cache object would keep its network, weights included, in memory.
+            timings = None
+            if self._strongly_typed:
+                timings = config.create_timing_cache(self._timings)
+                config.set_timing_cache(timings, True)
+            plan = bytes(engine_bytes_from_network((builder, network, parser), config=config))
+            if timings is not None:
+                self._timings = bytes(timings.serialize())
+            return plan
         except PolygraphyException as error:
             raise EngineError(f"{path.name}: TensorRT {self._trt.__version__} cannot build it: {error}") from error
 
-    def _saved_timings(self) -> bytes:
-        return self._timing_cache.read_bytes() if self._timing_cache is not None and self._timing_cache.exists() else b""
-
     def save_timings(self) -> None:
-        """Write the timings to the file, for the next reader."""
-        if self._timing_cache is not None and self._timings is not None:
-            self._timing_cache.parent.mkdir(parents=True, exist_ok=True)
-            self._timing_cache.write_bytes(bytes(self._timings.serialize()))
+        """Merge the timings into the file, for the next reader. Other processes that save at the same time lose nothing."""
+        if self._timing_cache is None or not self._timings:
+            return
+        with file_lock(self._timing_cache.with_name(f"{self._timing_cache.name}.lock")):
+            saved = self._timing_cache.read_bytes() if self._timing_cache.exists() else b""
+            write_atomically(self._timing_cache, merged_timings(self._trt, saved, self._timings) if saved else self._timings)
+
+
+def merged_timings(trt: Any, saved: bytes, new: bytes) -> bytes:
+    """Two serialized timing caches as one; `new` alone where `saved` is of another GPU or another TensorRT."""
+    from polygraphy.backend.trt import get_trt_logger
+
+    builder = trt.Builder(get_trt_logger())
+    config = builder.create_builder_config()
+    merged, other = config.create_timing_cache(new), config.create_timing_cache(saved)
+    if merged is None or other is None or not merged.combine(other, False):
+        return new
+    return bytes(merged.serialize())
 
 
 def _tensorrt() -> Any:
@@ -272,7 +283,7 @@ def _tensorrt() -> Any:
     if os.environ.get("POLYGRAPHY_USE_TENSORRT_RTX") == "1":
         try:
             import tensorrt_rtx
-        except ImportError:  # the bindings' wheel without the one that gives them this name
+        except ImportError:  # only the wheel of the bindings is installed, which has another name
             import tensorrt_rtx_bindings as tensorrt_rtx
 
             sys.modules["tensorrt_rtx"] = tensorrt_rtx  # Polygraphy imports it from here
@@ -282,10 +293,11 @@ def _tensorrt() -> Any:
     return tensorrt
 
 
-def _obey_types(trt: Any, network: Any, path: Path) -> None:
+def _pin_types(trt: Any, network: Any, path: Path) -> None:
     """Pin every arithmetic layer to the type that its node has in the graph, as TensorRT 10 does by itself.
 
-    Without it 8.6 computes the norms in half precision. The network cannot be asked: 8.6 calls every tensor fp32 that has no type set.
+    Otherwise 8.6 computes the norms in half precision. The types come from the ONNX file: 8.6 calls every tensor of its network float32
+    where none was set.
     """
     import onnx
 

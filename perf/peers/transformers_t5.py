@@ -10,18 +10,13 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import CompileConfig, T5Config, T5ForConditionalGeneration
+from transformers import CompileConfig, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from export.checkpoint.config import ReaderConfig
-from export.checkpoint.weights import hf_name
+from export.checkpoint.hugging_face import t5_faults, t5_from_reader
 from export.model.reader import Reader
-
-T5_WIDTHS = ("d_model", "d_kv", "d_ff", "num_heads")  # in T5Config once, for both stacks
-T5_TOKENS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-T5_REST = ("vocab_size", "feed_forward_proj", "relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon")
 
 Passages: TypeAlias = tuple[Tensor, Tensor]  # input_ids and attention_mask (1 = attend), each int64[n_passages, passage_length]
 
@@ -36,50 +31,16 @@ def hugging_face_fid(reader: Reader) -> T5ForConditionalGeneration:
     Raises:
         PeerError: transformers' T5 cannot represent the reader; the message names every reason.
     """
-    config = reader.config
-    require_t5(config)
-    t5 = T5Config(
-        **{name: getattr(config, name) for name in T5_TOKENS + T5_REST},
-        **{name: getattr(config.encoder, name) for name in T5_WIDTHS},
-        num_layers=config.encoder.num_layers,
-        num_decoder_layers=config.decoder.num_layers,
-        # transformers 5 ties the head of every T5; it reads this flag as `scale the last hidden state before the head`
-        tie_word_embeddings=config.scale_decoder_outputs,
-    )
-    with torch.device("meta"):  # skips the random initialization: every weight is replaced below
-        model = T5ForConditionalGeneration(t5)
-    # The head is assigned separately: `load_state_dict` cannot tell a tied head from one of its own.
-    weights = {hf_name(name): weight.detach() for name, weight in reader.state_dict().items()}
-    head = weights.pop("lm_head.weight", None)
-    found = model.load_state_dict(weights, strict=False, assign=True)
-    for module in (model.encoder.embed_tokens, model.decoder.embed_tokens, model.lm_head):
-        module.weight = model.shared.weight
-    if head is not None:
-        model.lm_head.weight = nn.Parameter(head)
-    empty = sorted(name for name, weight in model.named_parameters() if weight.is_meta)
-    if empty or found.unexpected_keys:
-        raise PeerError(
-            f"transformers {transformers.__version__}: wanted T5 weights of our names; missing: {', '.join(empty) or 'none'}; "
-            f"unexpected: {', '.join(found.unexpected_keys) or 'none'}"
-        )
-    return model.requires_grad_(False).eval()
+    require_t5(reader.config)
+    return t5_from_reader(reader)
 
 
 def require_t5(config: ReaderConfig) -> None:
-    """Raise PeerError unless transformers' T5 can represent the reader."""
+    """Raise PeerError unless transformers' T5 can represent the reader and `generate` can run it."""
+    faults = t5_faults(config)
     encoder, decoder = config.encoder, config.decoder
-    faults = []
-    if config.encoder_decoder_attention_period != 1:
-        faults.append(f"encoder_decoder_attention_period: wanted 1, got {config.encoder_decoder_attention_period}")
-    if decoder.num_kv_heads != decoder.num_heads:
-        faults.append(f"decoder.num_kv_heads: wanted num_heads={decoder.num_heads}, got {decoder.num_kv_heads}")
-    for size in T5_WIDTHS:
-        if getattr(encoder, size) != getattr(decoder, size):
-            faults.append(f"decoder.{size}: wanted the encoder's {getattr(encoder, size)}, got {getattr(decoder, size)}")
     if decoder.num_layers > encoder.num_layers:  # `generate` sizes its cache by the encoder's layers
         faults.append(f"decoder.num_layers: wanted at most the encoder's {encoder.num_layers}, got {decoder.num_layers}")
-    if config.cross_attention_relative_bias:
-        faults.append("cross_attention_relative_bias: wanted none (transformers dropped it in 4.0), got one")
     if faults:
         which = "FiDO" if config.kind == "fido" else "this FiD reader"
         raise PeerError(f"transformers' T5 cannot run {which}; measure a plain FiD reader instead:\n  " + "\n  ".join(faults))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,11 +13,12 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from export.checkpoint.files import Checkpoint, load_reader
-from export.graphs.cpu import engine_sizes
+from export.errors import UsageError
 from export.graphs.gpu import export_gpu_reader
+from export.manifest_writer import engine_sizes
 from export.repository import (
+    DEMO_READERS,
     HEADER,
-    READERS,
     encoder_config,
     native_encoder_config,
     reader_config,
@@ -24,7 +28,7 @@ from export.repository import (
 )
 from serving.contract.limits import Limits
 from serving.contract.manifest import Manifest, ManifestError
-from serving.contract.tensors import READER_TENSORS, EngineSizes
+from serving.contract.tensors import EngineSizes
 from tests.conftest import FIDO, random_reader, wide
 
 ROOT = Path(__file__).parents[2]
@@ -34,11 +38,24 @@ def parsed(text: str) -> dict:
     return json_format.MessageToDict(text_format.Parse(text, ModelConfig()), preserving_proto_field_name=True)
 
 
-def test_reader_configuration_has_the_tensors_of_the_contract():
+def test_a_reader_takes_and_answers_what_the_readme_documents():
+    """Written out: whoever changes one of these breaks every client."""
     config = parsed(render_config(reader_config("fido", Limits(), stream=False)))
-    assert [i["name"] for i in config["input"]] == [spec.name for spec in READER_TENSORS.inputs]
-    assert [i["name"] for i in config["input"] if i.get("optional")] == ["titles", "max_new_tokens", "min_new_tokens"]
-    assert [o["name"] for o in config["output"]] == ["answer", "log_prob", "tokens", "passage_scores", "token_log_probs"]
+    inputs = {i["name"]: (i["data_type"], i["dims"], i.get("optional", False)) for i in config["input"]}
+    assert inputs == {
+        "question": ("TYPE_STRING", ["1"], False),
+        "passages": ("TYPE_STRING", ["-1"], False),
+        "titles": ("TYPE_STRING", ["-1"], True),
+        "max_new_tokens": ("TYPE_INT32", ["1"], True),
+        "min_new_tokens": ("TYPE_INT32", ["1"], True),
+    }
+    assert {o["name"]: (o["data_type"], o["dims"]) for o in config["output"]} == {
+        "answer": ("TYPE_STRING", ["1"]),
+        "log_prob": ("TYPE_FP32", ["1"]),
+        "tokens": ("TYPE_INT32", ["1"]),
+        "passage_scores": ("TYPE_FP32", ["-1"]),
+        "token_log_probs": ("TYPE_FP32", ["-1"]),
+    }
     assert "model_transaction_policy" not in config
 
 
@@ -66,7 +83,7 @@ def test_limits_survive_the_configuration():
     assert Limits.from_parameters(config["parameters"]) == limits
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", DEMO_READERS)
 def test_committed_configurations_are_those_rendered(reader, tmp_path):
     """After a change of tensors or limits: `make export`, look at the diff, commit it."""
     sizes = engine_sizes(load_reader(ROOT / "checkpoints" / reader).config)
@@ -77,8 +94,6 @@ def test_committed_configurations_are_those_rendered(reader, tmp_path):
 
 
 def test_damaged_engines_are_not_placed(engines, tmp_path):
-    import shutil
-
     shutil.copytree(engines["fid"][1], tmp_path / "engines")
     (tmp_path / "engines" / "encoder.onnx").write_bytes(b"x")
     (tmp_path / "engines" / "tokenizer.json").unlink()
@@ -127,7 +142,7 @@ def test_the_encoder_must_be_what_its_backend_runs(whole: bool, tmp_path: Path, 
     graphs = tmp_path / "graphs"
     manifest = export_gpu_reader(checkpoint, graphs, whole_encoder=whole)
     if whole:
-        with pytest.raises(ManifestError, match="wanted the encoder as its gemms; export without --whole-encoder"):
+        with pytest.raises(ManifestError, match="wanted the encoder as its GEMMs; export without --whole-encoder"):
             repository_from_engines(graphs, tmp_path / "repository", "fido", Limits())
         return
     (graphs / "manifest.json").write_text(dataclasses.replace(manifest, engine="tensorrt").to_json())
@@ -141,3 +156,130 @@ def test_the_encoder_must_be_what_its_backend_runs(whole: bool, tmp_path: Path, 
     assert placed >= {"decoder.cross_q.onnx", "decoder_head.npy", "decoder_norms.npy", "decoder_bias.npy"} and not [
         name for name in placed if name.startswith("encoder")
     ]
+
+
+@pytest.mark.parametrize("name", ["nq", "trivia-qa_2", "fid2"])
+def test_a_reader_is_served_under_any_name(engines, name: str, tmp_path: Path) -> None:
+    repository_from_engines(engines["fid"][1], tmp_path, name, Limits())
+    assert {path.name for path in tmp_path.iterdir()} == {name, f"{name}_encoder", f"{name}_stream"}
+    for model, role in ((name, "reader"), (f"{name}_stream", "reader")):
+        config = parsed((tmp_path / model / "config.pbtxt").read_text())
+        assert config["name"] == model and config["parameters"][role]["string_value"] == name
+    assert parsed((tmp_path / f"{name}_encoder" / "config.pbtxt").read_text())["name"] == f"{name}_encoder"
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../x", "nq_encoder", "nq_stream", "a.b"])
+def test_a_name_that_triton_or_the_other_models_cannot_have_is_refused(engines, name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="reader name: wanted letters, digits"):
+        repository_from_engines(engines["fid"][1], tmp_path / "repository", name, Limits())
+    assert not (tmp_path / "repository").exists()
+
+
+def files_of(model: Path) -> set[str]:
+    return {path.name for path in (model / "1").iterdir()}
+
+
+def test_only_what_belongs_to_the_engines_stays(engines, tmp_path: Path) -> None:
+    repository_from_engines(engines["fid"][1], tmp_path, "fid", Limits())
+    wanted = {name: files_of(tmp_path / name) for name in ("fid", "fid_encoder", "fid_stream")}
+    assert wanted == {
+        "fid": {"model.py", "manifest.json", "cross_kv.onnx", "decoder_step.onnx", "tokenizer.json"},
+        "fid_encoder": {"model.py", "manifest.json", "encoder.onnx"},
+        "fid_stream": {"model.py"},
+    }
+    for name in wanted:  # of a GPU's engines, of a copy that was interrupted, of a former release
+        for stale in ("encoder_norms.npy", "decoder.qkv.plan", "model.plan", ".encoder.onnx.new", "cross_kv.onnx.data"):
+            (tmp_path / name / "1" / stale).write_text("stale")
+    for _ in range(2):
+        repository_from_engines(engines["fid"][1], tmp_path, "fid", Limits())
+        assert {name: files_of(tmp_path / name) for name in wanted} == wanted
+
+
+def compiled(graphs: Path, directory: Path) -> Path:
+    """The directory that TensorRT would write: the graphs' files in place of plans."""
+    manifest = Manifest.load(graphs)
+    directory.mkdir()
+    files = {}
+    for file, digest in manifest.files.items():
+        files[file.replace(".onnx", ".plan")] = digest
+        shutil.copyfile(graphs / file, directory / file.replace(".onnx", ".plan"))
+    (directory / "manifest.json").write_text(dataclasses.replace(manifest, engine="tensorrt", files=files).to_json())
+    return directory
+
+
+def test_the_encoder_changes_between_python_and_tritons_own_backend(tmp_path: Path, tokenizer_json: str) -> None:
+    checkpoint = Checkpoint(random_reader(wide(FIDO)), tokenizer_json, "test", "own")
+    for kind in (True, False):
+        export_gpu_reader(checkpoint, tmp_path / f"graphs_{kind}", whole_encoder=kind)
+    whole, gemms = (compiled(tmp_path / f"graphs_{kind}", tmp_path / f"engines_{kind}") for kind in (True, False))
+    encoder = tmp_path / "repository" / "fido_encoder"
+    for _ in range(2):
+        repository_from_engines(whole, tmp_path / "repository", "fido", Limits(), native_encoder=True)
+        assert files_of(encoder) == {"model.plan", "manifest.json"} and 'backend: "tensorrt"' in (encoder / "config.pbtxt").read_text()
+        repository_from_engines(gemms, tmp_path / "repository", "fido", Limits())
+        assert {"model.py", "manifest.json", "encoder.qkv.plan"} <= files_of(encoder) and "model.plan" not in files_of(encoder)
+        assert 'backend: "python"' in (encoder / "config.pbtxt").read_text()
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+def loadable(repository: Path) -> tuple[str, ...]:
+    """What the models would load: the weights and the slots of each; empty if one of them has no manifest.
+
+    Raises ManifestError if a model has a manifest that its files do not match, as the model itself would.
+    """
+    if not all((repository / model / "1" / "manifest.json").is_file() for model in ("fid", "fid_encoder")):
+        return ()
+    found = set()
+    for model, mine in (("fid", lambda file: not file.startswith("encoder")), ("fid_encoder", lambda file: file.startswith("encoder"))):
+        manifest = Manifest.load(repository / model / "1")
+        manifest.verify(repository / model / "1", tuple(file for file in manifest.files if mine(file)))
+        found.add(manifest.weights_sha256)
+    slots = {
+        Limits.from_parameters(parsed((repository / m / "config.pbtxt").read_text())["parameters"]).slots for m in ("fid", "fid_stream")
+    }
+    return (*sorted(found), *map(str, sorted(slots)))
+
+
+def test_a_crash_at_any_step_leaves_the_former_reader_or_the_new_one_or_none(engines, tmp_path: Path, monkeypatch) -> None:
+    """Engines and limits both change. Every removal and every replacement of a file is the last one in turn."""
+    former, new = engines["released_fid"][1], engines["fid"][1]
+    whole = {}
+    for name, directory, slots in (("former", former, 3), ("new", new, 5)):
+        repository_from_engines(directory, tmp_path / name, "fid", Limits(slots=slots))
+        whole[name] = loadable(tmp_path / name)
+    assert len(whole["former"]) == len(whole["new"]) == 2 and whole["former"] != whole["new"]
+    replace, unlink, seen = os.replace, os.unlink, []
+    for last in range(1, 100):
+        repository, count, crashed = tmp_path / f"crash{last}", 0, False
+        repository_from_engines(former, repository, "fid", Limits(slots=3))
+
+        def dying(call, last=last):
+            def wrapped(*arguments, **options):
+                nonlocal count, crashed
+                result = call(*arguments, **options)
+                count += 1
+                if count == last:
+                    crashed = True
+                    raise Crash
+                return result
+
+            return wrapped
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", dying(replace))
+            patched.setattr(os, "unlink", dying(unlink))
+            try:
+                repository_from_engines(new, repository, "fid", Limits(slots=5))
+            except Crash:
+                pass
+        seen.append(loadable(repository))
+        assert seen[-1] in ((), *whole.values()), last
+        repository_from_engines(new, repository, "fid", Limits(slots=5))  # the next export repairs it
+        assert loadable(repository) == whole["new"]
+        if not crashed:
+            break
+    assert len(seen) > 10 and () in seen and seen[-1] == whole["new"]
+    assert json.loads((repository / "fid" / "1" / "manifest.json").read_text())["reader"] == "fid"

@@ -82,7 +82,7 @@ def test_released_fid_layout_keeps_its_cross_attention_bias_and_takes_no_eos(rel
 
 
 def test_released_fid_needs_a_tokenizer_and_says_so(released):
-    with pytest.raises(CheckpointError, match=r"no tokenizer.json or spiece.model; give one with --tokenizer"):
+    with pytest.raises(CheckpointError, match=r"no tokenizer.json or spiece.model; pass one with --tokenizer"):
         load_checkpoint(released[1])
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from export.checkpoint.files import Checkpoint
+from export.errors import ExportError
 from export.graphs.fp16_scaling import measured_scales
 from export.graphs.gpu import export_gpu_reader
-from export.graphs.onnx_export import ExportError, export_reader
-from export.graphs.opset17 import PassError, to_opset_17
+from export.graphs.onnx_export import export_reader
 from export.model.reader import Reader
 from serving.contract.manifest import Manifest
 from serving.engines.cpu import OnnxDecoder, OnnxEncoder
@@ -123,9 +123,3 @@ def test_sizes_that_the_kernels_do_not_have_are_refused(tmp_path: Path, tokenize
     with pytest.raises(ExportError, match=faults):
         export_gpu_reader(Checkpoint(random_reader(FID), tokenizer_json, "test", "own"), tmp_path / "gpu")
     assert not list(tmp_path.iterdir())
-
-
-def test_only_graphs_of_the_next_opset_are_rewritten() -> None:
-    model = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []), opset_imports=[onnx.helper.make_opsetid("", 20)])
-    with pytest.raises(PassError, match="opset: wanted 18, got 20"):
-        to_opset_17(model)

@@ -1,10 +1,12 @@
-"""Building and loading GPU engines where there is no GPU: refused in words, and nothing is left behind."""
+"""Building GPU engines where there is no GPU: on a stand-in for the compiler, and refusals that leave nothing behind."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
+import threading
+import types
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,9 +14,11 @@ import pytest
 
 from export.checkpoint.files import Checkpoint
 from export.graphs.gpu import export_gpu_reader
-from export.tensorrt.compiler import build_engines, default_backend, describe_gpu, graphs_of, tasks_of
+from export.tensorrt import compiler, detect
+from export.tensorrt.compiler import build_engines, graphs_of, tasks_of
+from export.tensorrt.detect import BuildTarget, Gpu
 from serving.contract.limits import Limits
-from serving.contract.manifest import EngineError, Manifest, ManifestError
+from serving.contract.manifest import EngineError, Manifest, ManifestError, sha256_of_file
 from serving.engines.load import load_decoder, load_encoder
 from tests.conftest import FIDO, random_reader, wide
 
@@ -47,13 +51,14 @@ def test_a_whole_encoder_is_one_task(tmp_path: Path, tokenizer_json: str) -> Non
     assert tasks_of(manifest, Limits(encoder_batch=60))[0].profiles[0]["input_ids"][2] == (60, manifest.prompt.passage_length)
 
 
-class CountingCompiler:
-    """In place of TensorRT: an engine is the name of its graph."""
+class FakeCompiler:
+    """Stands in for TensorRT: a plan is the name of its graph."""
 
     compiled: ClassVar[list[str]] = []
+    builder_options: ClassVar[dict[str, str]] = {"profiling_verbosity": "detailed"}
 
     def __init__(self, precision: str, timing_cache: Path | None = None):
-        pass
+        self.options = self.builder_options
 
     def compile(self, path: Path, profiles: object) -> bytes:
         self.compiled.append(path.stem)
@@ -63,31 +68,137 @@ class CountingCompiler:
         pass
 
 
-def test_only_what_has_changed_is_built_again(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.tensorrt.compiler.Compiler", CountingCompiler)
-    monkeypatch.setattr("export.tensorrt.compiler.describe_gpu", lambda: ("GPU", "9.0", "8.6.0"))
-    names = list(graphs_of(Manifest.load(graphs)))
-    rounds = {}
-    for what, limits in (("all", Limits()), ("nothing", Limits()), ("the decoder's", Limits(slots=3))):
-        CountingCompiler.compiled = []
-        built = build_engines(graphs, tmp_path / "engines", limits, tmp_path / "cache" / "timings", log=lambda _: None)
-        built.verify(tmp_path / "engines", tuple(built.files))
-        assert built.build is not None and built.build.gpu == "GPU" and len(built.build.seconds) == len(names)
-        rounds[what] = list(CountingCompiler.compiled)
-    assert rounds["nothing"] == [] and {"cross_kv", "encoder.wo", "decoder.wo"} <= set(rounds["all"]) <= set(names)
-    assert "decoder.cross_o" not in rounds["all"]  # the same gemm as decoder.o
-    assert rounds["the decoder's"] == [name for name in rounds["all"] if name.startswith("decoder.")]
+H100 = BuildTarget(Gpu("NVIDIA H100", "9.0", "13.0"), "10.1.0")
+
+
+@pytest.fixture
+def compiled_names(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Builds on a fake GPU and returns the names of the engines that were compiled, not taken from the cache."""
+    monkeypatch.setattr(compiler, "Compiler", FakeCompiler)
+
+    def build(target: BuildTarget = H100, limits: Limits | None = None, options: dict[str, str] | None = None) -> list[str]:
+        monkeypatch.setattr(compiler, "build_target", lambda: target)
+        monkeypatch.setattr(FakeCompiler, "builder_options", options or {"profiling_verbosity": "detailed"})
+        monkeypatch.setattr(FakeCompiler, "compiled", [])
+        directory = tmp_path / "engines"
+        built = build_engines(graphs, directory, limits or Limits(), tmp_path / "cache" / "timings", log=lambda _: None)
+        built.verify(directory, tuple(built.files))
+        assert built.build is not None and (built.build.gpu, built.build.version) == (target.gpu.name, target.tensorrt)
+        for task in tasks_of(built, Limits()):
+            assert (directory / f"{task.name}.plan").is_file()
+        return list(FakeCompiler.compiled)
+
+    return build
+
+
+def test_only_what_has_changed_is_built_again(compiled_names, graphs: Path, tmp_path: Path) -> None:
+    names = set(graphs_of(Manifest.load(graphs)))
+    first = compiled_names()
+    assert {"cross_kv", "encoder.wo", "decoder.wo"} <= set(first) <= names
+    assert "decoder.cross_o" not in first  # the same GEMM as decoder.o
+    assert compiled_names() == []
+    assert compiled_names(limits=Limits(slots=3)) == [name for name in first if name.startswith("decoder.")]
     assert (tmp_path / "engines" / "encoder.wo.plan").read_bytes() == b"encoder.wo"
 
 
-def test_without_a_gpu_the_cpu_is_what_fits(no_cupy: None) -> None:
-    assert default_backend() == "onnxruntime"
-    with pytest.raises(EngineError, match=r"TensorRT engines cannot be built here: .*requirements-gpu.txt"):
-        describe_gpu()
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"target": BuildTarget(Gpu("NVIDIA H200", "9.0", "13.0"), "10.1.0")},
+        {"target": BuildTarget(Gpu("NVIDIA H100", "8.9", "13.0"), "10.1.0")},
+        {"target": BuildTarget(Gpu("NVIDIA H100", "9.0", "12.8"), "10.1.0")},
+        {"target": BuildTarget(Gpu("NVIDIA H100", "9.0", "13.0"), "10.2.0")},
+        {"options": {"profiling_verbosity": "none"}},
+    ],
+    ids=["gpu", "compute capability", "driver", "tensorrt", "builder options"],
+)
+def test_a_cached_plan_is_not_used_elsewhere_or_with_other_options(compiled_names, changed) -> None:
+    first = compiled_names()
+    assert compiled_names(**changed) == first
+    assert compiled_names(**changed) == []
 
 
-def test_a_failed_build_leaves_nothing(no_cupy: None, graphs: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineError):
+def test_a_cached_plan_is_not_used_for_other_weights_above_2_gb(compiled_names, graphs: Path) -> None:
+    """Such weights are in a .data file, and the graph's own file does not change with them."""
+
+    def change_weights(content: bytes) -> None:
+        (graphs / "cross_kv.onnx.data").write_bytes(content)
+        manifest = Manifest.load(graphs)
+        manifest.files["cross_kv.onnx.data"] = sha256_of_file(graphs / "cross_kv.onnx.data")
+        (graphs / "manifest.json").write_text(manifest.to_json())
+
+    change_weights(b"some")
+    compiled_names()
+    change_weights(b"other")
+    assert compiled_names() == ["cross_kv"]
+
+
+def test_a_damaged_cached_plan_is_built_again(compiled_names, tmp_path: Path) -> None:
+    first = compiled_names()
+    for plan in (tmp_path / "cache" / "plans").glob("*.plan"):
+        plan.write_bytes(b"damaged")
+    assert compiled_names() == first
+
+
+class FakeTimings:
+    """A TensorRT timing cache as text: one line per kernel."""
+
+    def __init__(self, lines: bytes):
+        self.lines = set(lines.split())
+
+    def combine(self, other: FakeTimings, ignore_mismatch: bool) -> bool:
+        self.lines |= other.lines
+        return True
+
+    def serialize(self) -> bytes:
+        return b" ".join(sorted(self.lines))
+
+
+def fake_tensorrt() -> types.SimpleNamespace:
+    config = types.SimpleNamespace(create_timing_cache=FakeTimings)
+    builder = types.SimpleNamespace(create_builder_config=lambda: config)
+    return types.SimpleNamespace(
+        __name__="tensorrt", __version__="10.1.0", Builder=lambda _: builder, ProfilingVerbosity=types.SimpleNamespace(DETAILED=2)
+    )
+
+
+def test_timings_of_processes_that_save_at_the_same_time_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_tensorrt", fake_tensorrt)
+    monkeypatch.setitem(sys.modules, "polygraphy.backend.trt", types.SimpleNamespace(get_trt_logger=lambda: None))
+    cache = tmp_path / "timings"
+    cache.write_bytes(b"before")
+    compilers = [compiler.Compiler("float16", cache) for _ in range(8)]
+    for i, one in enumerate(compilers):
+        one._timings = f"kernel{i}".encode()
+    threads = [threading.Thread(target=one.save_timings) for one in compilers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(cache.read_bytes().split()) == {b"before", *(f"kernel{i}".encode() for i in range(8))}
+
+
+def test_a_failed_write_leaves_the_former_timings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_tensorrt", fake_tensorrt)
+    cache = tmp_path / "timings"
+    one = compiler.Compiler("float16", cache)
+    one._timings = b"new"
+    cache.write_bytes(b"")
+
+    def full(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        one.save_timings()
+    assert cache.read_bytes() == b""
+
+
+def test_a_failed_build_leaves_nothing(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detect, "cuda_gpu", lambda: None)
+    with pytest.raises(EngineError, match="TensorRT engines cannot be built here"):
         build_engines(graphs, tmp_path / "engines", Limits(), tmp_path / "cache")
     assert [path.name for path in tmp_path.iterdir()] == ["graphs"]
 

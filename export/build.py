@@ -1,0 +1,157 @@
+"""The steps from a checkpoint to engines, as functions. `python -m export` and tests call them.
+
+Comes in: a checkpoint, loaded or as a path. Goes out: an engine directory and its manifest. Each step imports torch, onnx or TensorRT only
+when it needs them, so that importing this module is fast. Parses no arguments and serves nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+from export.checkpoint.config import reader_preset
+from export.errors import UsageError
+from serving.contract.limits import Limits
+
+if TYPE_CHECKING:
+    from export.checkpoint.files import Checkpoint
+    from serving.contract.manifest import Manifest
+
+TIMING_CACHE = Path("build/tensorrt-timing.cache")
+PRECISIONS = ("float16", "bfloat16")
+
+
+def require_reader_name(name: str) -> str:
+    """The name, if a reader can be served under it.
+
+    Raises:
+        UsageError: if Triton or the names of the other two models do not allow it.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name.endswith(("_encoder", "_stream")):
+        raise UsageError(f"reader name: wanted letters, digits, _ and -, not ending in _encoder or _stream, got {name!r}")
+    return name
+
+
+class CheckpointOptions(TypedDict, total=False):
+    """Keyword arguments of `load_checkpoint`; None and a missing key mean its default."""
+
+    tokenizer: str | None
+    passage_length: int | None
+    append_eos: bool | None
+    cross_attention_bias: bool | None
+
+
+def export_graphs(
+    checkpoint: Checkpoint, directory: Path, *, gpu: bool, precision: str = "float16", opset: int | None = None, whole_encoder: bool = False
+) -> Manifest:
+    """Write the ONNX graphs of a reader.
+
+    Args:
+        checkpoint: the reader and its tokenizer.
+        directory: replaced if it exists.
+        gpu: graphs for a GPU, in `precision`; else fp32 graphs for the CPU.
+        precision: "float16" or "bfloat16"; for a GPU only.
+        opset: None for the default: 18 for the CPU, 17 for a GPU, the newest that TensorRT 8.6 reads.
+        whole_encoder: the encoder as one graph instead of its GEMMs; for a GPU only.
+
+    Raises:
+        ExportError: if a graph differs from its specification, or the kernels do not support the reader's sizes.
+        CheckpointError: if the tokenizer does not fit.
+    """
+    if gpu:
+        from export.graphs.gpu import TENSORRT_OPSET, export_gpu_reader
+
+        return export_gpu_reader(checkpoint, directory, precision, opset or TENSORRT_OPSET, whole_encoder=whole_encoder)
+    from export.graphs.onnx_export import OPSET, export_reader
+
+    return export_reader(checkpoint, directory, opset or OPSET)
+
+
+def build_reader(
+    source: str,
+    directory: Path,
+    engine: str,
+    limits: Limits,
+    *,
+    options: CheckpointOptions | None = None,
+    precision: str = "float16",
+    opset: int | None = None,
+    whole_encoder: bool = False,
+    timing_cache: Path = TIMING_CACHE,
+    jobs: int = 1,
+    log: Callable[[str], None] = print,
+) -> Manifest:
+    """A checkpoint to engines of one kind.
+
+    Args:
+        source: checkpoint directory or hub name.
+        directory: of the engines; replaced if it exists. Graphs for TensorRT are kept next to it, as `NAME.graphs`.
+        engine: "tensorrt", "onnxruntime-gpu", "onnxruntime", or "auto" for the fastest that this machine can run.
+        limits: what TensorRT engines must serve; the other engines are the same for all limits.
+        options: how to read the checkpoint.
+        precision: on a GPU.
+        opset: as in `export_graphs`.
+        whole_encoder: on a GPU, the encoder as one graph, for Triton's TensorRT backend.
+        timing_cache: as in `build_engines`.
+        jobs: processes that build TensorRT engines.
+        log: called with each line of progress.
+
+    Raises:
+        UserError, ManifestError, EngineError: if a step fails. `directory` stays as it was then.
+    """
+    if engine == "auto":
+        from export.tensorrt.detect import default_backend
+
+        engine = default_backend()
+    from export.checkpoint.files import load_checkpoint
+
+    checkpoint = load_checkpoint(source, **(options or {}))
+    gpu, compiled = engine != "onnxruntime", engine == "tensorrt"
+    graphs = directory.with_name(f"{directory.name}.graphs") if compiled else directory
+    manifest = export_graphs(checkpoint, graphs, gpu=gpu, precision=precision, opset=opset, whole_encoder=whole_encoder and gpu)
+    if not compiled:
+        return manifest
+    from export.tensorrt.compiler import build_engines
+
+    return build_engines(graphs, directory, limits, timing_cache, jobs, log)
+
+
+def random_checkpoint(
+    preset: str, tokenizer: Path, *, fido: bool, period: int | None, num_kv_heads: int | None, passage_length: int, seed: int
+) -> Checkpoint:
+    """A reader of published size with random weights, for benchmarks. The arguments are those of `reader_preset`.
+
+    Raises:
+        ConfigError: if there is no such size.
+    """
+    from export.checkpoint.files import Checkpoint, read_tokenizer
+    from export.model.reader import Reader
+
+    config = reader_preset(preset, fido=fido, period=period, num_kv_heads=num_kv_heads)
+    reader = Reader(dataclasses.replace(config, passage_length=passage_length))
+    reader.reset_parameters(seed)
+    return Checkpoint(reader.eval(), read_tokenizer(tokenizer), f"random-{preset}", "random weights")
+
+
+def convert(source: str, output: Path, period: int, num_kv_heads: int, options: CheckpointOptions | None = None) -> None:
+    """Write a FiDO checkpoint in our own layout, initialised from a FiD checkpoint.
+
+    Raises:
+        UserError: if the checkpoint cannot be read or does not fit the period and the heads.
+    """
+    import torch
+
+    from export.checkpoint.convert import fido_from_fid
+    from export.checkpoint.files import load_checkpoint, save_reader
+
+    checkpoint = load_checkpoint(source, **(options or {}))
+    converted = fido_from_fid(checkpoint.reader, period, num_kv_heads)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = Path(scratch, "tokenizer.json")
+        tokenizer.write_text(checkpoint.tokenizer_json, encoding="utf-8")
+        notes = {"converted_from": Path(source).name, "needs": "up-training"}
+        save_reader(output, converted, tokenizer, torch.float32, notes)

@@ -1,0 +1,112 @@
+"""Which engine fits a machine; nothing that is missing or broken may end in a traceback."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from export.tensorrt import detect
+from export.tensorrt.detect import Gpu, build_target, cuda_gpu, default_backend
+from serving.contract.manifest import EngineError
+
+H100 = Gpu("NVIDIA H100", "9.0", "13.0")
+ONNXRUNTIME = types.SimpleNamespace(get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+ONNXRUNTIME_CPU = types.SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"])
+TENSORRT = types.SimpleNamespace(__version__="10.1.0")
+MISSING_LIBRARY = OSError("libcudnn.so.8: cannot open shared object file")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch):
+    """A machine with a GPU, and packages that are present, missing (None) or broken (an exception)."""
+
+    def make(gpu: Gpu | None, **packages: object) -> None:
+        def import_module(name: str) -> object:
+            found = packages.get(name)
+            if found is None:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        monkeypatch.setattr(detect, "cuda_gpu", lambda: gpu)
+        monkeypatch.setattr(detect, "importlib", types.SimpleNamespace(import_module=import_module))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("gpu", "packages", "wanted"),
+    [
+        (None, {"cupy": object(), "tensorrt": TENSORRT, "onnxruntime": ONNXRUNTIME}, "onnxruntime"),
+        (H100, {"cupy": object(), "tensorrt": TENSORRT, "onnxruntime": ONNXRUNTIME}, "tensorrt"),
+        (H100, {"cupy": object(), "onnxruntime": ONNXRUNTIME}, "onnxruntime-gpu"),
+        (H100, {"cupy": object(), "onnxruntime": ONNXRUNTIME_CPU}, "onnxruntime"),
+        (H100, {"tensorrt": TENSORRT, "onnxruntime": ONNXRUNTIME}, "onnxruntime"),
+        (H100, {"cupy": object(), "tensorrt": MISSING_LIBRARY, "onnxruntime": ONNXRUNTIME}, "onnxruntime-gpu"),
+        (H100, {"cupy": RuntimeError("CuPy failed to load libnvrtc.so"), "tensorrt": TENSORRT}, "onnxruntime"),
+    ],
+)
+def test_the_fastest_engine_that_can_be_loaded_is_chosen(machine, gpu, packages, wanted, capsys):
+    machine(gpu, **packages)
+    assert default_backend() == wanted
+    broken = [name for name, package in packages.items() if isinstance(package, Exception)]
+    assert capsys.readouterr().err.count("is installed but cannot be loaded") == (len(broken) if gpu else 0)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "packages", "message"),
+    [
+        (None, {"tensorrt": TENSORRT}, "wanted an NVIDIA GPU and its driver, found none"),
+        (H100, {}, r"No module named 'tensorrt'; see requirements-gpu.txt"),
+        (H100, {"tensorrt": MISSING_LIBRARY}, r"libcudnn.so.8.*; see requirements-gpu.txt"),
+    ],
+)
+def test_a_machine_that_cannot_build_says_why(machine, gpu, packages, message):
+    machine(gpu, **packages)
+    with pytest.raises(EngineError, match=f"TensorRT engines cannot be built here: .*{message}"):
+        build_target()
+
+
+FAKE_DRIVER = """
+int cuInit(unsigned flags) { return RESULT; }
+int cuDriverGetVersion(int *version) { *version = 12080; return 0; }
+int cuDeviceGet(int *device, int number) { *device = 7; return 0; }
+int cuDeviceGetName(char *name, int size, int device) { const char *s = "NVIDIA Test"; do *name++ = *s; while (*s++); return device != 7; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 75 ? 8 : 6; return device != 7; }
+"""
+
+
+@pytest.mark.parametrize(("result", "wanted"), [(0, Gpu("NVIDIA Test", "8.6", "12.8")), (100, None)])
+def test_the_driver_names_the_gpu(result: int, wanted: Gpu | None, tmp_path: Path):
+    (tmp_path / "driver.c").write_text(FAKE_DRIVER.replace("RESULT", str(result)))
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "driver.so", tmp_path / "driver.c"], check=True)
+    assert cuda_gpu(str(tmp_path / "driver.so")) == wanted
+
+
+def test_no_driver_is_no_gpu():
+    assert cuda_gpu("libno-such-driver.so") is None
+
+
+def test_detect_survives_a_package_with_a_missing_library(tmp_path: Path):
+    """The whole command, with a GPU driver and a TensorRT whose import fails as without cuDNN."""
+    (tmp_path / "driver.c").write_text(FAKE_DRIVER.replace("RESULT", "0"))
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"], check=True)
+    (tmp_path / "cupy.py").write_text("")
+    (tmp_path / "tensorrt.py").write_text("import ctypes\nctypes.CDLL('libcudnn-is-missing.so.8')\n")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-m", "export", "detect"], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "onnxruntime\n")
+    assert "tensorrt is installed but cannot be loaded: libcudnn-is-missing.so.8" in done.stderr
+
+
+def test_importing_the_module_imports_no_package():
+    assert importlib.util.find_spec("numpy") is not None
+    code = "import sys, export.tensorrt.detect; sys.exit(bool({'numpy', 'cupy', 'tensorrt', 'onnxruntime'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
