@@ -182,6 +182,9 @@ gpu-test: export $(CORPUS) ## on a GPU: engines, kernels, decoder and the six se
 	$(PY) -m export onnx "$$FIDO" build/cpu_engines/fido $(FIDO_FLAGS)
 	$(PY) -m tests.gpu
 
+mutants: $(INSTALLED) ## change the code in one place at a time: do the fast tests notice? about 10 minutes
+	$(PY) -m tests.mutants
+
 lint: $(INSTALLED) ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -191,4 +194,4 @@ clean: ## remove everything that was built, and the environment
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find model_repository -path '*/1/*' ! -name model.py -type f -delete
 
-.PHONY: help setup export serve ask demo evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation test stress gpu-test lint clean
+.PHONY: help setup export serve ask demo evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation test stress gpu-test mutants lint clean

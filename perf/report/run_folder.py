@@ -89,6 +89,9 @@ REQUIRED = ("machine", "sweep")
 WORKLOAD_KEYS = ("new_tokens", "passages", "passage_tokens")  # constant for one workload name
 
 
+PACKED = "run.json"  # {name: what NAME.json would hold}
+
+
 class ReportError(ValueError):
     """A file of a run is missing or malformed."""
 
@@ -288,6 +291,27 @@ def _check_points(points: Sequence[dict[str, Any]], workloads: Mapping[str, str]
             raise ReportError(f"{at}: wanted {', '.join(WORKLOAD_KEYS)} of {workload} as before, {meanings[workload]}, got {meaning}")
 
 
+def _json_of(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path}: wanted JSON: {error}") from error
+
+
+def pack_run(folder: Path) -> Path:
+    """Put every measurement of a run into one file, run.json, as the committed runs keep them; the single files are removed.
+
+    Raises:
+        ReportError: naming a file that is not JSON; nothing is removed then.
+    """
+    paths = [path for path in sorted(folder.glob("*.json")) if path.name not in (PACKED, "summary.json")]
+    packed = (_json_of(folder / PACKED) if (folder / PACKED).exists() else {}) | {path.stem: _json_of(path) for path in paths}
+    (folder / PACKED).write_text(json.dumps(packed, separators=(",", ":"), sort_keys=True) + "\n", encoding="utf-8")
+    for path in paths:
+        path.unlink()
+    return folder / PACKED
+
+
 def read_run(folder: Path) -> Run:
     """Read and check every file of a run.
 
@@ -295,17 +319,18 @@ def read_run(folder: Path) -> Run:
         ReportError: a file is missing or malformed; the message names the file and the key.
     """
     files: dict[str, Any] = {}
+    packed = _json_of(folder / PACKED) if (folder / PACKED).exists() else {}
     for name, shape in SHAPES.items():
         path = folder / f"{name}.json"
-        if not path.exists():
-            if name in REQUIRED:
-                raise ReportError(f"{path}: wanted, but it is missing")
+        if path.exists():  # a fresh measurement goes before a packed one
+            content = _json_of(path)
+        elif name in packed:
+            content = packed[name]
+        elif name in REQUIRED:
+            raise ReportError(f"{path}: wanted, but it is missing")
+        else:
             files[name] = None
             continue
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ReportError(f"{path}: wanted JSON: {error}") from error
         files[name] = checked(content, shape, str(path), ": ")
     _check_points(files["sweep"]["points"], files["sweep"]["settings"]["workloads"], str(folder / "sweep.json"))
     run = Run(folder, files)

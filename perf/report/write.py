@@ -16,7 +16,7 @@ from typing import Any
 
 from . import plots
 from .page import Cell, Figure, Link, Section, Table, html_from_sections, markdown_from_sections, shown, significant, whole
-from .run_folder import NAMES, ReportError, Row, Run, Spread, read_run, times_peer
+from .run_folder import NAMES, PACKED, ReportError, Row, Run, Spread, pack_run, read_run, times_peer
 from .verdict import best_of, machine_name, readers_of, summary, verdict
 
 RESULTS = Path("perf/results")
@@ -354,11 +354,17 @@ def main() -> int:
         prog="python -m perf.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER")
-    folders: list[Path] = parser.parse_args().folders or sorted(path.parent for path in RESULTS.glob("*/sweep.json"))
+    parser.add_argument("--pack", action="store_true", help="first put all measurements of a run into run.json, as committed runs are kept")
+    arguments = parser.parse_args()
+    folders: list[Path] = arguments.folders or sorted(
+        {path.parent for name in (PACKED, "sweep.json") for path in RESULTS.glob(f"*/{name}")}
+    )
     try:
         if not folders:
-            raise ReportError(f"{RESULTS}: wanted a folder with a sweep.json, found none")
+            raise ReportError(f"{RESULTS}: wanted a folder with a sweep.json or a run.json, found none")
         for folder in folders:
+            if arguments.pack:
+                pack_run(folder)
             write_report(folder)
             print(folder / "report.html")
     except ReportError as error:

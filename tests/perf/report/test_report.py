@@ -8,7 +8,7 @@ import pytest
 
 from perf.report import write as report
 from perf.report.page import shown, significant
-from perf.report.run_folder import ReportError, read_run
+from perf.report.run_folder import ReportError, pack_run, read_run
 from perf.report.verdict import verdict
 from perf.report.write import write_report
 
@@ -230,6 +230,17 @@ def test_the_page_fetches_nothing_and_links_to_its_raw_files(folder_of):
     assert len(names) == len(set(names))
 
 
+def test_a_packed_run_gives_the_same_summary_and_fresh_files_go_before_it(folder_of):
+    folder = folder_of(**EVERYTHING)
+    (folder / "notes.md").write_text("kept")
+    before = summary_of(folder)
+    pack_run(folder)
+    assert sorted(path.name for path in folder.glob("*.json")) == ["run.json", "summary.json"] and (folder / "notes.md").exists()
+    assert summary_of(folder) == before
+    (folder / "machine.json").write_text(json.dumps({**MACHINE, "processor": "another"}), encoding="utf-8")
+    assert read_run(folder).files["machine"]["processor"] == "another"
+
+
 def test_the_same_files_give_the_same_bytes(folder_of):
     folder = folder_of(**EVERYTHING)
     written = []
@@ -360,7 +371,7 @@ def test_without_a_folder_every_run_under_the_results_is_reported(folder_of, mon
     assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
     monkeypatch.setattr(report, "RESULTS", folder / "none")
     assert report.main() == 1
-    assert "wanted a folder with a sweep.json, found none" in capsys.readouterr().err
+    assert "wanted a folder with a sweep.json or a run.json, found none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("value", "text"), [(0, "0"), (0.01234, "0.0123"), (9.996, "10.0"), (12345.0, "12,345"), (-1.5, "-1.50")])
