@@ -25,8 +25,9 @@ ENGINE ?= auto
 # Triton backend of the encoder: python, or tensorrt in NVIDIA's container (deploy/container/).
 TRITON_BACKEND ?= python
 
-# Readers to serve.
-READERS ?= fid fido
+# Readers to serve, by blanks or commas; empty = all that were exported. DEMO=1 serves the demo readers.
+READERS ?=
+DEMO ?=
 STREAM ?=
 SERVE_FLAGS ?=
 
@@ -71,23 +72,28 @@ $(INSTALLED): requirements.txt requirements-triton.txt requirements-export.txt r
 
 # ---- Export and serving ----
 
-# NAME=CHECKPOINT of each reader that the user named; of both demo readers if none is named.
+# NAME=CHECKPOINT of each reader that the user named. Without a name `make export` brings up to date what was exported before,
+# or exports the demo readers the first time.
 NAMED = $(strip $(if $(call is_typed,FID),"fid=$$FID") $(if $(call is_typed,FIDO),"fido=$$FIDO") $(if $(READER)$(CHECKPOINT),"$$READER=$$CHECKPOINT"))
-DEMO := "fid=$$FID" "fido=$$FIDO"
-TO_EXPORT = $(or $(NAMED),$(DEMO))
-flags_of = $(if $(findstring "$(1)=,$(TO_EXPORT)),$(if $($(2)),--flags "$(1)=$$$(2)"))
-EXPORT_FLAGS = $(call flags_of,fid,FID_FLAGS) $(call flags_of,fido,FIDO_FLAGS) $(call flags_of,$$READER,READER_FLAGS)
+BOTH := "fid=$$FID" "fido=$$FIDO"
+flags_of = $(if $(findstring "$(1)=,$(2)),$(if $($(3)),--flags "$(1)=$$$(3)"))
+flags = $(call flags_of,fid,$(1),FID_FLAGS) $(call flags_of,fido,$(1),FIDO_FLAGS) $(call flags_of,$$READER,$(1),READER_FLAGS)
+EXPORT = $(PY) -m export readers
+EXPORT_OPTIONS = --engine $(ENGINE) --triton-backend $(TRITON_BACKEND) $(LIMITS)
 
-export: $(INSTALLED) ## checkpoints -> engines -> model repository (FID=path FIDO=path, or READER=name CHECKPOINT=path)
-	@$(PY) -m export readers $(TO_EXPORT) $(EXPORT_FLAGS) --engine $(ENGINE) --triton-backend $(TRITON_BACKEND) $(LIMITS)
+export: $(INSTALLED) ## checkpoints -> engines -> model repository (READER=name CHECKPOINT=path; FID=path, FIDO=path)
+	@$(EXPORT) $(or $(NAMED),--default $(BOTH)) $(call flags,$(or $(NAMED),$(BOTH))) $(EXPORT_OPTIONS)
 
-# These compare or test both readers.
-demo evaluate bench bench-load perf stress gpu-test test: TO_EXPORT = $(DEMO)
+# The demo, tests and benchmarks keep their readers in a place of their own and never touch what a user exported.
+PLACE := build/demo
+demo-readers: $(INSTALLED)
+	@$(EXPORT) $(BOTH) $(call flags,$(BOTH)) --engines $(PLACE)/engines --repository $(PLACE)/model_repository $(EXPORT_OPTIONS)
 
-# `make serve` serves what was exported. It exports only if a reader is missing, or if an option of the export is typed.
-MISSING = $(strip $(foreach reader,$(READERS),$(if $(wildcard model_repository/$(reader)/1/manifest.json),,$(reader))))
-serve: $(if $(NAMED)$(MISSING)$(LIMITS)$(filter-out auto,$(ENGINE))$(filter-out python,$(TRITON_BACKEND)),export,$(INSTALLED)) ## run Triton on the repository until Ctrl-C (READERS="fid fido", STREAM=1 for the streaming models)
-	@exec $(PY) -m serving --readers $(READERS) $(if $(STREAM),--stream) $(SERVE_FLAGS)
+serve: $(if $(DEMO),demo-readers,$(if $(NAMED),export,$(INSTALLED))) ## run Triton on what was exported until Ctrl-C (READERS="a b", STREAM=1, DEMO=1)
+	@exec $(PY) -m serving --readers $(READERS) $(if $(DEMO),--repository $(PLACE)/model_repository) $(if $(STREAM),--stream) $(SERVE_FLAGS)
+
+status: $(INSTALLED) ## what is exported and what is served: checkpoint, parameters, engine, precision, limits
+	@$(PY) -m serving --status --readers $(READERS) $(if $(DEMO),--repository $(PLACE)/model_repository)
 
 ask: $(INSTALLED) ## ask a running server: MODEL=fido QUESTION="..." PASSAGES=file.json
 	@$(PY) -m clients ask --model "$$MODEL" --question "$$QUESTION" --passages "$$PASSAGES"
@@ -96,21 +102,21 @@ $(CORPUS): $(INSTALLED) $(wildcard training/corpus/*.py)
 	$(PY) -m training corpus
 	@touch $@
 
-demo: export $(CORPUS) ## start Triton, ask three questions of each demo reader, stop
+demo: demo-readers $(CORPUS) ## start Triton, ask three questions of each demo reader, stop
 	$(PY) -m examples.demo
 
-evaluate: export $(CORPUS) ## EM of all demo readers through Triton on held-out and human-written questions
+evaluate: demo-readers $(CORPUS) ## EM of all demo readers through Triton on held-out and human-written questions
 	$(PY) -m perf.served.accuracy
 
 # ---- Measurement on a CPU ----
 
-bench: export $(CORPUS) ## Triton, in process and PyTorch compared on this machine
+bench: demo-readers $(CORPUS) ## Triton, in process and PyTorch compared on this machine
 	$(PY) -m perf.served.chain
 
-bench-load: export $(CORPUS) ## throughput and latency at concurrency 1 to 64, and the gain of in-flight batching
+bench-load: demo-readers $(CORPUS) ## throughput and latency at concurrency 1 to 64, and the gain of in-flight batching
 	$(PY) -m perf.served.concurrency
 
-perf: export $(CORPUS) ## FiD against FiDO by perf_analyzer, stages, peers, ablation, report, under 15 minutes (RUN=folder)
+perf: demo-readers $(CORPUS) ## FiD against FiDO by perf_analyzer, stages, peers, ablation, report, under 15 minutes (RUN=folder)
 	$(PY) -m perf.bounds.rates --run "$$RUN"
 	$(PY) -m perf.served.sweep --run "$$RUN"
 	$(PY) -m perf.bounds.stages --fid "$$FID" --fido "$$FIDO" --run "$$RUN"
@@ -171,13 +177,13 @@ gpu-ablation: $(ROWS:%=build/ablation/%/manifest.json) ## on a GPU, after gpu-be
 # ---- Tests ----
 
 test: ENGINE := onnxruntime
-test: export $(CORPUS) ## all tests that need no GPU
+test: demo-readers $(CORPUS) ## all tests that need no GPU
 	$(PY) -m pytest
 
-stress: export $(CORPUS) ## faults and fuzz against the real server, about 10 minutes (STRESS_MINUTES=60 soaks)
+stress: demo-readers $(CORPUS) ## faults and fuzz against the real server, about 10 minutes (STRESS_MINUTES=60 soaks)
 	$(PY) -m tests.stress $(if $(STRESS_MINUTES),--minutes $(STRESS_MINUTES))
 
-gpu-test: export $(CORPUS) ## on a GPU: engines, kernels, decoder and the six served models against fp32 on the CPU
+gpu-test: demo-readers $(CORPUS) ## on a GPU: engines, kernels, decoder and the six served models against fp32 on the CPU
 	$(PY) -m export onnx "$$FID" build/cpu_engines/fid $(FID_FLAGS)
 	$(PY) -m export onnx "$$FIDO" build/cpu_engines/fido $(FIDO_FLAGS)
 	$(PY) -m tests.gpu
@@ -194,4 +200,4 @@ clean: ## remove everything that was built, and the environment
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find model_repository -path '*/1/*' ! -name model.py -type f -delete
 
-.PHONY: help setup export serve ask demo evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation test stress gpu-test mutants lint clean
+.PHONY: help setup export demo-readers serve status ask demo evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation test stress gpu-test mutants lint clean

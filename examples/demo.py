@@ -12,11 +12,11 @@ from pathlib import Path
 from clients.examples import read_examples
 from clients.metrics import exact_match
 from clients.reader_client import ReaderClient
+from examples.demo_readers import READERS, REPOSITORY
 from serving.launcher.server import TritonServer, models_of
 
 HELDOUT = Path("build/corpus/heldout.jsonl")
 QUESTION_IDS = ("Australia/capital", "Burma/highest point", "Botswana/currency")
-READERS = ("fid", "fido")
 
 
 def main() -> int:
@@ -25,7 +25,7 @@ def main() -> int:
     questions = [examples[name] for name in QUESTION_IDS]
     right = 0
     print("starting Triton ...", flush=True)
-    with TritonServer(models_of(READERS, stream=False)) as server:
+    with TritonServer(models_of(READERS, stream=False), REPOSITORY) as server:
         for reader in READERS:
             with ReaderClient(server.grpc_url, reader) as client:
                 for example in questions:

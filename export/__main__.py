@@ -37,7 +37,13 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint = [source, _checkpoint_options()]
 
     readers = commands.add_parser("readers", help="named checkpoints -> engines and model repository, where anything has changed")
-    readers.add_argument("readers", nargs="+", metavar="NAME=CHECKPOINT", help="name to serve under, and a checkpoint or hub name")
+    readers.add_argument(
+        "readers",
+        nargs="*",
+        metavar="NAME=CHECKPOINT",
+        help="name to serve under, and a checkpoint or hub name (default: the readers that were exported before)",
+    )
+    readers.add_argument("--default", nargs="+", default=[], metavar="NAME=CHECKPOINT", help="if no reader was named or exported before")
     flags = "options of one reader's checkpoint, as `onnx --help` lists them, in one quoted string"
     readers.add_argument("--flags", action="append", default=[], metavar="NAME=OPTIONS", help=flags)
     readers.add_argument("--engines", type=Path, default=Path("build/engines"), help="default: %(default)s")
@@ -152,9 +158,13 @@ def _load(arguments: argparse.Namespace) -> Checkpoint:
 
 
 def _readers(arguments: argparse.Namespace) -> int:
-    from export.readers import Settings, update_reader
+    from export.readers import Settings, exported_before, update_reader
 
     readers = _by_name(arguments.readers, "NAME=CHECKPOINT")
+    before = {} if readers else exported_before(arguments.engines)
+    readers = readers or {name: checkpoint for name, (checkpoint, _) in before.items()} or _by_name(arguments.default, "NAME=CHECKPOINT")
+    if not readers:
+        raise UsageError("readers: wanted NAME=CHECKPOINT, got none, and none was exported before")
     flags = _by_name(arguments.flags, "NAME=OPTIONS")
     unknown = sorted(set(flags) - set(readers))
     if unknown:
@@ -172,6 +182,9 @@ def _readers(arguments: argparse.Namespace) -> int:
     )
     parser = argparse.ArgumentParser(prog="--flags", parents=[_checkpoint_options()], add_help=False)
     options = {name: _options(parser.parse_args(shlex.split(flags.get(name, "")))) for name in readers}
+    for name, (_, recorded) in before.items():
+        if name not in flags:
+            options[name] = recorded
     for name, checkpoint in readers.items():
         update_reader(name, checkpoint, settings, options[name])
     return 0

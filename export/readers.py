@@ -108,6 +108,16 @@ def update_reader(
     return bool(done)
 
 
+def exported_before(engines: Path) -> dict[str, tuple[str, CheckpointOptions]]:
+    """Name -> checkpoint and options of every reader that has a stamp in `engines`, by name."""
+    found: dict[str, tuple[str, CheckpointOptions]] = {}
+    for path in sorted(engines.glob("*.stamp.json")):
+        inputs = _read_stamp(path).get("inputs", {})
+        if inputs.get("checkpoint"):
+            found[path.name.removesuffix(".stamp.json")] = (inputs["checkpoint"][0], inputs.get("options", {}))
+    return found
+
+
 def _engine_inputs(checkpoint: str, settings: Settings, options: CheckpointOptions) -> dict[str, Any]:
     """Everything that the engines are made from, as JSON has it, except the limits."""
     tokenizer = options.get("tokenizer")

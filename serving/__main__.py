@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from serving.launcher.endpoints import LOOPBACK
+from serving.launcher.endpoints import LOOPBACK, fetch
 from serving.launcher.installation import PROJECT, ServerError
 from serving.launcher.repository import STREAM, chosen_readers, models_of, reader_table, served_reader
 from serving.launcher.server import TritonServer
@@ -17,6 +17,7 @@ from serving.launcher.supervisor import keep_serving
 from serving.launcher.tls import tls_arguments
 
 READY = "ready; Ctrl-C stops"
+STATUS_TIMEOUT_S = 2.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         readers = chosen_readers(arguments.readers, arguments.repository)
+        if arguments.status:
+            print("\n".join(status_table(readers, arguments.repository, f"http://{arguments.address}:{arguments.http_port}")))
+            return 0
 
         def new_server() -> TritonServer:
             return TritonServer(
@@ -45,6 +49,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print("stopped", flush=True)
     return 0
+
+
+def status_table(readers: Sequence[str], repository: Path, http_url: str) -> list[str]:
+    """A heading and one line per exported reader, with the models of it that a server at `http_url` serves."""
+    lines = reader_table([served_reader(repository, reader) for reader in readers])
+    served = [" ".join(model for model in (reader, f"{reader}{STREAM}") if is_ready(http_url, model)) or "not served" for reader in readers]
+    width = max(map(len, lines))
+    return [f"{line.ljust(width)}  {more}" for line, more in zip(lines, ["served as", *served], strict=True)]
+
+
+def is_ready(http_url: str, model: str) -> bool:
+    """Whether a server answers there and calls the model ready."""
+    try:
+        fetch(f"{http_url}/v2/models/{model}/ready", STATUS_TIMEOUT_S)
+        return True
+    except OSError:
+        return False
 
 
 def announce(server: TritonServer, readers: Sequence[str]) -> None:
@@ -67,8 +88,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ends the process where it is wrong."""
     parser = argparse.ArgumentParser(prog="python -m serving", description=__doc__)
     parser.add_argument(
-        "--readers", nargs="+", default=["fid", "fido"], metavar="READER", help="readers to serve, by blanks or commas (default: fid fido)"
+        "--readers", nargs="*", default=[], metavar="READER", help="readers to serve, by blanks or commas (default: all exported ones)"
     )
+    parser.add_argument("--status", action="store_true", help="print what is exported, and what a server on the HTTP port serves of it")
     parser.add_argument("--stream", action="store_true", help="also load the streaming model of each reader")
     parser.add_argument("--repository", type=Path, default=PROJECT / "model_repository", help="the model repository")
     parser.add_argument("--address", default=LOOPBACK, help="address to bind to (default: loopback only)")

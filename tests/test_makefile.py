@@ -56,7 +56,7 @@ def exported(calls: list[list[str]]) -> list[str]:
 
 def test_one_process_exports_both_demo_readers(make):
     calls = make("export")
-    assert len(calls) == 1 and exported(calls) == ["fid=checkpoints/fid", "fido=checkpoints/fido"]
+    assert len(calls) == 1 and calls[0][3] == "--default" and exported(calls) == ["fid=checkpoints/fid", "fido=checkpoints/fido"]
     assert calls[0][-4:] == ["--engine", "auto", "--triton-backend", "python"]
 
 
@@ -95,14 +95,22 @@ def test_a_question_is_asked_as_typed(make, question, by_environment):
     assert call[call.index("--passages") + 1] == ("examples/passages.json" if by_environment else "my file.json")
 
 
-def test_serve_exports_what_is_missing_and_nothing_else(make):
-    assert [call[1] for call in make("serve")] == ["export", "serving"]
-    for name in ("fid", "fido", "nq"):
-        (make.directory / f"model_repository/{name}/1").mkdir(parents=True)
-        (make.directory / f"model_repository/{name}/1/manifest.json").write_text("")
-    assert make("serve", "STREAM=1") == [["-m", "serving", "--readers", "fid", "fido", "--stream"]]
-    assert make("serve", "READERS=nq") == [["-m", "serving", "--readers", "nq"]]
+def test_serve_serves_what_was_exported_and_exports_only_what_is_named(make):
+    assert make("serve", "STREAM=1") == [["-m", "serving", "--readers", "--stream"]]
+    assert make("serve", "READERS=nq,tqa") == [["-m", "serving", "--readers", "nq,tqa"]]
     assert exported(make("serve", "FID=mine")) == ["fid=mine"]
+    export, serve = make("serve", "DEMO=1")
+    assert exported([export]) == ["fid=checkpoints/fid", "fido=checkpoints/fido"]
+    assert serve == ["-m", "serving", "--readers", "--repository", "build/demo/model_repository"]
+
+
+@pytest.mark.parametrize("target", ["demo", "evaluate", "bench", "bench-load", "perf", "stress", "test", "gpu-test"])
+def test_the_demo_tests_and_benchmarks_never_touch_what_a_user_exported(make, target):
+    calls = [call for call in make(target) if call[:3] == ["-m", "export", "readers"]]
+    assert calls, target
+    for call in calls:
+        assert call[call.index("--engines") + 1] == "build/demo/engines"
+        assert call[call.index("--repository") + 1] == "build/demo/model_repository"
 
 
 def test_comparisons_and_tests_export_both_readers(make):

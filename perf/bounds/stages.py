@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from examples.demo_readers import ENGINES
 from export.checkpoint.config import ReaderConfig, own_config, reader_preset
 from perf.report.run_folder import NAMES
 from perf.served.plans import PLANS
@@ -231,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m perf.bounds.stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--engines", type=Path, default=Path("build/engines"), help="folder with the engines of fid and fido")
+    parser.add_argument("--engines", type=Path, default=ENGINES, help="folder with the engines of fid and fido")
     parser.add_argument("--fid", type=Path, help="checkpoint of the FiD engines, for its sizes")
     parser.add_argument("--fido", type=Path)
     parser.add_argument("--preset", default="base", help="published sizes, if no checkpoint is named")

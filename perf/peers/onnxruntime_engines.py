@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from clients.metrics import percentile
+from examples.demo_readers import ENGINES
 from perf.bounds.machine import describe
 from perf.bounds.statistics import publish, spread
 from perf.served.workload import WORKLOADS, WorkloadSpec, random_token_ids, uniform
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for reader in READERS:
-        parser.add_argument(f"--{reader}", type=Path, default=Path("build/engines", reader), help="folder of its graphs or engines")
+        parser.add_argument(f"--{reader}", type=Path, default=ENGINES / reader, help="folder of its graphs or engines")
     parser.add_argument("--workload", choices=list(WORKLOADS), default="paper")
     for field in dataclasses.fields(WorkloadSpec):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=uniform, metavar="N[..N]", help="replaces the workload's own")

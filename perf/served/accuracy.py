@@ -24,6 +24,7 @@ from tqdm import tqdm
 from clients.evaluation import Evaluation, Prediction, evaluate
 from clients.examples import Example, read_examples
 from clients.reader_client import ReaderClient
+from examples.demo_readers import ENGINES, REPOSITORY
 from export.checkpoint.files import load_checkpoint
 from export.repository import repository_from_engines
 from serving.contract.limits import Limits
@@ -32,7 +33,7 @@ from serving.launcher.server import TritonServer, models_of
 from serving.pipeline.prompt import PromptEncoder
 from training.corpus.records import read_jsonl
 
-CORPUS, CHECKPOINTS, ENGINES = Path("build/corpus"), Path("checkpoints"), Path("build/engines")
+CORPUS, CHECKPOINTS = Path("build/corpus"), Path("checkpoints")
 CONCURRENCY = 8
 TORCH_BATCH = 8
 
@@ -144,7 +145,7 @@ def main() -> int:
     heldout = list(read_examples(CORPUS / "heldout.jsonl", limit=arguments.limit))
     real = list(read_examples(CORPUS / "real.jsonl"))
     results: dict[str, ReaderResult] = {}
-    with TritonServer(models_of(["fid", "fido"], stream=False)) as server:
+    with TritonServer(models_of(["fid", "fido"], stream=False), REPOSITORY) as server:
         for name in ("fid", "fido"):
             results[name] = measure(server, name, name, heldout, real, arguments.no_torch)
     # the converted reader is served as `fido` from a repository of its own

@@ -27,6 +27,7 @@ import torch
 from clients.examples import Example, read_examples
 from clients.metrics import percentile
 from clients.reader_client import ReaderClient
+from examples.demo_readers import ENGINES, REPOSITORY
 from export.checkpoint.config import reader_preset
 from export.checkpoint.files import load_reader
 from export.graphs.cpu import engine_sizes
@@ -95,11 +96,11 @@ def measure_chain(examples: list[Example], rounds: int) -> dict[str, Any]:
     """Measure all readers, ways and concurrencies; every round alternates between them."""
     samples: dict[tuple[str, str, int], list[tuple[list[float], float]]] = {}
     result: dict[str, Any] = {"questions_a_turn": len(examples) - WARMUP, "rounds": rounds}
-    with TritonServer(models_of(READERS, stream=False)) as server:
+    with TritonServer(models_of(READERS, stream=False), REPOSITORY) as server:
         for _ in range(rounds):
             for name in READERS:
                 torch_reader = TorchReader(load_reader(f"checkpoints/{name}"), Limits().default_max_new_tokens)
-                with ReaderClient(server.grpc_url, name) as client, InProcessReader(Path("build/engines", name)) as reader:
+                with ReaderClient(server.grpc_url, name) as client, InProcessReader(ENGINES / name) as reader:
                     for concurrency in CONCURRENCIES:
                         turns = {
                             "triton": timed(functools.partial(ask, client), examples, concurrency),
@@ -118,7 +119,7 @@ def measure_chain(examples: list[Example], rounds: int) -> dict[str, Any]:
             "p99_ms": round(statistics.median(percentile(seconds, 99) for seconds, _ in taken) * 1e3, 2),
         }
     for name in READERS:
-        provenance = Manifest.load(Path("build/engines", name)).provenance
+        provenance = Manifest.load(ENGINES / name).provenance
         triton, in_process, pytorch = (result[name][way] for way in ("triton", "in_process", "pytorch"))
         result[name]["export_s"] = round(sum(provenance["export_s"].values()), 1)
         result[name]["triton_latency_cost"] = round(triton["1"]["p50_ms"] / in_process["1"]["p50_ms"] - 1, 3)

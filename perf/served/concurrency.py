@@ -24,6 +24,7 @@ from typing import Any
 from clients.async_reader_client import AsyncReaderClient
 from clients.examples import Example, read_examples
 from clients.metrics import percentile
+from examples.demo_readers import ENGINES, REPOSITORY
 from export.repository import repository_from_engines
 from perf.bounds.machine import describe
 from serving.contract.limits import Limits
@@ -136,7 +137,7 @@ def servers(engines: Path, scratch: Path, readers: Sequence[str]) -> Iterator[di
     for reader in readers:
         repository_from_engines(engines / reader, scratch, reader, Limits(slots=1))
     models = models_of(readers, stream=False)
-    with TritonServer(models) as in_flight, TritonServer(models, scratch) as one_slot:
+    with TritonServer(models, REPOSITORY) as in_flight, TritonServer(models, scratch) as one_slot:
         yield {"in_flight": in_flight, "one_slot": one_slot}
 
 
@@ -166,7 +167,7 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=300, help="answers in each window")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--readers", nargs="+", default=list(READERS))
-    parser.add_argument("--engines", type=Path, default=Path("build/engines"))
+    parser.add_argument("--engines", type=Path, default=ENGINES)
     parser.add_argument("--data", type=Path, default=Path("build/corpus/heldout.jsonl"))
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from clients.examples import read_examples
 from clients.metrics import percentile
+from examples.demo_readers import ENGINES
 from export.repository import repository_from_engines
 from serving.contract.limits import Limits
 from serving.contract.manifest import TOKENIZER_FILE, Manifest
@@ -264,13 +265,26 @@ def run_sweep(plan: Sequence[Series], arguments: argparse.Namespace) -> dict[str
     return result
 
 
+def size_fault(engines: Path) -> str:
+    """Why the two readers are no fair comparison; empty if they are one: FiDO's encoder is that of the FiD it is compared with."""
+    manifests = {reader: Manifest.load(engines / reader) for reader in READERS}
+    widths = {reader: manifest.sizes.d_model_encoder for reader, manifest in manifests.items()}
+    lengths = {reader: manifest.prompt.passage_length for reader, manifest in manifests.items()}
+    described = ", ".join(
+        f"{reader}: {manifest.provenance.get('source', '?')}, encoder width {widths[reader]}, passage length {lengths[reader]}"
+        for reader, manifest in manifests.items()
+    )
+    same = len(set(widths.values())) == len(set(lengths.values())) == 1
+    return "" if same else f"readers: wanted encoders of one size, got {described}; --different-sizes compares them all the same"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure a plan; return exit code 1 if a point failed or had errors."""
     parser = argparse.ArgumentParser(
         prog="python -m perf.served.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--plan", choices=list(PLANS), default="cpu")
-    parser.add_argument("--engines", type=Path, default=Path("build/engines"), help="folder with the engines of fid and fido")
+    parser.add_argument("--engines", type=Path, default=ENGINES, help="folder with the engines of fid and fido")
     parser.add_argument("--data", type=Path, default=Path("build/corpus/heldout.jsonl"))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -280,7 +294,11 @@ def main(argv: list[str] | None = None) -> int:
         )
     parser.add_argument("--log", type=Path, default=Path("build/perf-tritonserver.log"))
     parser.add_argument("--run", type=Path, default=Path("build/perf"), help="folder for the results")
+    parser.add_argument("--different-sizes", action="store_true", help="compare the readers though their encoders differ in size")
     arguments = parser.parse_args(argv)
+    if not arguments.different_sizes and (fault := size_fault(arguments.engines)):
+        print(f"error: {fault}", file=sys.stderr)
+        return 1
     lengths = {Manifest.load(arguments.engines / reader).prompt.passage_length for reader in READERS}
     result = run_sweep(PLANS[arguments.plan](min(lengths)), arguments)
     (arguments.run / "sweep.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -57,17 +57,23 @@ def known_readers(repository: Path) -> list[str]:
     return sorted(name for name in names if f"{name}{ENCODER}" in names)
 
 
+def exported_readers(repository: Path) -> list[str]:
+    """Readers of a repository that have engines."""
+    return [name for name in known_readers(repository) if list((repository / name).glob(f"*/{MANIFEST_FILE}"))]
+
+
 def chosen_readers(words: Sequence[str], repository: Path) -> list[str]:
-    """Names of readers from a command line, separated by blanks or commas, each once.
+    """Names of readers from a command line, separated by blanks or commas, each once; without a name, all exported ones.
 
     Raises:
         ServerError: if the repository has no reader of a name; it lists those that it has.
     """
     names = list(dict.fromkeys(name for word in words for name in word.replace(",", " ").split()))
-    known = known_readers(repository)
+    known = exported_readers(repository)
     if not known:
-        raise ServerError(f"{repository}: holds no reader; `make export` makes them")
-    if unknown := [name for name in names if name not in known] or ([] if names else ["no name"]):
+        raise ServerError(f"{repository}: wanted exported readers, got none; `make export READER=name CHECKPOINT=path` makes one")
+    names = names or known
+    if unknown := [name for name in names if name not in known]:
         raise ServerError(f"--readers: wanted any of {', '.join(known)} (in {repository}), got {', '.join(unknown)}")
     return names
 

@@ -1,4 +1,4 @@
-"""Readers for the GPU tests: engines under build/engines, the graphs that they were built from, and fp32 engines for the CPU."""
+"""Readers for the GPU tests: engines under build/demo/engines, the graphs that they were built from, and fp32 engines for the CPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from serving.contract.limits import Limits
 from serving.contract.manifest import Manifest
 from serving.engines.cpu import OnnxEncoder
 
-ENGINES = Path(os.environ.get("GPU_ENGINES", "build/engines"))
-GRAPHS = Path(os.environ.get("GPU_GRAPHS", "build/engines"))
+ENGINES = Path(os.environ.get("GPU_ENGINES", "build/demo/engines"))
+GRAPHS = Path(os.environ.get("GPU_GRAPHS", "build/demo/engines"))
 CPU_ENGINES = Path(os.environ.get("CPU_ENGINES", "build/cpu_engines"))
 HELDOUT = Path("build/corpus/heldout.jsonl")
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from examples.demo_readers import REPOSITORY
 from serving.launcher.installation import PROJECT
 from tests.stress.faults import clients as client_faults
 from tests.stress.faults import fatal_requests
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", metavar="FAULT", choices=list(FAULTS), help=f"any of: {', '.join(FAULTS)}")
     parser.add_argument("--soak-only", action="store_true", help="no pass over all faults before a soak")
-    parser.add_argument("--repository", type=Path, default=PROJECT / "model_repository")
+    parser.add_argument("--repository", type=Path, default=PROJECT / REPOSITORY)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the tries")
     parser.add_argument("--words", action="store_true", help="the repository holds the tests' tiny readers, who know w0, w1, ...")
     arguments = parser.parse_args(argv)

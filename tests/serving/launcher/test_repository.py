@@ -13,22 +13,27 @@ from tests.serving.launcher.stand_in import write_models
 
 @pytest.fixture
 def named(tmp_path):
-    return write_models(tmp_path, nq_encoder="tensorrt", nq="python", trivia_encoder="python", trivia="python", trivia_stream="python")
+    path = write_models(tmp_path, nq_encoder="tensorrt", nq="python", trivia_encoder="python", trivia="python", trivia_stream="python")
+    write_models(path, unexported="python", unexported_encoder="python")
+    for reader in ("nq", "trivia"):
+        (path / reader / "1").mkdir(exist_ok=True)
+        (path / reader / "1" / "manifest.json").write_text("{}")
+    return path
 
 
-@pytest.mark.parametrize("words", [["nq,trivia"], ["nq", "trivia"], ["nq,", "trivia"], ["nq", ",trivia", "nq"], ["nq, trivia"]])
-def test_readers_are_separated_by_blanks_or_commas(named, words):
+@pytest.mark.parametrize("words", [["nq,trivia"], ["nq", "trivia"], ["nq,", "trivia"], ["nq", ",trivia", "nq"], ["nq, trivia"], [], [","]])
+def test_readers_are_separated_by_blanks_or_commas_and_none_means_all_exported_ones(named, words):
     assert chosen_readers(words, named) == ["nq", "trivia"]
 
 
-@pytest.mark.parametrize(("words", "got"), [(["nq", "trvia"], "trvia"), (["nq_encoder"], "nq_encoder"), ([","], "no name")])
+@pytest.mark.parametrize(("words", "got"), [(["nq", "trvia"], "trvia"), (["nq_encoder"], "nq_encoder"), (["unexported"], "unexported")])
 def test_an_unknown_reader_is_answered_with_the_known_ones(named, words, got):
     with pytest.raises(ServerError, match=rf"^--readers: wanted any of nq, trivia \(in .*\), got {got}$"):
         chosen_readers(words, named)
 
 
 def test_an_empty_repository_says_what_makes_readers(tmp_path):
-    with pytest.raises(ServerError, match=r"holds no reader; `make export`"):
+    with pytest.raises(ServerError, match=r"wanted exported readers, got none; `make export READER=name CHECKPOINT=path`"):
         chosen_readers(["fid"], tmp_path)
 
 
