@@ -16,10 +16,11 @@ from serving.contract.manifest import SUFFIXES
 
 if TYPE_CHECKING:  # torch is imported only by the command that needs it, so that --help is quick
     from export.checkpoint.files import Checkpoint
+    from export.library.encoder import LibraryOptions
     from serving.contract.manifest import Manifest
 
 
-USER_ERRORS = ("CheckpointError", "ConfigError", "EngineError", "ExportError", "LimitsError", "ManifestError", "PassError")
+USER_ERRORS = ("CheckpointError", "CompileError", "ConfigError", "EngineError", "ExportError", "LimitsError", "ManifestError", "PassError")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,6 +56,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--opset", type=int, help="of the graphs (default: 18; with --gpu 17, the newest that TensorRT 8.6 reads)")
         command.add_argument("--gpu", action="store_true", help="graphs for the GPU: half precision, encoder and decoder step in products")
         command.add_argument("--precision", choices=("float16", "bfloat16"), default="float16", help="of --gpu (default: %(default)s)")
+
+    for command in (onnx, preset, build):
+        usual = "auto" if command is build else "none"
+        kernels = "on a GPU: the encoder's GEMMs as library kernels for this architecture (sm_90a, sm_100a, sm_120a), or none: engines; "
+        kernels += f"auto: for this machine's GPU where they were measured to be faster and can be compiled (default: {usual})"
+        command.add_argument("--encoder-kernels", default=usual, metavar="ARCHITECTURE", help=kernels)
+        command.add_argument("--encoder-precision", choices=("float16", "float8"), default="float16", help="of library kernels")
+        command.add_argument("--samples", type=Path, help="questions and passages (JSON lines) that FP8's scales are measured on")
 
     build.add_argument("engines", type=Path, help="directory to write; graphs for a GPU are kept beside it, as NAME.graphs")
     build.add_argument("--engine", choices=("auto", *SUFFIXES), default="auto", help="default: the fastest that this machine has")
@@ -132,10 +141,22 @@ def _export(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Manifest:
     if arguments.gpu:
         from export.graphs.gpu import export_gpu_reader
 
-        return export_gpu_reader(checkpoint, arguments.engines, arguments.precision, whole_encoder=arguments.whole_encoder, **opset)
+        library = _library_options(arguments)
+        whole = arguments.whole_encoder
+        return export_gpu_reader(checkpoint, arguments.engines, arguments.precision, whole_encoder=whole, library=library, **opset)
     from export.graphs.onnx_export import export_reader
 
     return export_reader(checkpoint, arguments.engines, **opset)
+
+
+def _library_options(arguments: argparse.Namespace) -> LibraryOptions | None:
+    from export.library.encoder import LibraryOptions, fitting_architecture
+
+    if arguments.encoder_kernels == "auto":
+        arguments.encoder_kernels = fitting_architecture()
+    if arguments.encoder_kernels == "none" or arguments.whole_encoder:
+        return None
+    return LibraryOptions(arguments.encoder_kernels, arguments.encoder_precision, arguments.samples)
 
 
 def _engine(arguments: argparse.Namespace) -> int:

@@ -32,13 +32,14 @@ class EncoderGemms:
     """A reader's encoder with its weights rescaled for half precision.
 
     Attributes:
+        graph: the encoder, rescaled.
         stack: for the manifest.
         arrays: file name -> float16[vocab_size, d_model], float32[norms, d_model] in the order in which they are used,
             float32[2 * max_distance + 1, num_heads] by key minus query.
     """
 
     def __init__(self, reader: Reader, scales: Scales):
-        graph = EncoderGraph(reader)
+        graph = self.graph = EncoderGraph(reader)
         rescale(graph, scales)
         self._layers: list[EncoderGraphLayer] = list(graph.layers)  # type: ignore[arg-type]
         norms = [norm for layer in self._layers for norm in (layer.self_attention_norm, layer.feed_forward_norm)]

@@ -18,6 +18,7 @@ from onnx import helper
 from export.atomic_directory import atomic_directory
 from export.checkpoint.config import ReaderConfig
 from export.checkpoint.files import Checkpoint
+from export.library.encoder import LibraryOptions, sample_passages, write_encoder_library
 from serving.contract.gemms import gemm_tensors, packed_cross_kv_tensors
 from serving.contract.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
 from serving.contract.tensors import GraphTensors, encoder_tensors
@@ -53,7 +54,13 @@ class Fp16Io(torch.nn.Module):
 
 @torch.no_grad()
 def export_gpu_reader(
-    checkpoint: Checkpoint, directory: Path, precision: str = "float16", opset: int = OPSET - 1, *, whole_encoder: bool = False
+    checkpoint: Checkpoint,
+    directory: Path,
+    precision: str = "float16",
+    opset: int = OPSET - 1,
+    *,
+    whole_encoder: bool = False,
+    library: LibraryOptions | None = None,
 ) -> Manifest:
     """Write the graphs, tokenizer.json, the kernels' arrays and manifest.json; all of them or none.
 
@@ -63,10 +70,12 @@ def export_gpu_reader(
         precision: "float16", or "bfloat16" for engines that have it (TensorRT 10 and later).
         opset: 17 for TensorRT 8.6; 18 and later as the exporter writes them.
         whole_encoder: the encoder as one graph, for Triton's TensorRT backend, in place of its gemms.
+        library: the encoder's GEMMs as library kernels, in place of engines.
 
     Raises:
         ExportError: if a graph is not as specified, or the reader has sizes that the kernels do not have.
-        CheckpointError: if the tokenizer has tokens without an embedding. `directory` is as before in either case.
+        CheckpointError: if the tokenizer has tokens without an embedding.
+        CompileError: if a library kernel does not compile. `directory` is as before in each case.
     """
     require_fitting_tokenizer(checkpoint)
     reader = checkpoint.reader
@@ -87,7 +96,7 @@ def export_gpu_reader(
             rescale(graph, scales["encoder"])
             write("encoder", graph, encoder_tensors(sizes, "float16"))
         write("cross_kv", PackedCrossKVGraph(reader), packed_cross_kv_tensors(sizes))
-        k_splits: list[EncoderGemms | DecoderGemms] = [decoder] if encoder is None else [encoder, decoder]
+        k_splits: list[EncoderGemms | DecoderGemms] = [decoder] if encoder is None or library else [encoder, decoder]
         for part in k_splits:
             for gemm, weight in part.gemms():
                 tensors = gemm_tensors(part.stack, gemm, precision)
@@ -97,6 +106,13 @@ def export_gpu_reader(
         (tmp_dir / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
         for file, array in (decoder.arrays | (encoder.arrays if encoder else {})).items():
             np.save(tmp_dir / file, array, allow_pickle=False)
+        kernels = None
+        if library is not None and encoder is not None:
+            started = time.perf_counter()
+            described = describe_reader(checkpoint, tmp_dir, opset, seconds)
+            passages, length = sample_passages(checkpoint, described, library), described.prompt.passage_length
+            kernels = write_encoder_library(encoder.graph, encoder.stack, length, tmp_dir, library, passages)
+            seconds["encoder_library"] = round(time.perf_counter() - started, 2)
         manifest = describe_reader(checkpoint, tmp_dir, opset, seconds)
         notes = {"scales": {stack: dataclasses.asdict(scale) for stack, scale in scales.items()}}
         manifest = dataclasses.replace(
@@ -106,6 +122,7 @@ def export_gpu_reader(
             encoder=encoder.stack if encoder else None,
             decoder=decoder.stack,
             provenance=manifest.provenance | notes,
+            encoder_library=kernels,
         )
         (tmp_dir / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest

@@ -50,7 +50,8 @@ def graphs_of(manifest: Manifest) -> dict[str, GraphTensors]:
         raise EngineError("these graphs are for a CPU; export them with --gpu")
     graphs = {} if encoder else {"encoder": encoder_tensors(sizes, "float16")}
     graphs["cross_kv"] = packed_cross_kv_tensors(sizes)
-    for stack, gemms in ((encoder, encoder_gemms(encoder) if encoder else ()), (decoder, decoder_gemms(sizes))):
+    of_encoder = encoder_gemms(encoder) if encoder and manifest.encoder_library is None else ()
+    for stack, gemms in ((encoder, of_encoder), (decoder, decoder_gemms(sizes))):
         for gemm in gemms:
             assert stack is not None
             graphs[gemm.engine] = gemm_tensors(stack, gemm, manifest.precision)
