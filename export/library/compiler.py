@@ -1,6 +1,6 @@
 """The encoder's GEMMs compiled ahead of time by CuTe DSL, for a card that need not be here.
 
-Comes in: a stack's sizes and what to compile. Goes out: shared objects that serving/engines/gpu/library_encoder.py loads with neither torch
+Comes in: a stack's sizes and what to compile. Goes out: shared objects that serving/engines/gpu/library/layers.py loads with neither torch
 nor a compiler. A process compiles for one architecture: QuACK and CuTe DSL read it from the environment when they are imported, which
 `compile_all` sees to. Needs quack-kernels, nvidia-cutlass-dsl, torch (any build) and a C compiler to link; no GPU.
 """

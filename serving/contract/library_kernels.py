@@ -23,7 +23,7 @@ KINDS = ("qkv", "o", "wi", "wo")
 SUMMING_KINDS = ("o", "wo")  # that write the stream and the sums of its squares
 FP8_LARGEST = 448.0  # of e4m3
 HOPPER = "sm_90a"
-# What Hopper's attention kernel is made for (hopper_attention.py); it alone writes e4m3.
+# What Hopper's attention kernel is made for (serving/engines/gpu/hopper_attention.py); it alone writes e4m3.
 HOPPER_ATTENTION_D_KV, HOPPER_ATTENTION_TOKENS = 64, 256
 MOST_SUMS = 8  # column tiles of the stream: sums of squares a row
 RUNTIME_FILE = "libcute_dsl_runtime.so"  # of CuTe DSL, which the kernels call

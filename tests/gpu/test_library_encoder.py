@@ -22,7 +22,7 @@ from serving.contract.library_kernels import (  # noqa: E402
     narrow_order,
     sum_tiles,
 )
-from serving.engines.gpu.library_encoder import load_kernels  # noqa: E402
+from serving.engines.gpu.library.layers import load_kernels  # noqa: E402
 from tests.gpu.conftest import GpuReader  # noqa: E402
 from tests.gpu.numpy_fp8 import narrowed, numbers  # noqa: E402
 from tests.serving.engines.numpy_rows import activate  # noqa: E402

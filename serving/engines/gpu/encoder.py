@@ -89,7 +89,7 @@ class GpuEncoder:
         with self._stream:
             self._layers: Layers
             if manifest.encoder_library is not None:
-                from .library_encoder import library_layers  # only such a reader needs apache-tvm-ffi
+                from .library.layers import library_layers  # only such a reader needs apache-tvm-ffi
 
                 self._layers = library_layers(directory, manifest, sizes, self.max_tokens_per_call)
             else:

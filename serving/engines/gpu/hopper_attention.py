@@ -7,14 +7,12 @@ import cupy as cp
 from serving.contract.gemms import StackSizes
 
 from .kernels import EncoderAttention, compiled
+from .tensor_map import rows_behind, tensor_map
 
-LONGEST, D_KV = 256, 64  # that the kernel is made for
+LONGEST, D_KV, TILE = 256, 64, 64  # what the kernel is made for, and queries or keys that it copies and computes at once
 CAPABILITY, ARCHITECTURE = "90", "sm_90a"  # its instructions exist on no other cards, newer ones included
-# How the work is shared out: warpgroups that compute, tiles of 64 keys that each scores at once, how far scoring goes ahead of the rest,
-# and registers of a thread that computes and of one that copies. More warpgroups have fewer registers each, and wait for each other less.
-SHARES = {"CONSUMERS": 3, "SPAN": 1, "AHEAD": 2, "CONSUMER_REGISTERS": 160, "COPYING_REGISTERS": 32}
-THREADS = 128 * (SHARES["CONSUMERS"] + 1)
-STAGE_BYTES, BIAS_BYTES, BARRIER_BYTES = 3 * LONGEST * D_KV * 2, 1048 * 4, 64
+THREADS = 4 * 32 + 3 * 128  # four warps that copy, three warpgroups that compute
+STAGE_BYTES, BIAS_BYTES, BARRIER_BYTES = 3 * LONGEST * D_KV * 2, 1048 * 4, 80
 SHARED_BYTES = 2 * STAGE_BYTES + BIAS_BYTES + BARRIER_BYTES
 ALIGNMENT = 1024  # of what the tensor cores read; shared memory starts anywhere
 
@@ -39,12 +37,12 @@ class HopperAttention:
         """
         self._heads = stack.num_heads
         self._steps = cp.cuda.Device().attributes["MultiProcessorCount"] // stack.num_heads  # passages that are worked on at once
-        sizes = {"HEADS": stack.num_heads, "REACH": reach, "SHARED_BYTES": SHARED_BYTES, **SHARES}
-        module = compiled(
-            {**sizes, "BF16": int(bfloat16), "FP8_OUT": int(fp8)}, "hopper.cuh", "hopper_attention.cu", architecture=ARCHITECTURE
-        )
+        sizes = {"HEADS": stack.num_heads, "REACH": reach, "SHARED_BYTES": SHARED_BYTES}
+        types = {"BF16": int(bfloat16), "FP8_OUT": int(fp8)}
+        module = compiled({**sizes, **types}, "hopper.cuh", "hopper_attention.cu", architecture=ARCHITECTURE)
         self._attention = module.get_function("hopper_attention")
         self._attention.max_dynamic_shared_size_bytes = SHARED_BYTES + ALIGNMENT
+        self._maps: dict[tuple[int, int], cp.ndarray] = {}  # of buffers, by address and rows; a captured call keeps its map's address
 
     @staticmethod
     def serves(stack: StackSizes, longest: int) -> bool:
@@ -56,7 +54,7 @@ class HopperAttention:
     def __call__(
         self, query_key_value: cp.ndarray, tiles: cp.ndarray, longest: int, bias: cp.ndarray, out: cp.ndarray, scale: float = 1.0
     ) -> None:
-        """Attend within each passage.
+        """Attend within each passage. The first call for a buffer must not be captured.
 
         Args:
             query_key_value: halves[tokens, 3 * num_heads * d_kv].
@@ -72,8 +70,15 @@ class HopperAttention:
         if longest > LONGEST:
             raise ValueError(f"passages of {longest} tokens, where at most {LONGEST} were expected")
         grid = self._heads * min(self._steps, len(tiles))
-        arguments = (query_key_value, tiles, cp.int32(len(tiles)), bias, cp.float32(scale), out)
+        arguments = (self._map_of(query_key_value), tiles, cp.int32(len(tiles)), bias, cp.float32(scale), out)
         self._attention((grid,), (THREADS,), arguments, shared_mem=SHARED_BYTES + ALIGNMENT)
+
+    def _map_of(self, query_key_value: cp.ndarray) -> cp.ndarray:
+        """The copy engine's map of a buffer, up to the end of its allocation: one for calls of all sizes."""
+        buffer = query_key_value.data.ptr, rows_behind(query_key_value)
+        if buffer not in self._maps:
+            self._maps[buffer] = cp.asarray(tensor_map(*buffer, query_key_value.shape[1], TILE, D_KV))
+        return self._maps[buffer]
 
 
 def attention_for(stack: StackSizes, reach: int, longest: int) -> EncoderAttention | HopperAttention:

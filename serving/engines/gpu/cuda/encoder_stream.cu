@@ -1,5 +1,5 @@
-// The two ends of an encoder whose GEMMs take the norms by themselves (library_encoder.py): token ids to the residual stream, and the stream
-// to hidden states. Compiled for one reader by stream_kernels.py, which defines D_MODEL, EPSILON, NARROW (the stream is also in 8 bits) and
+// The two ends of an encoder whose GEMMs take the norms by themselves (library/layers.py): token ids to the residual stream, and the stream
+// to hidden states. Compiled for one reader by library/stream_kernels.py, which defines D_MODEL, EPSILON, NARROW (the stream is also in 8 bits) and
 // ORDERED (there in the order of library_kernels.narrow_order).
 
 namespace {

@@ -21,15 +21,25 @@ __device__ void wait_for_phase(unsigned barrier, int parity) {
         "}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// Makes what this thread wrote to shared memory visible to wgmma.
-__device__ void publish_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Orders what this thread did in shared memory before what wgmma and the copy engine do there from now on.
+__device__ void order_before_engines() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// 16 bytes, or zeros if there is nothing to copy.
-__device__ void copy_async_or_zero(unsigned to, const void* from, bool copies) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(copies ? 16 : 0) : "memory");
+// What the copy engine puts into shared memory counts as arrived, to the byte, at a barrier that expects so many and no other arrival.
+__device__ void arrive_expecting(unsigned barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-__device__ void wait_for_all_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Makes a map that the host has written visible to the copy engine.
+__device__ void acquire_map(const void* map) {
+    asm volatile("fence.proxy.tensormap::generic.acquire.sys [%0], 128;" ::"l"(map) : "memory");
+}
+
+// Copies the box at this column and row of the map's matrix; one thread does it for all. Where the matrix has ended come zeros.
+__device__ void copy_box(unsigned to, const void* map, int column, int row, unsigned barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+                 "l"(map), "r"(column), "r"(row), "r"(barrier)
+                 : "memory");
+}
 
 template <int count> __device__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count)); }
 template <int count> __device__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count)); }
@@ -71,6 +81,9 @@ __device__ void store_matrices(unsigned row, const unsigned (&tiles)[4]) {
                  : "memory");
 }
 
+__device__ void store_zeros(unsigned address) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
+}
 __device__ uint4 load_shared(unsigned address) {
     uint4 bits;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import cupy as cp
 
 from serving.contract.gemms import StackSizes
-
-from .kernels import compiled
+from serving.engines.gpu.kernels import compiled
 
 
 class StreamKernels:

@@ -28,11 +28,11 @@ from serving.contract.library_kernels import (
     weight_file,
 )
 from serving.contract.manifest import EngineError, Manifest
+from serving.engines.gpu.hopper_attention import HopperAttention, attention_for
+from serving.engines.gpu.kernels import EncoderAttention
+from serving.engines.gpu.weights import load_array, load_arrays
 
-from .hopper_attention import HopperAttention, attention_for
-from .kernels import EncoderAttention
 from .stream_kernels import StreamKernels
-from .weights import load_array, load_arrays
 
 FUNCTION = "func"  # what an object exports
 Launch = Callable[..., Any]
