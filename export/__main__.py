@@ -15,7 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from export.build import PRECISIONS, TIMING_CACHE, CheckpointOptions, build_reader, export_graphs, random_checkpoint, require_reader_name
+from export.build import (
+    PRECISIONS,
+    TIMING_CACHE,
+    CheckpointOptions,
+    LibraryRequest,
+    build_reader,
+    export_graphs,
+    random_checkpoint,
+    require_reader_name,
+)
 from export.checkpoint.config import FIDO_PERIOD
 from export.errors import Interrupted, UsageError, user_errors
 from export.tensorrt.detect import default_backend
@@ -74,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--opset", type=int, help="of the graphs")
     _add_build(build)
     _add_whole_encoder(build)
+    for command in (onnx, preset, build, readers):
+        _add_library(command, "auto" if command in (build, readers) else "none")
     _add_limits(build)
 
     engine = commands.add_parser("engine", help="graphs exported with --gpu -> TensorRT engines for this machine's GPU")
@@ -125,6 +136,20 @@ def _add_tensorrt(command: argparse.ArgumentParser) -> None:
 def _add_whole_encoder(command: argparse.ArgumentParser) -> None:
     help_ = "on a GPU: the encoder as one graph, for Triton's TensorRT backend, instead of its GEMMs"
     command.add_argument("--whole-encoder", action="store_true", help=help_)
+
+
+def _add_library(command: argparse.ArgumentParser, default: str) -> None:
+    kernels = "on a GPU: the encoder's GEMMs as library kernels for this architecture (sm_90a, sm_100a, sm_120a), or none: engines; "
+    kernels += "auto: for this machine's GPU if they were measured to be faster there and can be compiled (default: %(default)s)"
+    command.add_argument("--encoder-kernels", default=default, metavar="ARCHITECTURE", help=kernels)
+    command.add_argument("--encoder-precision", choices=("float16", "float8"), default="float16", help="of library kernels")
+    command.add_argument("--samples", type=Path, help="questions and passages (JSON lines) that the scales of float8 are measured on")
+
+
+def _library(arguments: argparse.Namespace) -> LibraryRequest | None:
+    if arguments.encoder_kernels == "none":
+        return None
+    return LibraryRequest(arguments.encoder_kernels, arguments.encoder_precision, arguments.samples)
 
 
 def _add_repository(command: argparse.ArgumentParser) -> None:
@@ -179,6 +204,7 @@ def _readers(arguments: argparse.Namespace) -> int:
         arguments.precision,
         arguments.timing_cache,
         arguments.jobs,
+        _library(arguments),
     )
     parser = argparse.ArgumentParser(prog="--flags", parents=[_checkpoint_options()], add_help=False)
     options = {name: _options(parser.parse_args(shlex.split(flags.get(name, "")))) for name in readers}
@@ -230,6 +256,7 @@ def _graphs(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Manifest:
         precision=arguments.precision,
         opset=arguments.opset,
         whole_encoder=arguments.whole_encoder,
+        library=_library(arguments),
     )
 
 
@@ -243,6 +270,7 @@ def _build(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         opset=arguments.opset,
         whole_encoder=arguments.whole_encoder,
+        library=_library(arguments),
         timing_cache=arguments.timing_cache,
         jobs=arguments.jobs,
     )

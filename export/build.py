@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from export.checkpoint.config import reader_preset
 from export.errors import UsageError
@@ -45,8 +45,30 @@ class CheckpointOptions(TypedDict, total=False):
     cross_attention_bias: bool | None
 
 
+class LibraryRequest(NamedTuple):
+    """The encoder's GEMMs as library kernels instead of engines.
+
+    Attributes:
+        architecture: "sm_90a", "sm_100a" or "sm_120a"; "auto" for this machine's GPU if kernels were measured to be faster there and can be
+            compiled here, else engines.
+        precision: "float16" or "float8".
+        samples: JSON lines of questions and passages to measure the scales of float8 on; None for random tokens.
+    """
+
+    architecture: str = "auto"
+    precision: str = "float16"
+    samples: Path | None = None
+
+
 def export_graphs(
-    checkpoint: Checkpoint, directory: Path, *, gpu: bool, precision: str = "float16", opset: int | None = None, whole_encoder: bool = False
+    checkpoint: Checkpoint,
+    directory: Path,
+    *,
+    gpu: bool,
+    precision: str = "float16",
+    opset: int | None = None,
+    whole_encoder: bool = False,
+    library: LibraryRequest | None = None,
 ) -> Manifest:
     """Write the ONNX graphs of a reader.
 
@@ -57,15 +79,19 @@ def export_graphs(
         precision: "float16" or "bfloat16"; for a GPU only.
         opset: None for the default: 18 for the CPU, 17 for a GPU, the newest that TensorRT 8.6 reads.
         whole_encoder: the encoder as one graph instead of its GEMMs; for a GPU only.
+        library: the encoder's GEMMs as library kernels; for a GPU only, and not with `whole_encoder`.
 
     Raises:
         ExportError: if a graph differs from its specification, or the kernels do not support the reader's sizes.
         CheckpointError: if the tokenizer does not fit.
+        CompileError: if a library kernel does not compile.
     """
     if gpu:
         from export.graphs.gpu import TENSORRT_OPSET, export_gpu_reader
+        from export.library.encoder import library_options
 
-        return export_gpu_reader(checkpoint, directory, precision, opset or TENSORRT_OPSET, whole_encoder=whole_encoder)
+        kernels = None if whole_encoder or library is None else library_options(*library)
+        return export_gpu_reader(checkpoint, directory, precision, opset or TENSORRT_OPSET, whole_encoder=whole_encoder, library=kernels)
     from export.graphs.onnx_export import OPSET, export_reader
 
     return export_reader(checkpoint, directory, opset or OPSET)
@@ -81,6 +107,7 @@ def build_reader(
     precision: str = "float16",
     opset: int | None = None,
     whole_encoder: bool = False,
+    library: LibraryRequest | None = None,
     timing_cache: Path = TIMING_CACHE,
     jobs: int = 1,
     log: Callable[[str], None] = print,
@@ -96,6 +123,7 @@ def build_reader(
         precision: on a GPU.
         opset: as in `export_graphs`.
         whole_encoder: on a GPU, the encoder as one graph, for Triton's TensorRT backend.
+        library: as in `export_graphs`.
         timing_cache: as in `build_engines`.
         jobs: processes that build TensorRT engines.
         log: called with each line of progress.
@@ -112,7 +140,9 @@ def build_reader(
     checkpoint = load_checkpoint(source, **(options or {}))
     gpu, compiled = engine != "onnxruntime", engine == "tensorrt"
     graphs = directory.with_name(f"{directory.name}.graphs") if compiled else directory
-    manifest = export_graphs(checkpoint, graphs, gpu=gpu, precision=precision, opset=opset, whole_encoder=whole_encoder and gpu)
+    manifest = export_graphs(
+        checkpoint, graphs, gpu=gpu, precision=precision, opset=opset, whole_encoder=whole_encoder and gpu, library=library
+    )
     if not compiled:
         return manifest
     from export.tensorrt.compiler import build_engines

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.checkpoint.config import ReaderConfig
 from serving.contract.gemms import StackSizes
+from serving.contract.library_kernels import EncoderLibrary
 from serving.contract.manifest import MANIFEST_FILE, EngineBuild, Manifest, Prompt, sha256_of_file
 from serving.contract.tensors import EngineSizes
 
@@ -90,6 +91,11 @@ def engine_sizes(config: ReaderConfig) -> EngineSizes:
     )
 
 
+def prompt_of(config: ReaderConfig) -> Prompt:
+    """The prompt of a reader."""
+    return Prompt(PROMPT_TEMPLATE, config.passage_length, config.append_eos)
+
+
 def describe_reader(
     checkpoint: Checkpoint,
     directory: Path,
@@ -100,6 +106,7 @@ def describe_reader(
     precision: str = "float32",
     encoder: StackSizes | None = None,
     decoder: StackSizes | None = None,
+    encoder_library: EncoderLibrary | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """The manifest of exported graphs. Every file in `directory` belongs to it.
@@ -113,6 +120,7 @@ def describe_reader(
         precision: of weights and activations.
         encoder: sizes of the encoder where it is split into GEMMs.
         decoder: sizes of the decoder where it is split into GEMMs.
+        encoder_library: the encoder's library kernels, where it has them instead of engines.
         notes: more provenance.
     """
     config = checkpoint.reader.config
@@ -121,7 +129,7 @@ def describe_reader(
         engine=engine,
         precision=precision,
         sizes=engine_sizes(config),
-        prompt=Prompt(PROMPT_TEMPLATE, config.passage_length, config.append_eos),
+        prompt=prompt_of(config),
         pad_token_id=config.pad_token_id,
         eos_token_id=config.eos_token_id,
         decoder_start_token_id=config.decoder_start_token_id,
@@ -138,6 +146,7 @@ def describe_reader(
         },
         encoder=encoder,
         decoder=decoder,
+        encoder_library=encoder_library,
     )
 
 

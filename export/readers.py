@@ -16,14 +16,28 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from export.build import TIMING_CACHE, CheckpointOptions, build_reader
+from export.build import TIMING_CACHE, CheckpointOptions, LibraryRequest, build_reader
 from export.tensorrt.detect import cuda_gpu
 from serving.contract.limits import Limits
 
 ROOT = Path(__file__).parents[1]
 CODE = ("export", "serving/contract")
 # Engines depend on the first three; `--engine auto` chooses by the others. Absent ones count as None.
-PACKAGES = ("torch", "onnx", "onnxscript", "tensorrt", "polygraphy", "cupy-cuda12x", "cupy-cuda13x", "onnxruntime", "onnxruntime-gpu")
+PACKAGES = (
+    ,
+)
+    "torch",
+    "onnx",
+    "onnxscript",
+    "tensorrt",
+    "polygraphy",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "quack-kernels",
+    "nvidia-cutlass-dsl",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +52,7 @@ class Settings:
         limits: written into the configurations; TensorRT engines are built for them.
         precision: on a GPU.
         jobs: processes that build TensorRT engines.
+        library: the encoder's GEMMs as library kernels, on a GPU.
     """
 
     engines: Path
@@ -48,6 +63,7 @@ class Settings:
     precision: str = "float16"
     timing_cache: Path = TIMING_CACHE
     jobs: int = 1
+    library: LibraryRequest | None = None
 
 
 def update_reader(
@@ -86,6 +102,7 @@ def update_reader(
             options=options,
             precision=settings.precision,
             whole_encoder=settings.native_encoder,
+            library=settings.library,
             timing_cache=settings.timing_cache,
             jobs=settings.jobs,
             log=log,
@@ -128,6 +145,7 @@ def _engine_inputs(checkpoint: str, settings: Settings, options: CheckpointOptio
         "engine": settings.engine,
         "precision": settings.precision,
         "native_encoder": settings.native_encoder,
+        "library": [str(value) for value in settings.library] if settings.library else None,
         "code": _code_hash(),
         "packages": {package: _version(package) for package in PACKAGES},
         "gpu": None if (gpu := cuda_gpu()) is None else dataclasses.asdict(gpu),
