@@ -24,8 +24,6 @@ ROOT = Path(__file__).parents[1]
 CODE = ("export", "serving/contract")
 # Engines depend on the first three; `--engine auto` chooses by the others. Absent ones count as None.
 PACKAGES = (
-    ,
-)
     "torch",
     "onnx",
     "onnxscript",
