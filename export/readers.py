@@ -61,7 +61,7 @@ class Settings:
     precision: str = "float16"
     timing_cache: Path = TIMING_CACHE
     jobs: int = 1
-    library: LibraryRequest | None = None
+    library: LibraryRequest | None = LibraryRequest()
 
 
 def update_reader(
