@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, NoReturn
 from export.build import PRECISIONS, TIMING_CACHE, CheckpointOptions, build_reader, export_graphs, random_checkpoint, require_reader_name
 from export.checkpoint.config import FIDO_PERIOD
 from export.errors import Interrupted, UsageError, user_errors
+from export.library.options import ARCHITECTURES, AUTO, LIBRARY_PRECISIONS, LibraryOptions
+from export.library.options import ENGINES as ENGINES_OF_ENCODER
 from export.tensorrt.detect import default_backend
 from serving.contract.limits import Limits
 
@@ -62,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--gpu", action="store_true", help="graphs for the GPU: half precision, encoder and decoder step as GEMMs")
         command.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of --gpu (default: %(default)s)")
         _add_whole_encoder(command)
+        _add_library(command, ENGINES_OF_ENCODER)
 
     build = commands.add_parser("build", parents=checkpoint, help="checkpoint -> engines of one kind, by the steps onnx and engine")
     build.add_argument("engines", type=Path, help="directory to write; graphs for TensorRT are kept next to it, as NAME.graphs")
@@ -109,6 +112,21 @@ def _add_build(command: argparse.ArgumentParser) -> None:
     command.add_argument("--engine", choices=ENGINES, default="auto", help="default: the fastest that this machine has")
     command.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="on a GPU (default: %(default)s)")
     _add_tensorrt(command)
+    _add_library(command, AUTO)
+
+
+def _add_library(command: argparse.ArgumentParser, default: str) -> None:
+    choices = (ENGINES_OF_ENCODER, AUTO, *ARCHITECTURES)
+    help_ = "on a GPU: the encoder's GEMMs as library kernels for an architecture; none: by engines; auto: where they were measured to be "
+    help_ += "faster and can be compiled here (default: %(default)s)"
+    command.add_argument("--encoder-kernels", choices=choices, default=default, help=help_)
+    help_ = "of library kernels (default: %(default)s)"
+    command.add_argument("--encoder-precision", choices=LIBRARY_PRECISIONS, default=LIBRARY_PRECISIONS[0], help=help_)
+    command.add_argument("--samples", type=Path, help="questions and passages (JSON lines) that FP8's scales are measured on")
+
+
+def _library(arguments: argparse.Namespace) -> LibraryOptions:
+    return LibraryOptions(arguments.encoder_kernels, arguments.encoder_precision, arguments.samples)
 
 
 def _add_tensorrt(command: argparse.ArgumentParser) -> None:
@@ -169,6 +187,7 @@ def _readers(arguments: argparse.Namespace) -> int:
         arguments.precision,
         arguments.timing_cache,
         arguments.jobs,
+        _library(arguments),
     )
     parser = argparse.ArgumentParser(prog="--flags", parents=[_checkpoint_options()], add_help=False)
     options = {name: _options(parser.parse_args(shlex.split(flags.get(name, "")))) for name in readers}
@@ -217,6 +236,7 @@ def _graphs(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Manifest:
         precision=arguments.precision,
         opset=arguments.opset,
         whole_encoder=arguments.whole_encoder,
+        library=_library(arguments),
     )
 
 
@@ -230,6 +250,7 @@ def _build(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         opset=arguments.opset,
         whole_encoder=arguments.whole_encoder,
+        library=_library(arguments),
         timing_cache=arguments.timing_cache,
         jobs=arguments.jobs,
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from export.checkpoint.config import reader_preset
 from export.errors import UsageError
+from export.library.options import LibraryOptions
 from serving.contract.limits import Limits
 
 if TYPE_CHECKING:
@@ -46,7 +47,14 @@ class CheckpointOptions(TypedDict, total=False):
 
 
 def export_graphs(
-    checkpoint: Checkpoint, directory: Path, *, gpu: bool, precision: str = "float16", opset: int | None = None, whole_encoder: bool = False
+    checkpoint: Checkpoint,
+    directory: Path,
+    *,
+    gpu: bool,
+    precision: str = "float16",
+    opset: int | None = None,
+    whole_encoder: bool = False,
+    library: LibraryOptions | None = None,
 ) -> Manifest:
     """Write the ONNX graphs of a reader.
 
@@ -57,6 +65,7 @@ def export_graphs(
         precision: "float16" or "bfloat16"; for a GPU only.
         opset: None for the default: 18 for the CPU, 17 for a GPU, the newest that TensorRT 8.6 reads.
         whole_encoder: the encoder as one graph instead of its GEMMs; for a GPU only.
+        library: the encoder's GEMMs as library kernels instead of engines; for a GPU only.
 
     Raises:
         ExportError: if a graph differs from its specification, or the kernels do not support the reader's sizes.
@@ -65,7 +74,8 @@ def export_graphs(
     if gpu:
         from export.graphs.gpu import TENSORRT_OPSET, export_gpu_reader
 
-        return export_gpu_reader(checkpoint, directory, precision, opset or TENSORRT_OPSET, whole_encoder=whole_encoder)
+        kernels = library.resolved() if library is not None and not whole_encoder else None
+        return export_gpu_reader(checkpoint, directory, precision, opset or TENSORRT_OPSET, whole_encoder=whole_encoder, library=kernels)
     from export.graphs.onnx_export import OPSET, export_reader
 
     return export_reader(checkpoint, directory, opset or OPSET)
@@ -81,6 +91,7 @@ def build_reader(
     precision: str = "float16",
     opset: int | None = None,
     whole_encoder: bool = False,
+    library: LibraryOptions | None = None,
     timing_cache: Path = TIMING_CACHE,
     jobs: int = 1,
     log: Callable[[str], None] = print,
@@ -96,6 +107,7 @@ def build_reader(
         precision: on a GPU.
         opset: as in `export_graphs`.
         whole_encoder: on a GPU, the encoder as one graph, for Triton's TensorRT backend.
+        library: on a GPU, the encoder's GEMMs as library kernels instead of engines.
         timing_cache: as in `build_engines`.
         jobs: processes that build TensorRT engines.
         log: called with each line of progress.
@@ -112,7 +124,9 @@ def build_reader(
     checkpoint = load_checkpoint(source, **(options or {}))
     gpu, compiled = engine != "onnxruntime", engine == "tensorrt"
     graphs = directory.with_name(f"{directory.name}.graphs") if compiled else directory
-    manifest = export_graphs(checkpoint, graphs, gpu=gpu, precision=precision, opset=opset, whole_encoder=whole_encoder and gpu)
+    manifest = export_graphs(
+        checkpoint, graphs, gpu=gpu, precision=precision, opset=opset, whole_encoder=whole_encoder and gpu, library=library
+    )
     if not compiled:
         return manifest
     from export.tensorrt.compiler import build_engines

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.checkpoint.config import ReaderConfig
 from serving.contract.gemms import StackSizes
+from serving.contract.library_kernels import EncoderLibrary
 from serving.contract.manifest import MANIFEST_FILE, EngineBuild, Manifest, Prompt, sha256_of_file
 from serving.contract.tensors import EngineSizes
 
@@ -100,6 +101,7 @@ def describe_reader(
     precision: str = "float32",
     encoder: StackSizes | None = None,
     decoder: StackSizes | None = None,
+    encoder_library: EncoderLibrary | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """The manifest of exported graphs. Every file in `directory` belongs to it.
@@ -113,6 +115,7 @@ def describe_reader(
         precision: of weights and activations.
         encoder: sizes of the encoder where it is split into GEMMs.
         decoder: sizes of the decoder where it is split into GEMMs.
+        encoder_library: the encoder's GEMMs where they are library kernels.
         notes: more provenance.
     """
     config = checkpoint.reader.config
@@ -138,6 +141,7 @@ def describe_reader(
         },
         encoder=encoder,
         decoder=decoder,
+        encoder_library=encoder_library,
     )
 
 

@@ -36,13 +36,14 @@ class EncoderGemms:
     """The encoder of a reader, with its weights rescaled for half precision.
 
     Attributes:
+        graph: the encoder, rescaled.
         stack: its sizes, for the manifest.
         arrays: file name -> array: the embedding float16[vocab_size, d_model]; the norms float32[norms, d_model] in order of use; the
             position bias float32[2 * max_distance + 1, num_heads] by key position minus query position.
     """
 
     def __init__(self, reader: Reader, scales: Scales):
-        graph = EncoderGraph(reader)
+        graph = self.graph = EncoderGraph(reader)
         rescale(graph, scales)
         self._layers: list[EncoderGraphLayer] = list(graph.layers)  # type: ignore[arg-type]
         norms = [norm for layer in self._layers for norm in (layer.self_attention_norm, layer.feed_forward_norm)]

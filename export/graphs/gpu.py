@@ -18,6 +18,8 @@ from onnx import helper
 from export.checkpoint.config import ReaderConfig
 from export.checkpoint.files import Checkpoint
 from export.errors import ExportError
+from export.library.encoder import sample_passages, write_encoder_library
+from export.library.options import LibraryOptions
 from export.manifest_writer import atomic_directory, describe_reader, engine_sizes, write_manifest
 from serving.contract.gemms import gemm_tensors, packed_cross_kv_tensors
 from serving.contract.manifest import TOKENIZER_FILE, Manifest
@@ -54,7 +56,13 @@ class Fp16Io(torch.nn.Module):
 
 @torch.no_grad()
 def export_gpu_reader(
-    checkpoint: Checkpoint, directory: Path, precision: str = "float16", opset: int = TENSORRT_OPSET, *, whole_encoder: bool = False
+    checkpoint: Checkpoint,
+    directory: Path,
+    precision: str = "float16",
+    opset: int = TENSORRT_OPSET,
+    *,
+    whole_encoder: bool = False,
+    library: LibraryOptions | None = None,
 ) -> Manifest:
     """Write the graphs, tokenizer.json, the kernels' arrays and manifest.json: all of them or none.
 
@@ -64,10 +72,12 @@ def export_gpu_reader(
         precision: "float16", or "bfloat16" for engines that support it (TensorRT 10 and later).
         opset: 17 for TensorRT 8.6; 18 and later as torch's exporter writes them.
         whole_encoder: the encoder as one graph, for Triton's TensorRT backend, instead of its GEMMs.
+        library: the encoder's GEMMs as library kernels instead of engines.
 
     Raises:
         ExportError: if a graph differs from its specification, or the kernels do not support the reader's sizes.
-        CheckpointError: if the tokenizer has tokens without an embedding. In both cases `directory` stays as it was.
+        CompileError: if a library kernel does not compile.
+        CheckpointError: if the tokenizer has tokens without an embedding. In each case `directory` stays as it was.
     """
     require_fitting_tokenizer(checkpoint)
     reader = checkpoint.reader
@@ -89,8 +99,14 @@ def export_gpu_reader(
             write("encoder", graph, encoder_tensors(sizes, "float16"))
         write("cross_kv", PackedCrossKVGraph(reader), packed_cross_kv_tensors(sizes))
         stacks: list[EncoderGemms | DecoderGemms] = [decoder] if encoder is None else [encoder, decoder]
+        kernels = None
+        if library is not None and encoder is not None:
+            started = time.perf_counter()
+            passages = sample_passages(checkpoint, library)
+            kernels = write_encoder_library(encoder.graph, encoder.stack, reader.config.passage_length, tmp_dir, library, passages)
+            seconds["encoder_library"] = round(time.perf_counter() - started, 2)
         for stack in stacks:
-            for gemm, weight in stack.gemms():
+            for gemm, weight in () if kernels and stack is encoder else stack.gemms():
                 tensors = gemm_tensors(stack.stack, gemm, precision)
                 _, weight_spec = tensors.inputs
                 np.save(tmp_dir / gemm.weight, _stored(weight, precision).reshape(weight_spec.shape({})), allow_pickle=False)
@@ -107,6 +123,7 @@ def export_gpu_reader(
             precision=precision,
             encoder=encoder.stack if encoder else None,
             decoder=decoder.stack,
+            encoder_library=kernels,
             notes={"scales": {name: dataclasses.asdict(scale) for name, scale in scales.items()}},
         )
         return write_manifest(manifest, tmp_dir)

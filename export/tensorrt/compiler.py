@@ -74,7 +74,7 @@ def graphs_of(manifest: Manifest) -> dict[str, GraphTensors]:
         raise EngineError("these graphs are for a CPU; export them with --gpu")
     graphs = {} if encoder else {"encoder": encoder_tensors(sizes, "float16")}
     graphs["cross_kv"] = packed_cross_kv_tensors(sizes)
-    if encoder is not None:
+    if encoder is not None and manifest.encoder_library is None:
         graphs |= {gemm.engine: gemm_tensors(encoder, gemm, manifest.precision) for gemm in encoder_gemms(encoder)}
     return graphs | {gemm.engine: gemm_tensors(decoder, gemm, manifest.precision) for gemm in decoder_gemms(sizes)}
 

@@ -43,9 +43,9 @@ def captured_calls(max_tokens: int) -> tuple[int, ...]:
     return tuple(tokens for tokens in (*MIN_CAPTURED, *range(CAPTURED_STEP, MAX_CAPTURED + 1, CAPTURED_STEP)) if tokens <= max_tokens)
 
 
-def max_tiles(tokens: int, passages: int) -> int:
+def max_tiles(tokens: int, passages: int, tile: int = TILE) -> int:
     """Largest number of attention tiles of `tokens` tokens in at most `passages` passages: each passage's last tile may hold one token."""
-    return tokens // TILE + min(tokens, passages)
+    return tokens // tile + min(tokens, passages)
 
 
 def calls_of_tokens(lengths: np.ndarray, max_tokens: int) -> Iterator[tuple[slice, np.ndarray]]:
@@ -66,18 +66,19 @@ def calls_of_tokens(lengths: np.ndarray, max_tokens: int) -> Iterator[tuple[slic
         passage, token = next_passage, int(ends[next_passage - 1])
 
 
-def attention_tiles(lengths: np.ndarray) -> np.ndarray:
-    """The tiles of attention within packed passages: one for every TILE tokens of a passage.
+def attention_tiles(lengths: np.ndarray, tile: int = TILE) -> np.ndarray:
+    """The tiles of attention within packed passages: one for every `tile` tokens of a passage.
 
     Args:
         lengths: int[passages], all positive.
+        tile: tokens per tile.
 
     Returns:
         int32[tiles, 3]: the passage's first token among the packed ones, the passage's length, the tile's first query within the passage.
         For example, lengths (3, 100) give (0, 3, 0), (3, 100, 0) and (3, 100, 64).
     """
-    counts = -(-lengths // TILE)
+    counts = -(-lengths // tile)
     passage = np.repeat(np.arange(len(lengths)), counts)
     tile_in_passage = np.arange(len(passage)) - np.repeat(np.cumsum(counts) - counts, counts)
     firsts = np.cumsum(lengths) - lengths
-    return np.stack([firsts[passage], lengths[passage], tile_in_passage * TILE], axis=1).astype(np.int32)
+    return np.stack([firsts[passage], lengths[passage], tile_in_passage * tile], axis=1).astype(np.int32)

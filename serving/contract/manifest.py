@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from .gemms import StackSizes
+from .library_kernels import EncoderLibrary
 from .tensors import EngineSizes
 
 FORMAT = 4  # raised whenever serving code of an earlier format would misunderstand a manifest
@@ -120,6 +121,7 @@ class Manifest:
         provenance: source, versions, opset; for people, not read by serving.
         encoder, decoder: sizes of a stack that consists of GEMMs (gemms.py); None if the stack is one graph.
         build: how compiled engines were built; None if they were not compiled.
+        encoder_library: the encoder's GEMMs as library kernels, in place of engines; they run only on GPUs of their architecture.
     """
 
     reader: str
@@ -136,6 +138,7 @@ class Manifest:
     encoder: StackSizes | None = None
     decoder: StackSizes | None = None
     build: EngineBuild | None = None
+    encoder_library: EncoderLibrary | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -176,7 +179,8 @@ class Manifest:
             sizes = {**fields["sizes"], "cross_attention_layers": tuple(fields["sizes"]["cross_attention_layers"])}
             build = EngineBuild.from_dict(fields["build"]) if fields.get("build") else None
             stacks = {name: StackSizes(**fields[name]) for name in ("encoder", "decoder") if fields.get(name)}
-            parsed = {"sizes": EngineSizes(**sizes), "prompt": Prompt(**fields["prompt"]), "build": build}
+            library = EncoderLibrary.from_dict(fields["encoder_library"]) if fields.get("encoder_library") else None
+            parsed = {"sizes": EngineSizes(**sizes), "prompt": Prompt(**fields["prompt"]), "build": build, "encoder_library": library}
             return cls(**{**fields, **stacks, **parsed})
         except (KeyError, TypeError) as error:
             raise ManifestError(f"{path}: other fields than wanted ({error}); `make export` makes it again") from error

@@ -23,6 +23,7 @@ DEPENDENT_KERNELS = frozenset(
     (
         "add_and_norm",
         "activate",
+        "hopper_attention",
         "skinny_gemm",
         "self_attention",
         "cross_attention",
@@ -74,7 +75,7 @@ class CudaGraph:
         CudaGraphError: if the driver refuses.
     """
 
-    def __init__(self, stream: cp.cuda.Stream, run: Callable[[], None], *, dependent_launch: bool = True):
+    def __init__(self, stream: cp.cuda.Stream, run: Callable[[], object], *, dependent_launch: bool = True):
         runtime = cp.cuda.runtime
         runtime.streamBeginCapture(stream.ptr, ANY_THREAD_MAY_CALL)
         try:

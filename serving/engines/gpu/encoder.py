@@ -1,4 +1,4 @@
-"""The encoder on a GPU: GEMMs with kernels between them, over packed tokens.
+"""The encoder on a GPU, over packed tokens.
 
 In: token ids of passages of several questions. Out: their hidden states, on the GPU. Padding is not computed. A call of few tokens is
 padded to the next size that is captured into a CUDA graph: launching its kernels one by one would take longer than running them.
@@ -6,22 +6,42 @@ padded to the next size that is captured into a CUDA graph: launching its kernel
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import cupy as cp
 import numpy as np
 
 from serving.contract.call_sizes import attention_tiles, calls_of_tokens, captured_calls, encoder_batch, encoder_tokens, max_tiles
-from serving.contract.gemms import BIAS, EMBEDDING, ENCODER_KINDS, NORMS, StackSizes, encoder_gemms, gemm_features
 from serving.contract.limits import Limits
 from serving.contract.manifest import EngineError, Manifest
 
 from .cuda_graph import CudaGraph
-from .engine import LoadEngine, Scratch
-from .kernels import EncoderAttention, RowKernels
-from .weights import load_arrays, load_gemms, weight_bytes
+from .engine import LoadEngine
+from .gemm_layers import GemmLayers
+
+# Sizes of large calls that are captured because they come again, and that are remembered to see whether they do.
+MAX_REPEATED, MAX_REMEMBERED = 16, 1024
+
+
+class Layers(Protocol):
+    """All layers of an encoder: LibraryLayers or GemmLayers, where the arguments are explained."""
+
+    bytes: int
+    capturable: bool
+    tile: int
+    vocab_size: int
+
+    def enqueue(self, tokens: cp.ndarray, tiles: cp.ndarray, longest: int, context: int = 0) -> Any:
+        """Enqueue all but the last norm; returns what `finish` needs."""
+        ...
+
+    def finish(self, state: Any, destinations: cp.ndarray, hidden: cp.ndarray) -> None:
+        """Enqueue the last norm, each row to its destination."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +51,18 @@ class CapturedCall:
     Attributes:
         tokens, tiles: how many it can hold.
         inputs: int32[tokens + 3 * tiles] on the GPU: token ids, then the tiles of attention.
+        state: what the layers need to finish the call.
     """
 
     tokens: int
     tiles: int
     inputs: cp.ndarray
     graph: CudaGraph
+    state: Any
 
 
 class GpuEncoder:
-    """The GEMMs of the encoder with the kernels between them. Not safe to call from two threads at once.
+    """The encoder's layers, by library kernels or by engines, over packed tokens. Not safe to call from two threads at once.
 
     Args:
         directory: of the engines.
@@ -65,28 +87,22 @@ class GpuEncoder:
         self.max_tokens_per_call = encoder_tokens(limits, self._passage_length)
         self._stream = cp.cuda.Stream(non_blocking=True)
         with self._stream:
-            scratch = Scratch()
-            self._gemms = load_gemms(directory, manifest, sizes, encoder_gemms(sizes), load, scratch)
-            self._embedding, self._norms, self._bias = load_arrays(directory, manifest, "encoder", (EMBEDDING, NORMS, BIAS))
-            self._rows, self._attend = RowKernels(sizes), EncoderAttention(sizes, len(self._bias) // 2, self._passage_length)
-            self._allocate(sizes)
-            weights = weight_bytes(self._gemms) + self._embedding.nbytes
-            self.bytes = weights + scratch.bytes + sum(array.nbytes for array in self._buffers)
+            self._layers: Layers
+            if manifest.encoder_library is not None:
+                from .library.layers import library_layers  # only such a reader needs apache-tvm-ffi
+
+                self._layers = library_layers(directory, manifest, sizes, self.max_tokens_per_call)
+            else:
+                self._layers = GemmLayers(directory, manifest, sizes, load, self.max_tokens_per_call)
+            self.bytes = self._layers.bytes
             # the first call of an engine allocates: make it now, before anything is captured
             self._captured: list[CapturedCall] = []
+            self._asked: collections.Counter[tuple[int, int]] = collections.Counter()
+            self._repeated: dict[tuple[int, int], CapturedCall] = {}
             self.encode([(np.ones((1, self._passage_length), np.int32),) * 2])
-            if all(gemm.engine.capturable for gemm in self._gemms.values()):
-                self._captured = [self._capture(tokens, encoder_batch(limits)) for tokens in captured_calls(self.max_tokens_per_call)]
-
-    def _allocate(self, sizes: StackSizes) -> None:
-        """Allocate the buffers of a call. A buffer is reused once its content is no longer needed."""
-        tokens = self.max_tokens_per_call
-        widths = {kind: gemm_features(sizes, kind) for kind in ENCODER_KINDS}
-        self._residual = cp.empty((tokens, sizes.d_model), cp.float32)
-        self._normed, self._output = (cp.empty(tokens * sizes.d_model, cp.float16) for _ in range(2))
-        self._wide_output = cp.empty(tokens * max(widths["qkv"][1], widths["wi"][1]), cp.float16)
-        self._wide_input = cp.empty(tokens * max(widths["o"][0], widths["wo"][0]), cp.float16)
-        self._buffers = (self._residual, self._normed, self._output, self._wide_output, self._wide_input)
+            if self._layers.capturable:
+                for tokens in captured_calls(self.max_tokens_per_call):
+                    self._captured.append(self._capture(tokens, max_tiles(tokens, encoder_batch(limits), self._layers.tile)))
 
     def encode(self, batch: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[cp.ndarray]:
         """Encode the passages of several questions at once; arguments as Encoder.encode.
@@ -101,7 +117,7 @@ class GpuEncoder:
         masks = [mask * (np.arange(mask.shape[1]) < self._passage_length) for _, mask in batch]
         flat = [np.flatnonzero(mask) for mask in masks]
         tokens = np.concatenate([ids.ravel()[valid] for (ids, _), valid in zip(batch, flat, strict=True)])
-        tokens = tokens.clip(0, len(self._embedding) - 1)  # an id outside the vocabulary must not read outside the table
+        tokens = tokens.clip(0, self._layers.vocab_size - 1)  # an id outside the vocabulary must not read outside the table
         destinations = np.concatenate([valid + end - size for valid, end, size in zip(flat, ends, rows, strict=True)])
         lengths = np.concatenate([np.count_nonzero(mask, axis=1) for mask in masks])
         with self._stream:
@@ -114,54 +130,40 @@ class GpuEncoder:
 
     def _encode_call(self, tokens: np.ndarray, destinations: np.ndarray, lengths: np.ndarray, hidden: cp.ndarray) -> None:
         """Encode packed passages; write the hidden state of token i to row destinations[i] of `hidden`."""
-        count, tiles = len(tokens), attention_tiles(lengths)
+        count, tiles = len(tokens), attention_tiles(lengths, self._layers.tile)
         call = next((call for call in self._captured if count <= call.tokens and len(tiles) <= call.tiles), None)
+        call = call or self._repeated_call(count, len(tiles))
         padded_tokens, padded_tiles = (count, len(tiles)) if call is None else (call.tokens, call.tiles)
         host = np.zeros(padded_tokens + 3 * padded_tiles + count, np.int32)
         host[:count], host[padded_tokens : padded_tokens + tiles.size], host[-count:] = tokens, tiles.ravel(), destinations
         uploaded = cp.asarray(host)  # one copy for all three
         inputs, rows = uploaded[:-count], uploaded[-count:]
         if call is None:
-            self._enqueue(inputs[:count], inputs[count:].reshape(-1, 3), int(lengths.max()))
+            state = self._layers.enqueue(inputs[:count], inputs[count:].reshape(-1, 3), int(lengths.max()))
         else:
             call.inputs[:] = inputs
             call.graph.launch(self._stream)
-        output = self._output[: count * self.sizes.d_model].reshape(count, -1)
-        self._rows.add_and_norm(output, self._norms[-1], self._residual[:count], hidden, rows)
+            state = call.state
+        self._layers.finish(state, rows, hidden)
 
-    def _capture(self, tokens: int, passages: int) -> CapturedCall:
-        """Capture a call of `tokens` tokens in at most `passages` passages."""
-        tiles = max_tiles(tokens, passages)
+    def _repeated_call(self, tokens: int, tiles: int) -> CapturedCall | None:
+        """A large call whose size comes again, as where all passages are full: from the second one on it is captured."""
+        if not self._layers.capturable:
+            return None
+        if len(self._asked) > MAX_REMEMBERED:
+            self._asked.clear()
+        self._asked[tokens, tiles] += 1
+        if self._asked[tokens, tiles] == 2 and len(self._repeated) < MAX_REPEATED:
+            self._repeated[tokens, tiles] = self._capture(tokens, tiles)
+        return self._repeated.get((tokens, tiles))
+
+    def _capture(self, tokens: int, tiles: int) -> CapturedCall:
+        """Capture a call of `tokens` tokens in `tiles` tiles."""
         inputs = cp.zeros(tokens + 3 * tiles, cp.int32)
 
-        def run() -> None:
-            self._enqueue(inputs[:tokens], inputs[tokens:].reshape(-1, 3), self._passage_length, context=tokens)
+        def run() -> Any:
+            return self._layers.enqueue(inputs[:tokens], inputs[tokens:].reshape(-1, 3), self._passage_length, context=tokens)
 
-        run()
+        state = run()
         self._stream.synchronize()
-        return CapturedCall(tokens, tiles, inputs, CudaGraph(self._stream, run))
-
-    def _enqueue(self, tokens: cp.ndarray, tiles: cp.ndarray, longest: int, context: int = 0) -> None:
-        """Enqueue all layers. The last GEMM's output stays in `_output`; adding it to `_residual` and the last norm are left to do."""
-        count, kernels = len(tokens), self._rows
-
-        def rows(buffer: cp.ndarray, width: int) -> cp.ndarray:
-            return buffer[: count * width].reshape(count, width)
-
-        residual, normed = self._residual[:count], rows(self._normed, self.sizes.d_model)
-        norms = iter(self._norms)
-        kernels.embed(tokens, self._embedding, next(norms), residual, normed)
-        x = normed  # the input of the next GEMM
-        for gemm, loaded in self._gemms.items():
-            wide = gemm.kind in ("qkv", "wi")
-            y = rows(self._wide_output if wide else self._output, gemm_features(self.sizes, gemm.kind)[1])
-            loaded.enqueue(x, y, self._stream, context=context)
-            if gemm.kind == "qkv":
-                x = rows(self._wide_input, gemm_features(self.sizes, "o")[0])
-                self._attend(y, tiles, longest, self._bias, x)
-            elif gemm.kind == "wi":
-                x = rows(self._wide_input, self.sizes.d_ff)
-                kernels.activate(y, x)
-            elif (gemm.kind, gemm.layer) != ("wo", self.sizes.num_layers - 1):
-                x = normed
-                kernels.add_and_norm(y, next(norms), residual, x)
+        return CapturedCall(tokens, tiles, inputs, CudaGraph(self._stream, run), state)

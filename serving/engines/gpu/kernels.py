@@ -44,10 +44,13 @@ def keys_at_a_time(d_kv: int) -> int:
     return 64 if d_kv <= 64 else 32
 
 
-def _compiled(defines: dict[str, Any], *sources: str) -> cp.RawModule:
+def compiled(defines: dict[str, Any], *sources: str, architecture: str | None = None) -> cp.RawModule:
+    """The kernels of these sources for the current device, or for an `architecture` of its generation that has more instructions."""
     text = "".join((SOURCES / name).read_text(encoding="utf-8") for name in ("vectors.cuh", "tensor_cores.cuh", *sources))
     defines = {**defines, "MAX_SPLITS": MAX_SPLITS}
-    return cp.RawModule(code=text, options=("--std=c++17", *(f"-D{name}={value}" for name, value in defines.items())))
+    # CuPy adds the device's own architecture; of the two, NVRTC takes the one with more instructions
+    options = () if architecture is None else (f"-arch={architecture}",)
+    return cp.RawModule(code=text, options=("--std=c++17", *options, *(f"-D{name}={value}" for name, value in defines.items())))
 
 
 class RowKernels:
@@ -61,7 +64,7 @@ class RowKernels:
         self.d_ff = stack.d_ff
         self._block = (-(-stack.d_model // 8 // 32) * 32,)  # one thread per vector of eight
         defines = {"D_MODEL": stack.d_model, "D_FF": stack.d_ff, "GATED": int(stack.gated), "EPSILON": f"{stack.epsilon!r}f"}
-        module = _compiled(defines, "rows.cu")
+        module = compiled(defines, "rows.cu")
         self._embed, self._add_and_norm, self._activate = (module.get_function(n) for n in ("embed", "add_and_norm", "activate"))
 
     def embed(self, tokens: cp.ndarray, embedding: cp.ndarray, weight: cp.ndarray, residual: cp.ndarray, normed: cp.ndarray) -> None:
@@ -117,7 +120,7 @@ class SkinnyGemm:
     def _kernel(self, tiles: int) -> Any:
         if tiles not in self._kernels:
             sizes = {"WARPS": SKINNY_WARPS, "COLUMNS": SKINNY_COLUMNS, "K_TILE": K_TILE, "SUM_STRIDE": SUM_STRIDE}
-            module = _compiled({"TILES": tiles, **sizes}, "skinny_gemm.cu")
+            module = compiled({"TILES": tiles, **sizes}, "skinny_gemm.cu")
             self._kernels[tiles] = kernel = module.get_function("skinny_gemm")
             kernel.max_dynamic_shared_size_bytes = MAX_K * SKINNY_COLUMNS * 2
         return self._kernels[tiles]
@@ -125,6 +128,9 @@ class SkinnyGemm:
 
 class EncoderAttention:
     """Self-attention within passages whose tokens are packed, for one reader's encoder.
+
+    Attributes:
+        tile: queries of an entry of `attention_tiles`.
 
     Args:
         stack: of the encoder.
@@ -134,6 +140,8 @@ class EncoderAttention:
     Raises:
         EngineError: if this GPU has too little shared memory for such passages.
     """
+
+    tile = TILE
 
     def __init__(self, stack: StackSizes, max_relative_distance: int, max_length: int):
         self._heads = stack.num_heads
@@ -146,7 +154,7 @@ class EncoderAttention:
             "TILE": TILE,
             "KEYS": self._keys,
         }
-        module = _compiled(defines, "encoder_attention.cu")
+        module = compiled(defines, "encoder_attention.cu")
         self._attention = module.get_function("attention")
         self._reserve(max_length)
 
@@ -202,7 +210,7 @@ class StepKernels:
             "WARP_TOKENS": warp_tokens,
             "ATTRIBUTION_TOKENS": CHUNK,
         }
-        module = _compiled(defines, "step_attention.cuh", "self_attention.cu", "cross_attention.cu")
+        module = compiled(defines, "step_attention.cuh", "self_attention.cu", "cross_attention.cu")
         self._self_attention = module.get_function("self_attention")
         self._cross_attention = module.get_function("cross_attention")
         self._round = WARPS * warp_tokens  # tokens that a block processes at a time
@@ -305,7 +313,7 @@ class HeadKernels:
         self._eos_token_id = eos_token_id
         self._blocks = -(-vocab_size // (HEAD_WARPS * TOKENS_PER_WARP))
         sizes = {"HEAD_WARPS": HEAD_WARPS, "HEAD_ROWS": HEAD_ROWS, "COMBINE_THREADS": COMBINE_THREADS}
-        module = _compiled({"D_MODEL": d_model, "VOCAB": vocab_size, **sizes}, "head.cu")
+        module = compiled({"D_MODEL": d_model, "VOCAB": vocab_size, **sizes}, "head.cu")
         self._head_argmax, self._combine_argmax = (module.get_function(n) for n in ("head_argmax", "combine_argmax"))
 
     def scratch(self, batch: int) -> cp.ndarray:

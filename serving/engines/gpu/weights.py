@@ -36,7 +36,7 @@ def load_arrays(directory: Path, manifest: Manifest, stack: StackName, names: Se
     Raises:
         ManifestError: if a file is missing or altered.
     """
-    return [_load(directory, manifest, array_file(stack, name)) for name in names]
+    return [load_array(directory, manifest, array_file(stack, name)) for name in names]
 
 
 def load_gemms(
@@ -62,7 +62,7 @@ def load_gemms(
         if gemm.engine not in engines:
             tensors = gemm_tensors(stack, gemm, manifest.precision)
             engines[gemm.engine] = load(gemm.engine, tensors, scratch)
-        loaded[gemm] = LoadedGemm(engines[gemm.engine], _load(directory, manifest, gemm.weight), skinny_gemm)
+        loaded[gemm] = LoadedGemm(engines[gemm.engine], load_array(directory, manifest, gemm.weight), skinny_gemm)
     return loaded
 
 
@@ -72,5 +72,10 @@ def weight_bytes(gemms: Mapping[Gemm, LoadedGemm]) -> int:
     return sum(loaded.weight.nbytes for loaded in gemms.values()) + sum(engine.weight_bytes for engine in engines.values())
 
 
-def _load(directory: Path, manifest: Manifest, file: str) -> cp.ndarray:
+def load_array(directory: Path, manifest: Manifest, file: str) -> cp.ndarray:
+    """Load one file to the GPU.
+
+    Raises:
+        ManifestError: if it is missing or altered.
+    """
     return cp.asarray(np.load(io.BytesIO(manifest.read(directory, file)), allow_pickle=False))

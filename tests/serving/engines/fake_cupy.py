@@ -97,7 +97,9 @@ def modules() -> dict[str, types.ModuleType]:
     kernels = types.ModuleType("serving.engines.gpu.kernels")
     for stand_in in (RowKernels, SkinnyGemm, EncoderAttention, StepKernels, HeadKernels):
         setattr(kernels, stand_in.__name__, stand_in)
-    return {"cupy": cupy, "cupyx": cupyx, "serving.engines.gpu.kernels": kernels}
+    attention = types.ModuleType("serving.engines.gpu.hopper_attention")
+    attention.attention_for = EncoderAttention  # type: ignore[attr-defined]
+    return {"cupy": cupy, "cupyx": cupyx, "serving.engines.gpu.kernels": kernels, "serving.engines.gpu.hopper_attention": attention}
 
 
 def put(out: Array, rows: np.ndarray) -> None:
@@ -136,6 +138,8 @@ class SkinnyGemm:
 
 
 class EncoderAttention:
+    tile = 64
+
     def __init__(self, stack: StackSizes, max_relative_distance: int, max_length: int):
         self.stack, self.max_relative_distance, self.max_length = stack, max_relative_distance, max_length
 

@@ -130,6 +130,39 @@ def test_a_captured_call_holds_any_passages(graphs: dict[str, Path], runtime: An
         assert np.isfinite(found).all()
 
 
+def test_a_large_call_that_comes_again_is_captured(graphs: dict[str, Path], runtime: Any, monkeypatch: Any) -> None:
+    launched = []
+
+    class CudaGraph:
+        def __init__(self, stream: object, run: Any):
+            self._run = run
+
+        def launch(self, stream: object) -> None:
+            launched.append(self)
+            self._run()
+
+    directory, manifest = graphs["fid"], Manifest.load(graphs["fid"])
+    monkeypatch.setattr(Engine, "capturable", True)
+    monkeypatch.setattr(runtime("encoder"), "CudaGraph", CudaGraph)
+    monkeypatch.setattr(runtime("encoder"), "captured_calls", lambda max_tokens: ())
+    monkeypatch.setattr(runtime("encoder"), "MAX_REPEATED", 1)
+    encoder = runtime("encoder").GpuEncoder(directory, manifest, loader(directory), LIMITS)
+    reference = NumpyEncoder(directory, manifest)
+    ids = random_passages(4, 24, seed=1)[0][0].numpy().astype(np.int32)
+
+    def launches(*lengths: int) -> int:
+        mask = (np.arange(24) < np.array(lengths)[:, None]).astype(np.int32)
+        before = len(launched)
+        (found,) = encoder.encode([(ids, mask)])
+        np.testing.assert_allclose(found, reference.encode(ids, mask) * mask[..., None], atol=2e-2)
+        return len(launched) - before
+
+    assert [launches(24, 24, 24, 24) for _ in range(3)] == [0, 1, 1]
+    assert launches(24, 20, 24, 24) == 0
+    assert launches(24, 20, 24, 24) == 0, "there is room for one size"
+    assert launches(24, 24, 24, 24) == 1
+
+
 def test_unknown_ids_and_passages_that_are_too_long_read_no_foreign_memory(graphs: dict[str, Path], runtime: Any) -> None:
     directory, manifest = graphs["fid"], Manifest.load(graphs["fid"])
     encoder = runtime("encoder").GpuEncoder(directory, manifest, loader(directory), LIMITS)
@@ -175,15 +208,17 @@ def test_a_decoder_step_equals_that_of_plain_numpy(
 
 def test_kernels_that_start_early_wait_before_they_write_or_return(runtime: Any) -> None:
     dependent = runtime("cuda_graph").DEPENDENT_KERNELS
-    names = ("rows.cu", "skinny_gemm.cu", "self_attention.cu", "cross_attention.cu", "head.cu")
+    names = ("rows.cu", "skinny_gemm.cu", "self_attention.cu", "cross_attention.cu", "head.cu", "hopper_attention.cu")
     sources = "".join((PROJECT / "serving/engines/gpu/cuda" / name).read_text("utf-8") for name in names)
     # __global__ void, launch bounds if any, the name; then everything up to the closing brace, which is at the start of a line
-    kernels = dict(re.findall(r"__global__ void(?: __launch_bounds__\(.*?\))? (\w+)\((.*?)^\}", sources, re.DOTALL | re.MULTILINE))
+    kernels = dict(re.findall(r"__global__ void(?: __\w+__\(.*?\))? (\w+)\((.*?)^\}", sources, re.DOTALL | re.MULTILINE))
     assert set(kernels) - dependent == {"embed"}
     for name in dependent:
         branches = [kernels[name]]
         if name == "cross_attention":  # two forms under one name: without and with shared keys
             branches = re.split(r"^#(?:if|else|endif).*$", kernels[name], flags=re.MULTILINE)[1:3]
+        if name == "hopper_attention":  # the warps that copy, and those that compute
+            branches = kernels[name].split("\n    } else {\n")
         for branch in branches:
             before, after = branch.split("grid_dependency_wait(", 1)
             assert not re.search(r"\breturn;|\bstore\(|\bout\[", before), name

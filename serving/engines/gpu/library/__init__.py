@@ -1,0 +1,1 @@
+"""The encoder by library kernels: loaded without torch and without a compiler."""
