@@ -28,6 +28,7 @@ from serving.contract.gemms import StackSizes
 from serving.contract.library_kernels import (
     KINDS,
     NARROW_NORMS,
+    RUNTIME_FILE,
     SCALES,
     Choice,
     EncoderKernel,
@@ -148,6 +149,11 @@ def test_the_kernel_is_chosen_by_rows() -> None:
     found = [library().choose("wi", rows).tiling.tile_m for rows in (1, 512, 513, 10**6)]
     assert found == [128, 128, 256, 256]
     assert len(library().kernels) == 8 and library().compute_capability == "9.0"
+
+
+def test_all_files_go_where_the_encoder_goes() -> None:
+    kernels = [kernel.file for kernel in library().kernels]
+    assert all(file.startswith("encoder") for file in (*kernels, RUNTIME_FILE, NARROW_NORMS, SCALES, weight_file("wo", 11)))
 
 
 def test_a_library_travels_through_json() -> None:
