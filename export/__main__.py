@@ -15,18 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from export.build import (
-    PRECISIONS,
-    TIMING_CACHE,
-    CheckpointOptions,
-    LibraryRequest,
-    build_reader,
-    export_graphs,
-    random_checkpoint,
-    require_reader_name,
-)
+from export.build import PRECISIONS, TIMING_CACHE, CheckpointOptions, build_reader, export_graphs, random_checkpoint, require_reader_name
 from export.checkpoint.config import FIDO_PERIOD
 from export.errors import Interrupted, UsageError, user_errors
+from export.library.options import ARCHITECTURES, AUTO, LIBRARY_PRECISIONS, LibraryOptions
+from export.library.options import ENGINES as ENGINES_OF_ENCODER
 from export.tensorrt.detect import default_backend
 from serving.contract.limits import Limits
 
@@ -77,14 +70,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--gpu", action="store_true", help="graphs for the GPU: half precision, encoder and decoder step as GEMMs")
         command.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of --gpu (default: %(default)s)")
         _add_whole_encoder(command)
+        _add_library(command, ENGINES_OF_ENCODER)
 
     build = commands.add_parser("build", parents=checkpoint, help="checkpoint -> engines of one kind, by the steps onnx and engine")
     build.add_argument("engines", type=Path, help="directory to write; graphs for TensorRT are kept next to it, as NAME.graphs")
     build.add_argument("--opset", type=int, help="of the graphs")
     _add_build(build)
     _add_whole_encoder(build)
-    for command in (onnx, preset, build, readers):
-        _add_library(command, "auto" if command in (build, readers) else "none")
     _add_limits(build)
 
     engine = commands.add_parser("engine", help="graphs exported with --gpu -> TensorRT engines for this machine's GPU")
@@ -126,6 +118,21 @@ def _add_build(command: argparse.ArgumentParser) -> None:
     command.add_argument("--engine", choices=ENGINES, default="auto", help="default: the fastest that this machine has")
     command.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="on a GPU (default: %(default)s)")
     _add_tensorrt(command)
+    _add_library(command, AUTO)
+
+
+def _add_library(command: argparse.ArgumentParser, default: str) -> None:
+    choices = (ENGINES_OF_ENCODER, AUTO, *ARCHITECTURES)
+    help_ = "on a GPU: the encoder's GEMMs as library kernels for an architecture; none: by engines; auto: where they were measured to be "
+    help_ += "faster and can be compiled here (default: %(default)s)"
+    command.add_argument("--encoder-kernels", choices=choices, default=default, help=help_)
+    help_ = "of library kernels (default: %(default)s)"
+    command.add_argument("--encoder-precision", choices=LIBRARY_PRECISIONS, default=LIBRARY_PRECISIONS[0], help=help_)
+    command.add_argument("--samples", type=Path, help="questions and passages (JSON lines) that FP8's scales are measured on")
+
+
+def _library(arguments: argparse.Namespace) -> LibraryOptions:
+    return LibraryOptions(arguments.encoder_kernels, arguments.encoder_precision, arguments.samples)
 
 
 def _add_tensorrt(command: argparse.ArgumentParser) -> None:
@@ -136,20 +143,6 @@ def _add_tensorrt(command: argparse.ArgumentParser) -> None:
 def _add_whole_encoder(command: argparse.ArgumentParser) -> None:
     help_ = "on a GPU: the encoder as one graph, for Triton's TensorRT backend, instead of its GEMMs"
     command.add_argument("--whole-encoder", action="store_true", help=help_)
-
-
-def _add_library(command: argparse.ArgumentParser, default: str) -> None:
-    kernels = "on a GPU: the encoder's GEMMs as library kernels for this architecture (sm_90a, sm_100a, sm_120a), or none: engines; "
-    kernels += "auto: for this machine's GPU if they were measured to be faster there and can be compiled (default: %(default)s)"
-    command.add_argument("--encoder-kernels", default=default, metavar="ARCHITECTURE", help=kernels)
-    command.add_argument("--encoder-precision", choices=("float16", "float8"), default="float16", help="of library kernels")
-    command.add_argument("--samples", type=Path, help="questions and passages (JSON lines) that the scales of float8 are measured on")
-
-
-def _library(arguments: argparse.Namespace) -> LibraryRequest | None:
-    if arguments.encoder_kernels == "none":
-        return None
-    return LibraryRequest(arguments.encoder_kernels, arguments.encoder_precision, arguments.samples)
 
 
 def _add_repository(command: argparse.ArgumentParser) -> None:

@@ -11,10 +11,11 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from export.checkpoint.config import reader_preset
 from export.errors import UsageError
+from export.library.options import LibraryOptions
 from serving.contract.limits import Limits
 
 if TYPE_CHECKING:
@@ -45,21 +46,6 @@ class CheckpointOptions(TypedDict, total=False):
     cross_attention_bias: bool | None
 
 
-class LibraryRequest(NamedTuple):
-    """The encoder's GEMMs as library kernels instead of engines.
-
-    Attributes:
-        architecture: "sm_90a", "sm_100a" or "sm_120a"; "auto" for this machine's GPU if kernels were measured to be faster there and can be
-            compiled here, else engines.
-        precision: "float16" or "float8".
-        samples: JSON lines of questions and passages to measure the scales of float8 on; None for random tokens.
-    """
-
-    architecture: str = "auto"
-    precision: str = "float16"
-    samples: Path | None = None
-
-
 def export_graphs(
     checkpoint: Checkpoint,
     directory: Path,
@@ -68,7 +54,7 @@ def export_graphs(
     precision: str = "float16",
     opset: int | None = None,
     whole_encoder: bool = False,
-    library: LibraryRequest | None = None,
+    library: LibraryOptions | None = None,
 ) -> Manifest:
     """Write the ONNX graphs of a reader.
 
@@ -79,18 +65,16 @@ def export_graphs(
         precision: "float16" or "bfloat16"; for a GPU only.
         opset: None for the default: 18 for the CPU, 17 for a GPU, the newest that TensorRT 8.6 reads.
         whole_encoder: the encoder as one graph instead of its GEMMs; for a GPU only.
-        library: the encoder's GEMMs as library kernels; for a GPU only, and not with `whole_encoder`.
+        library: the encoder's GEMMs as library kernels instead of engines; for a GPU only.
 
     Raises:
         ExportError: if a graph differs from its specification, or the kernels do not support the reader's sizes.
         CheckpointError: if the tokenizer does not fit.
-        CompileError: if a library kernel does not compile.
     """
     if gpu:
         from export.graphs.gpu import TENSORRT_OPSET, export_gpu_reader
-        from export.library.encoder import library_options
 
-        kernels = None if whole_encoder or library is None else library_options(*library)
+        kernels = library.resolved() if library is not None and not whole_encoder else None
         return export_gpu_reader(checkpoint, directory, precision, opset or TENSORRT_OPSET, whole_encoder=whole_encoder, library=kernels)
     from export.graphs.onnx_export import OPSET, export_reader
 
@@ -107,7 +91,7 @@ def build_reader(
     precision: str = "float16",
     opset: int | None = None,
     whole_encoder: bool = False,
-    library: LibraryRequest | None = None,
+    library: LibraryOptions | None = None,
     timing_cache: Path = TIMING_CACHE,
     jobs: int = 1,
     log: Callable[[str], None] = print,
@@ -123,7 +107,7 @@ def build_reader(
         precision: on a GPU.
         opset: as in `export_graphs`.
         whole_encoder: on a GPU, the encoder as one graph, for Triton's TensorRT backend.
-        library: as in `export_graphs`.
+        library: on a GPU, the encoder's GEMMs as library kernels instead of engines.
         timing_cache: as in `build_engines`.
         jobs: processes that build TensorRT engines.
         log: called with each line of progress.

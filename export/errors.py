@@ -21,6 +21,10 @@ class ExportError(UserError, RuntimeError):
     """A reader that cannot be exported as requested, or a graph that differs from its specification."""
 
 
+class CompileError(UserError, RuntimeError):
+    """A library kernel that cannot be compiled for its architecture."""
+
+
 class PassError(UserError, RuntimeError):
     """A graph that cannot be rewritten for the older opset."""
 

@@ -91,11 +91,6 @@ def engine_sizes(config: ReaderConfig) -> EngineSizes:
     )
 
 
-def prompt_of(config: ReaderConfig) -> Prompt:
-    """The prompt of a reader."""
-    return Prompt(PROMPT_TEMPLATE, config.passage_length, config.append_eos)
-
-
 def describe_reader(
     checkpoint: Checkpoint,
     directory: Path,
@@ -120,7 +115,7 @@ def describe_reader(
         precision: of weights and activations.
         encoder: sizes of the encoder where it is split into GEMMs.
         decoder: sizes of the decoder where it is split into GEMMs.
-        encoder_library: the encoder's library kernels, where it has them instead of engines.
+        encoder_library: the encoder's GEMMs where they are library kernels.
         notes: more provenance.
     """
     config = checkpoint.reader.config
@@ -129,7 +124,7 @@ def describe_reader(
         engine=engine,
         precision=precision,
         sizes=engine_sizes(config),
-        prompt=prompt_of(config),
+        prompt=Prompt(PROMPT_TEMPLATE, config.passage_length, config.append_eos),
         pad_token_id=config.pad_token_id,
         eos_token_id=config.eos_token_id,
         decoder_start_token_id=config.decoder_start_token_id,

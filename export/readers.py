@@ -16,26 +16,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from export.build import TIMING_CACHE, CheckpointOptions, LibraryRequest, build_reader
+from export.build import TIMING_CACHE, CheckpointOptions, build_reader
+from export.library.options import LibraryOptions
 from export.tensorrt.detect import cuda_gpu
 from serving.contract.limits import Limits
 
 ROOT = Path(__file__).parents[1]
 CODE = ("export", "serving/contract")
 # Engines depend on the first three; `--engine auto` chooses by the others. Absent ones count as None.
-PACKAGES = (
-    "torch",
-    "onnx",
-    "onnxscript",
-    "tensorrt",
-    "polygraphy",
-    "cupy-cuda12x",
-    "cupy-cuda13x",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "quack-kernels",
-    "nvidia-cutlass-dsl",
-)
+PACKAGES = ("torch", "onnx", "onnxscript", "tensorrt", "polygraphy", "cupy-cuda12x", "cupy-cuda13x", "onnxruntime", "onnxruntime-gpu")
+KERNEL_PACKAGES = ("quack-kernels", "nvidia-cutlass-dsl")  # that library kernels are compiled with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +40,7 @@ class Settings:
         limits: written into the configurations; TensorRT engines are built for them.
         precision: on a GPU.
         jobs: processes that build TensorRT engines.
-        library: the encoder's GEMMs as library kernels, on a GPU.
+        library: the encoder's GEMMs on a GPU.
     """
 
     engines: Path
@@ -61,7 +51,7 @@ class Settings:
     precision: str = "float16"
     timing_cache: Path = TIMING_CACHE
     jobs: int = 1
-    library: LibraryRequest | None = LibraryRequest()
+    library: LibraryOptions = dataclasses.field(default_factory=LibraryOptions)
 
 
 def update_reader(
@@ -143,9 +133,10 @@ def _engine_inputs(checkpoint: str, settings: Settings, options: CheckpointOptio
         "engine": settings.engine,
         "precision": settings.precision,
         "native_encoder": settings.native_encoder,
-        "library": [str(value) for value in settings.library] if settings.library else None,
+        "library": [settings.library.architecture, settings.library.precision],
+        "samples": _states(_files(settings.library.samples)) if settings.library.samples else None,
         "code": _code_hash(),
-        "packages": {package: _version(package) for package in PACKAGES},
+        "packages": {package: _version(package) for package in (*PACKAGES, *KERNEL_PACKAGES)},
         "gpu": None if (gpu := cuda_gpu()) is None else dataclasses.asdict(gpu),
     }
 

@@ -36,7 +36,7 @@ class EncoderGemms:
     """The encoder of a reader, with its weights rescaled for half precision.
 
     Attributes:
-        graph: the encoder as a module, rescaled.
+        graph: the encoder, rescaled.
         stack: its sizes, for the manifest.
         arrays: file name -> array: the embedding float16[vocab_size, d_model]; the norms float32[norms, d_model] in order of use; the
             position bias float32[2 * max_distance + 1, num_heads] by key position minus query position.

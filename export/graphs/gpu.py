@@ -18,8 +18,9 @@ from onnx import helper
 from export.checkpoint.config import ReaderConfig
 from export.checkpoint.files import Checkpoint
 from export.errors import ExportError
-from export.library.encoder import LibraryOptions, sample_passages, write_encoder_library
-from export.manifest_writer import atomic_directory, describe_reader, engine_sizes, prompt_of, write_manifest
+from export.library.encoder import sample_passages, write_encoder_library
+from export.library.options import LibraryOptions
+from export.manifest_writer import atomic_directory, describe_reader, engine_sizes, write_manifest
 from serving.contract.gemms import gemm_tensors, packed_cross_kv_tensors
 from serving.contract.manifest import TOKENIZER_FILE, Manifest
 from serving.contract.tensors import GraphTensors, encoder_tensors
@@ -75,8 +76,8 @@ def export_gpu_reader(
 
     Raises:
         ExportError: if a graph differs from its specification, or the kernels do not support the reader's sizes.
-        CheckpointError: if the tokenizer has tokens without an embedding.
-        CompileError: if a library kernel does not compile. In each case `directory` stays as it was.
+        CompileError: if a library kernel does not compile.
+        CheckpointError: if the tokenizer has tokens without an embedding. In each case `directory` stays as it was.
     """
     require_fitting_tokenizer(checkpoint)
     reader = checkpoint.reader
@@ -97,9 +98,15 @@ def export_gpu_reader(
             rescale(graph, scales["encoder"])
             write("encoder", graph, encoder_tensors(sizes, "float16"))
         write("cross_kv", PackedCrossKVGraph(reader), packed_cross_kv_tensors(sizes))
-        stacks: list[EncoderGemms | DecoderGemms] = [decoder] if encoder is None or library else [encoder, decoder]
+        stacks: list[EncoderGemms | DecoderGemms] = [decoder] if encoder is None else [encoder, decoder]
+        kernels = None
+        if library is not None and encoder is not None:
+            started = time.perf_counter()
+            passages = sample_passages(checkpoint, library)
+            kernels = write_encoder_library(encoder.graph, encoder.stack, reader.config.passage_length, tmp_dir, library, passages)
+            seconds["encoder_library"] = round(time.perf_counter() - started, 2)
         for stack in stacks:
-            for gemm, weight in stack.gemms():
+            for gemm, weight in () if kernels and stack is encoder else stack.gemms():
                 tensors = gemm_tensors(stack.stack, gemm, precision)
                 _, weight_spec = tensors.inputs
                 np.save(tmp_dir / gemm.weight, _stored(weight, precision).reshape(weight_spec.shape({})), allow_pickle=False)
@@ -107,15 +114,6 @@ def export_gpu_reader(
             for file, array in stack.arrays.items():
                 np.save(tmp_dir / file, array, allow_pickle=False)
         (tmp_dir / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
-        kernels = None
-        if encoder is not None and library is not None:
-            started = time.perf_counter()
-            for file, array in encoder.arrays.items():
-                np.save(tmp_dir / file, array, allow_pickle=False)
-            prompt = prompt_of(reader.config)
-            passages = sample_passages(checkpoint, prompt, library)
-            kernels = write_encoder_library(encoder.graph, encoder.stack, prompt.passage_length, tmp_dir, library, passages)
-            seconds["encoder_library"] = round(time.perf_counter() - started, 2)
         manifest = describe_reader(
             checkpoint,
             tmp_dir,

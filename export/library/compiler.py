@@ -17,22 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from export.errors import UserError
+from export.errors import CompileError
 from serving.contract.gemms import StackSizes
 from serving.contract.library_kernels import EncoderKernel
 
+from .options import ARCHITECTURES
+
 FUNCTION = "func"  # what an object exports
 ALIGNMENT = 16  # bytes, of every array's start and row
-# Architectures that QuACK 0.6.5 has a GEMM for (its sm_80 raises NotImplementedError): CuTe DSL's name -> (QuACK's, precisions).
-ARCHITECTURES = {
-    "sm_90a": ("90", ("float16", "bfloat16", "float8")),
-    "sm_100a": ("100", ("float16", "bfloat16", "float8")),
-    "sm_120a": ("120", ("float16", "bfloat16", "float8")),
-}
-
-
-class CompileError(UserError, RuntimeError):
-    """A kernel that the library does not compile for the architecture."""
 
 
 def compile_all(stack: StackSizes, kernels: Sequence[EncoderKernel], architecture: str, directory: Path) -> dict[str, str]:

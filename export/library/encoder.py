@@ -10,7 +10,6 @@ are as in half precision.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import shutil
@@ -23,8 +22,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from export.checkpoint.files import Checkpoint
+from export.errors import CompileError
 from export.graphs.cpu import EncoderGraph, EncoderGraphLayer
-from export.tensorrt.detect import cuda_gpu
+from export.manifest_writer import PROMPT_TEMPLATE
 from serving.contract.gemms import StackSizes
 from serving.contract.library_kernels import (
     FP8_LARGEST,
@@ -42,9 +42,9 @@ from serving.contract.library_kernels import (
     narrow_order,
     weight_file,
 )
-from serving.contract.manifest import Prompt
 
-from .compiler import ARCHITECTURES, CompileError, compile_all
+from .compiler import compile_all
+from .options import ARCHITECTURES, LibraryOptions
 from .tilings import usual_tilings
 
 # Of e4m3 that other inputs than the sample may need: its precision is the same everywhere but near zero, so that room costs nothing.
@@ -171,53 +171,24 @@ def untuned_choices(precision: str, attended: str, architecture: str) -> tuple[C
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class LibraryOptions:
-    """What to make.
-
-    Attributes:
-        architecture: one of `ARCHITECTURES`.
-        precision: of the GEMMs, "float16" or "float8".
-        samples: questions and passages, a line of JSON each, that FP8's scales are measured on; None = random tokens.
-    """
-
-    architecture: str
-    precision: str = "float16"
-    samples: Path | None = None
-
-
-def fitting_architecture() -> str:
-    """For this machine's GPU where library kernels were measured to be faster than engines and can be compiled; else "none"."""
-    if importlib.util.find_spec("quack") is None:
-        return "none"
-    gpu = cuda_gpu()
-    return HOPPER if gpu is not None and gpu.compute_capability == "9.0" else "none"
-
-
-def library_options(architecture: str, precision: str, samples: Path | None) -> LibraryOptions | None:
-    """Options for an architecture; with "auto" for this machine's, and None where engines serve better."""
-    architecture = fitting_architecture() if architecture == "auto" else architecture
-    return None if architecture == "none" else LibraryOptions(architecture, precision, samples)
-
-
-def sample_passages(checkpoint: Checkpoint, prompt: Prompt, options: LibraryOptions) -> list[Tensor]:
+def sample_passages(checkpoint: Checkpoint, options: LibraryOptions) -> list[Tensor]:
     """int64[tokens] each; none where nothing is measured."""
     if options.precision != "float8":
         return []
+    config = checkpoint.reader.config
     if options.samples is None:
         generator = torch.Generator().manual_seed(0)
-        shape = (SAMPLE_PASSAGES, prompt.passage_length)
-        return list(torch.randint(0, checkpoint.reader.config.vocab_size, shape, generator=generator))
+        return list(torch.randint(0, config.vocab_size, (SAMPLE_PASSAGES, config.passage_length), generator=generator))
     tokenizer = Tokenizer.from_str(checkpoint.tokenizer_json)
-    end = [checkpoint.reader.config.eos_token_id] if prompt.append_eos else []
+    end = [config.eos_token_id] if config.append_eos else []
     found: list[Tensor] = []
     with options.samples.open(encoding="utf-8") as lines:
         for line in lines:
             example = json.loads(line)
             for passage in example["ctxs"]:
                 fields = {"question": example["question"], "title": passage.get("title") or "", "context": passage["text"]}
-                ids = tokenizer.encode(prompt.template.format(**fields), add_special_tokens=False).ids
-                found.append(torch.tensor(ids[: prompt.passage_length - len(end)] + end))
+                ids = tokenizer.encode(PROMPT_TEMPLATE.format(**fields), add_special_tokens=False).ids
+                found.append(torch.tensor(ids[: config.passage_length - len(end)] + end))
             if len(found) >= SAMPLE_PASSAGES:
                 return found[:SAMPLE_PASSAGES]
     return found

@@ -26,7 +26,7 @@ HOPPER = "sm_90a"
 # What Hopper's attention kernel is made for (serving/engines/gpu/hopper_attention.py); it alone writes e4m3.
 HOPPER_ATTENTION_D_KV, HOPPER_ATTENTION_TOKENS = 64, 256
 MOST_SUMS = 8  # column tiles of the stream: sums of squares a row
-RUNTIME_FILE = "libcute_dsl_runtime.so"  # of CuTe DSL, which the kernels call
+RUNTIME_FILE = "encoder.libcute_dsl_runtime.so"  # CuTe DSL's, which the kernels call; by its name it goes where the encoder goes
 # Arrays beside the weights: float32[2 * num_layers, d_model], factors of the stream's columns before qkv and wi of each layer; and
 # float32[num_layers, 4, 2], alpha and beta of each GEMM. FP8 only.
 NARROW_NORMS, SCALES = "encoder_narrow_norms.npy", "encoder_scales.npy"

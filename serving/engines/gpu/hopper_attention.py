@@ -11,9 +11,9 @@ from .tensor_map import rows_behind, tensor_map
 
 LONGEST, D_KV, TILE = 256, 64, 64  # what the kernel is made for, and queries or keys that it copies and computes at once
 CAPABILITY, ARCHITECTURE = "90", "sm_90a"  # its instructions exist on no other cards, newer ones included
-THREADS = 4 * 32 + 3 * 128  # four warps that copy, three warpgroups that compute
-STAGE_BYTES, BIAS_BYTES, BARRIER_BYTES = 3 * LONGEST * D_KV * 2, 1048 * 4, 80
-SHARED_BYTES = 2 * STAGE_BYTES + BIAS_BYTES + BARRIER_BYTES
+THREADS = 4 * 128 + 4 * 32  # four warpgroups that attend, four warps two of which copy
+STAGE_BYTES, ONES_BYTES, BIAS_BYTES, BARRIER_BYTES = 3 * LONGEST * D_KV * 2, 16 * D_KV * 2, 1048 * 4, 48
+SHARED_BYTES = 2 * STAGE_BYTES + ONES_BYTES + BIAS_BYTES + BARRIER_BYTES
 ALIGNMENT = 1024  # of what the tensor cores read; shared memory starts anywhere
 
 

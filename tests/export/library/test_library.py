@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from export.errors import CompileError
 from export.graphs.cpu import EncoderGraph
 from export.graphs.fp16_scaling import Scales, rescale
 from export.graphs.gemms import stack_sizes
-from export.library.compiler import ARCHITECTURES, CompileError, compile_all
+from export.library.compiler import compile_all
 from export.library.encoder import (
-    LibraryOptions,
     _ordered,
     half_weights,
     measured_amax,
@@ -23,10 +23,12 @@ from export.library.encoder import (
     untuned_choices,
     write_encoder_library,
 )
+from export.library.options import ARCHITECTURES, LibraryOptions
 from serving.contract.gemms import StackSizes
 from serving.contract.library_kernels import (
     KINDS,
     NARROW_NORMS,
+    RUNTIME_FILE,
     SCALES,
     Choice,
     EncoderKernel,
@@ -133,7 +135,7 @@ def test_amax_is_of_what_the_gemms_read(encoder: tuple[EncoderGraph, StackSizes]
     graph, stack = encoder
     amax = measured_amax(graph, passages())
     assert amax.shape == (stack.num_layers, len(KINDS)) and (amax > 0).all()
-    first = torch.cat([graph.embedding[ids] for ids in passages()]) * graph.layers[0].self_attention_norm.weight  # type: ignore[union-attr, operator]
+    first = torch.cat([graph.embedding[ids] for ids in passages()]) * graph.layers[0].self_attention_norm.weight  # type: ignore[union-attr]
     assert amax[0, 0] == pytest.approx(float(first.abs().max()))
 
 
@@ -147,6 +149,11 @@ def test_the_kernel_is_chosen_by_rows() -> None:
     found = [library().choose("wi", rows).tiling.tile_m for rows in (1, 512, 513, 10**6)]
     assert found == [128, 128, 256, 256]
     assert len(library().kernels) == 8 and library().compute_capability == "9.0"
+
+
+def test_all_files_go_where_the_encoder_goes() -> None:
+    kernels = [kernel.file for kernel in library().kernels]
+    assert all(file.startswith("encoder") for file in (*kernels, RUNTIME_FILE, NARROW_NORMS, SCALES, weight_file("wo", 11)))
 
 
 def test_a_library_travels_through_json() -> None:

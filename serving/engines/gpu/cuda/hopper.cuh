@@ -44,28 +44,25 @@ __device__ void copy_box(unsigned to, const void* map, int column, int row, unsi
 template <int count> __device__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count)); }
 template <int count> __device__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count)); }
 
-// A matrix of rows of 128 bytes, whose eight 16-byte pieces lie at piece ^ (row % 8), from an address that 1,024 divides.
-__device__ unsigned long long swizzled_matrix(unsigned address) {
-    constexpr unsigned long long SWIZZLE_128 = 1ull << 62, EIGHT_ROWS = 1024ull / 16 << 32, UNUSED = 1ull << 16;
-    return SWIZZLE_128 | EIGHT_ROWS | UNUSED | (address & 0x3ffff) >> 4;
+// A matrix of rows of 128 bytes, whose eight 16-byte pieces lie at piece ^ (row % 8), from an address that 1,024 divides. If it has more
+// than 64 columns, those beyond lie `apart` bytes further.
+__device__ unsigned long long swizzled_matrix(unsigned address, unsigned apart = 16) {
+    constexpr unsigned long long SWIZZLE_128 = 1ull << 62, EIGHT_ROWS = 1024ull / 16 << 32;
+    return SWIZZLE_128 | EIGHT_ROWS | static_cast<unsigned long long>(apart / 16) << 16 | (address & 0x3ffff) / 16;
 }
 
 // Sums of 64 rows by 64 columns: a warp of the warpgroup holds 16 rows, and a thread of it [column / 8] of what tensor_cores.cuh describes.
 typedef float Sums[32];
+typedef float SumsAndTotal[36];  // eight columns more, equal to each other
 
 __device__ void begin_wgmma() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ void commit_wgmma() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Keeps the compiler from reading sums any earlier.
-__device__ void keep(Sums& sums) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) asm volatile("" : "+f"(sums[i])::"memory");
-}
-
 // Until all but the last `left` groups are done; `sums` are those that may be read then.
-template <int left> __device__ void wait_for_wgmma(Sums& sums) {
+template <int left, int count> __device__ void wait_for_wgmma(float (&sums)[count]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory");
-    keep(sums);
+#pragma unroll
+    for (int i = 0; i < count; ++i) asm volatile("" : "+f"(sums[i])::"memory");  // keeps the compiler from reading them any earlier
 }
 
 // Four tiles of 8 by 8 halves, as `multiply_by_shared` wants them and as sums are packed; each thread names one row of 16 bytes.
@@ -92,6 +89,12 @@ __device__ uint4 load_shared(unsigned address) {
                  : "memory");
     return bits;
 }
+__device__ void load_pair(float& a, float& b, unsigned address) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(a), "=f"(b) : "r"(address) : "memory");
+}
+__device__ void store_shared(unsigned address, unsigned short bits) {
+    asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(bits) : "memory");
+}
 
 #if BF16
 #define WGMMA_TYPES "bf16.bf16"
@@ -100,20 +103,30 @@ __device__ uint4 load_shared(unsigned address) {
 #endif
 #define SUMS_4(at) "+f"(sums[at]), "+f"(sums[at + 1]), "+f"(sums[at + 2]), "+f"(sums[at + 3])
 
-// sums = a * b (+ sums if `adds`), for 64 rows, 16 terms and 64 columns. `a` as for `multiply`; b's 64 columns are rows of its matrix, or,
-// if transposed, its 16 terms are.
-template <int transposed> __device__ void multiply_by_shared(Sums& sums, const unsigned (&a)[4], unsigned long long b, bool adds) {
+// sums += a * b, for 64 rows, 16 terms and 64 columns, which are rows of b's matrix. `a` as for `multiply`.
+__device__ void multiply_by_shared(Sums& sums, const unsigned (&a)[4], unsigned long long b) {
     asm volatile(
-        "{\n"
-        ".reg .pred adds;\n"
-        "setp.ne.b32 adds, %37, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32." WGMMA_TYPES
         " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
         " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31},"
-        " {%32, %33, %34, %35}, %36, adds, 1, 1, %38;\n"
-        "}"
+        " {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
         : SUMS_4(0), SUMS_4(4), SUMS_4(8), SUMS_4(12), SUMS_4(16), SUMS_4(20), SUMS_4(24), SUMS_4(28)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)), "n"(transposed));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// sums = a * b (+ sums if `adds`), for 64 rows, 16 terms, which are rows of b's matrix, and 72 columns.
+__device__ void multiply_by_values(SumsAndTotal& sums, const unsigned (&a)[4], unsigned long long b, bool adds) {
+    asm volatile(
+        "{\n"
+        ".reg .pred adds;\n"
+        "setp.ne.b32 adds, %41, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n72k16.f32." WGMMA_TYPES
+        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17,"
+        " %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35},"
+        " {%36, %37, %38, %39}, %40, adds, 1, 1, 1;\n"
+        "}"
+        : SUMS_4(0), SUMS_4(4), SUMS_4(8), SUMS_4(12), SUMS_4(16), SUMS_4(20), SUMS_4(24), SUMS_4(28), SUMS_4(32)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)));
 }
 
 #if BF16
