@@ -135,7 +135,7 @@ def test_amax_is_of_what_the_gemms_read(encoder: tuple[EncoderGraph, StackSizes]
     graph, stack = encoder
     amax = measured_amax(graph, passages())
     assert amax.shape == (stack.num_layers, len(KINDS)) and (amax > 0).all()
-    first = torch.cat([graph.embedding[ids] for ids in passages()]) * graph.layers[0].self_attention_norm.weight  # type: ignore[union-attr]
+    first = torch.cat([graph.embedding[ids] for ids in passages()]) * graph.layers[0].self_attention_norm.weight  # type: ignore[union-attr, operator]
     assert amax[0, 0] == pytest.approx(float(first.abs().max()))
 
 
