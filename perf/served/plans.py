@@ -70,6 +70,11 @@ def gpu_plan(passage_length: int) -> tuple[Series, ...]:
     )
 
 
+def paper_plan(passage_length: int) -> tuple[Series, ...]:
+    """The paper's workload alone, for a base-size reader on a GPU: one question at a time, and a full server."""
+    return (Series("paper", _synthetic(40, exactly(passage_length), 32), (1, 64, 128), requests=384, alone=30),)
+
+
 def smoke_plan(passage_length: int) -> tuple[Series, ...]:
     """Every kind of point once, as small as possible, for the tests."""
     full = exactly(passage_length)
@@ -77,4 +82,4 @@ def smoke_plan(passage_length: int) -> tuple[Series, ...]:
 
 
 # "card" is the former name of "gpu", kept for one release
-PLANS = {"cpu": cpu_plan, "gpu": gpu_plan, "card": gpu_plan, "smoke": smoke_plan}
+PLANS = {"cpu": cpu_plan, "gpu": gpu_plan, "card": gpu_plan, "paper": paper_plan, "smoke": smoke_plan}
