@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from export.build import TIMING_CACHE, CheckpointOptions, build_reader
-from export.library.options import LibraryOptions
+from export.library.options import AUTO, LibraryOptions
 from export.tensorrt.detect import cuda_gpu
 from serving.contract.limits import Limits
 
@@ -51,7 +51,7 @@ class Settings:
     precision: str = "float16"
     timing_cache: Path = TIMING_CACHE
     jobs: int = 1
-    library: LibraryOptions = dataclasses.field(default_factory=LibraryOptions)
+    library: LibraryOptions = dataclasses.field(default_factory=lambda: LibraryOptions(AUTO))  # as on the command line
 
 
 def update_reader(
