@@ -54,7 +54,7 @@ def known_readers(endpoint: Endpoint) -> str | None:
         names = reader_names(endpoint)
     except grpc.RpcError:
         return None
-    return f"the server has {', '.join(names)}" if names else "the server has no readers"
+    return f"the server has the readers {', '.join(names)}" if names else "the server has no readers"
 
 
 def _is_connection_failure(status: str | None, message: str) -> bool:
