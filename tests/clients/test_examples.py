@@ -1,3 +1,4 @@
+import gzip
 import json
 import pathlib
 from typing import Any
@@ -122,3 +123,41 @@ def test_counts_below_one_and_missing_files_are_refused_at_the_call(tmp_path: pa
         read_examples(tmp_path / "x.jsonl", limit=0)
     with pytest.raises(FileNotFoundError):
         list(read_examples(tmp_path / "x.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("one.json", json.dumps(FIRST, indent=2)),
+        ("one.jsonl", json.dumps(FIRST)),
+        ("list.jsonl", json.dumps([FIRST])),
+        ("lines.json", json.dumps(FIRST) + "\r\n"),
+        ("comma.json", json.dumps([FIRST])[:-1] + ", ]"),
+        ("commas.jsonl", json.dumps(FIRST) + ",\n"),
+    ],
+)
+def test_content_decides_how_a_file_is_read_and_not_its_name(tmp_path: pathlib.Path, name: str, text: str) -> None:
+    contexts = (Context("a", "A"), Context("b", "B"), Context("c"))
+    assert list(read_examples(_written(tmp_path / name, text))) == [Example("q1", "who?", ("me", "I"), contexts, "me")]
+
+
+def test_gzip_is_read_whatever_its_name(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress((json.dumps(FIRST) + "\n").encode()))
+    assert [example.question for example in read_examples(path)] == ["who?"]
+
+
+def test_names_of_other_tools_are_accepted(tmp_path: pathlib.Path) -> None:
+    elements = [
+        {"question": "q", "answer": "x", "passages": ["a"]},
+        {"question": "q", "answer": ["x", "y"], "contexts": [{"contents": "a", "title": "A"}]},
+    ]
+    first, second = read_examples(_jsonl(tmp_path / "data.jsonl", *elements))
+    assert (first.answers, first.contexts) == (("x",), (Context("a"),))
+    assert (second.answers, second.contexts) == (("x", "y"), (Context("a", "A"),))
+
+
+@pytest.mark.parametrize("end", ["[]", "and more", '{"question": "q", "ctxs": []}'])
+def test_text_after_the_list_is_refused_and_not_dropped(tmp_path: pathlib.Path, end: str) -> None:
+    path = _written(tmp_path / "data.json", f"[{json.dumps(FIRST)}]\n\n{end}\n")
+    assert _fault(path) == f"{path}:3: wanted nothing after the list's end, got {end[:20]!r}; accepted: {ACCEPTED}"

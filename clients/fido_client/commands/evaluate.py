@@ -32,21 +32,21 @@ def evaluate_readers(args: argparse.Namespace) -> int:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated or not names:
         raise UsageError(f"--model: wanted the names of different readers, got {', '.join(repeated) + ' twice' if repeated else 'none'}")
-    with contextlib.ExitStack() as resources:
-        with usage_errors():
-            examples = list(read_examples(args.data, n_context=args.max_passages, limit=args.limit))
-            if not examples:
-                raise UsageError(f"{args.data}: wanted at least one example, got none")
-            clients = [resources.enter_context(client_of(args, name)) for name in names]
-        try:
+    try:
+        with contextlib.ExitStack() as resources:
+            with usage_errors():
+                examples = list(read_examples(args.data, n_context=args.max_passages, limit=args.limit))
+                if not examples:
+                    raise UsageError(f"{args.data}: wanted at least one example, got none")
+                clients = [resources.enter_context(client_of(args, name)) for name in names]
             for client in clients:
                 _check(client, examples, args)
             with usage_errors():
                 write_line = resources.enter_context(_predictions_file(args.predictions))
             runs = [_run(client, examples, args, write_line, len(clients) > 1) for client in clients]
-        except ReaderError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return EXIT_ALL_FAILED
+    except ReaderError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_ALL_FAILED
     evaluations = [evaluation for evaluation, _ in runs]
     pairs = [
         _Pair(one.model, two.model, *agreement(predictions, others))

@@ -1,3 +1,0 @@
-"""Alias of fido_client.data.passages, for one release."""
-
-from fido_client.data.passages import *  # noqa: F403
