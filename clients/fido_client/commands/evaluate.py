@@ -39,8 +39,7 @@ def evaluate_readers(args: argparse.Namespace) -> int:
                 if not examples:
                     raise UsageError(f"{args.data}: wanted at least one example, got none")
                 clients = [resources.enter_context(client_of(args, name)) for name in names]
-            for client in clients:
-                _check(client, examples, args)
+            _check(clients, examples, args)
             with usage_errors():
                 write_line = resources.enter_context(_predictions_file(args.predictions))
             runs = [_run(client, examples, args, write_line, len(clients) > 1) for client in clients]
@@ -78,17 +77,20 @@ class _Pair:
         return f"{' and '.join(self.names)}: {share}"
 
 
-def _check(client: ReaderClient, examples: Sequence[Example], args: argparse.Namespace) -> None:
-    """Refuse what would fail for every question, or for many; warn of questions that will fail."""
-    try:
-        model = client.served_model()
-    except ReaderError as error:
-        if error.status == "UNIMPLEMENTED":
-            return  # a server or a proxy that serves questions alone: its limits are unknown
-        raise
-    check_reader(model, client.endpoint)
-    for warning in check_limits(model, examples, data=args.data, max_new_tokens=args.max_new_tokens):
-        print(f"warning: {warning}", file=sys.stderr)
+def _check(clients: Sequence[ReaderClient], examples: Sequence[Example], args: argparse.Namespace) -> None:
+    """Refuse names of no reader, then data that a reader would refuse; warn of questions that will fail."""
+    models = []
+    for client in clients:
+        try:
+            models.append(client.served_model())
+        except ReaderError as error:
+            if error.status != "UNIMPLEMENTED":  # a server or a proxy that serves questions alone: its limits are unknown
+                raise
+        else:
+            check_reader(models[-1], client.endpoint)
+    for model in models:
+        for warning in check_limits(model, examples, data=args.data, max_new_tokens=args.max_new_tokens):
+            print(f"warning: {warning}", file=sys.stderr)
 
 
 def _run(

@@ -20,7 +20,6 @@ from .evaluate import evaluate_readers
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's log repeats each failed connection, which the error explains
     try:
         code = _run(argv)
         sys.stdout.flush()
