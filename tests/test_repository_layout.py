@@ -45,7 +45,7 @@ def test_every_import_contract_notices_an_import_that_it_forbids(tmp_path):
         "serving/contract/limits.py": "import serving.engines.base",
         "serving/pipeline/request.py": "import serving.launcher.server",
         "perf/bounds/statistics.py": "import triton_python_backend_utils",
-        "clients/metrics.py": "import serving.contract.manifest",
+        "clients/fido_client/metrics.py": "import serving.contract.manifest",
         "export/checkpoint/config.py": "import serving.pipeline.prompt",
         "training/fit/schedule.py": "import perf.bounds.cost",
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from clients.reader_client import AsyncReaderClient, ReaderClient, StreamedAnswer, StreamPiece
+from fido_client.reader_client import AsyncReaderClient, ReaderClient, StreamedAnswer, StreamPiece
 from tests.clients.scripted_server import ScriptedServer
 
 

@@ -43,9 +43,10 @@ Script = Callable[[Received, grpc.ServicerContext], Any]
 
 
 class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):
-    def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
+    def __init__(self, credentials: grpc.ServerCredentials | None = None, port: int = 0) -> None:
         self.on_infer: Script = lambda received, context: WHOLE
         self.on_stream: Script = lambda received, context: iter([{"answer": "Pa"}, {"answer": "ris"}, WHOLE | {"answer": ""}])
+        self.models: dict[str, dict[str, int]] | None = None  # readers and their limits; None: the server does not say
         self.received: list[Received] = []
         self.cancelled = threading.Semaphore(0)
         self.streams_read_out = threading.Semaphore(0)
@@ -57,7 +58,7 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         self._server = grpc.server(ThreadPoolExecutor(32), options=options)
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
         if credentials is None:
-            self.port = self._server.add_insecure_port("127.0.0.1:0")
+            self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
         else:
             self.port = self._server.add_secure_port("127.0.0.1:0", credentials)
         self._server.start()
@@ -67,7 +68,7 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         return f"127.0.0.1:{self.port}"
 
     def stop(self) -> None:
-        self._server.stop(None)
+        self._server.stop(None).wait()
 
     def wait_until_cancelled(self, context: grpc.ServicerContext) -> Outputs:
         """For scripts: never answers, and notes that the client gave the request up."""
@@ -78,6 +79,27 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelReady(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         return service_pb2.ModelReadyResponse(ready=request.name == "fido")
+
+    def RepositoryIndex(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        names = [name + end for name in self.models or {} for end in ("", "_encoder", "_stream")]
+        return service_pb2.RepositoryIndexResponse(
+            models=[service_pb2.RepositoryIndexResponse.ModelIndex(name=name, state="READY") for name in names]
+        )
+
+    def ModelConfig(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        if self.models is None:
+            context.abort(grpc.StatusCode.UNIMPLEMENTED, "not here")
+        reader = next((name for name in self.models or {} if request.name in (name, f"{name}_stream", f"{name}_encoder")), None)
+        if reader is None:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.name}' is not found")
+        response = service_pb2.ModelConfigResponse()
+        inputs = ("input_ids",) if request.name.endswith("_encoder") else ("question", "passages")
+        for name in inputs:
+            response.config.input.add(name=name)
+        response.config.model_transaction_policy.decoupled = request.name.endswith("_stream")
+        for name, limit in (self.models or {})[str(reader)].items():
+            response.config.parameters[name].string_value = str(limit)
+        return response
 
     def ModelInfer(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         received = self._receive(request, context)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from clients.reader_client import Answer, AsyncReaderClient, ReaderClient, ReaderError, ReaderRequest, ReaderTimeout, RequestRefused
+from fido_client.reader_client import Answer, AsyncReaderClient, ReaderClient, ReaderError, ReaderRequest, ReaderTimeout, RequestRefused
 from tests.clients.scripted_server import WHOLE, Refusal, ScriptedServer
 
 

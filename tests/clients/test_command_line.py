@@ -1,4 +1,4 @@
-"""`python -m clients`: what it prints, what it writes and how it exits."""
+"""The command fido-client: what it prints, what it writes and how it exits."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import pytest
 
-from clients.__main__ import main
+from fido_client.__main__ import main
 from tests.clients.scripted_server import WHOLE, Refusal, ScriptedServer
 
 
@@ -118,10 +118,10 @@ def test_ask_stream_shows_a_piece_before_the_next_is_there(server: ScriptedServe
         yield WHOLE | {"answer": ""}
 
     server.on_stream = script
-    command = [sys.executable, "-m", "clients", "ask", "--url", server.url, "--question", "q", "--stream"]
+    command = [sys.executable, "-m", "fido_client", "ask", "--url", server.url, "--question", "q", "--stream"]
     command += ["--passages", _passages(tmp_path, "p", "x")]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=pathlib.Path(__file__).parents[2], env=environment) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=pathlib.Path(__file__).parents[2] / "clients", env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.read(2) == b"Pa"
         shown.set()
@@ -143,8 +143,12 @@ def test_ask_that_fails_says_why_and_exits_3(server: ScriptedServer, tmp_path: p
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.json", '["a",\n]', r"p\.json:2:1: not JSON"),
-        ("p.json", '{"text": "a"}', r'p\.json: wanted a list of strings or \{"title", "text"\}, got a JSON dict'),
+        ("p.json", '["a",\n}', r"p\.json:2:1: not JSON"),
+        (
+            "p.json",
+            '{"body": "a"}',
+            r'p\.json:1: wanted a passage, got the keys body; accepted: a JSON list, .* strings or \{"title", "text"\}',
+        ),
         ("p.jsonl", '"a"\n\n{"text"}\n', r"p\.jsonl:3:8: not JSON"),
         ("p.txt", "\n \n", r"p\.txt: wanted at least one passage, got none"),
     ],
@@ -179,7 +183,7 @@ def test_evaluate_scores_with_fids_exact_match_and_prints_the_json_last(server: 
     assert main(["evaluate", str(data), "--url", server.url, "--concurrency", "3", "--json"]) == 0
     captured = capsys.readouterr()
     printed = json.loads(captured.out.splitlines()[-1])
-    assert list(printed) == ["model", "questions", "em", "questions_per_s", "p50_ms", "p99_ms", "failed"]
+    assert list(printed) == ["model", "questions", "em", "f1", "questions_per_s", "p50_ms", "p99_ms", "failed"]
     assert (printed["model"], printed["questions"], printed["em"], printed["failed"]) == ("fido", 10, 70.0, 0)
     assert 0 < printed["p50_ms"] <= printed["p99_ms"]
     assert printed["questions_per_s"] > 0
@@ -230,13 +234,19 @@ def test_evaluate_writes_predictions_in_order_with_failures_in_their_place(
     assert not out.with_name("out.jsonl.partial").exists()
 
 
-def test_evaluate_where_all_fail_exits_3_with_no_times(data: pathlib.Path, capsys: Any) -> None:
-    assert main(["evaluate", str(data), "--url", "127.0.0.1:9", "--json"]) == 3
+def test_evaluate_where_all_fail_exits_3_without_scores_or_times(server: ScriptedServer, data: pathlib.Path, capsys: Any) -> None:
+    def refuse(received: Any, context: Any) -> Any:
+        raise Refusal("out of slots", grpc.StatusCode.INTERNAL)
+
+    server.on_infer = refuse
+    assert main(["evaluate", str(data), "--url", server.url, "--json"]) == 3
     captured = capsys.readouterr()
     printed = json.loads(captured.out.splitlines()[-1])
-    assert printed == {"model": "fido", "questions": 10, "em": 0.0, "questions_per_s": None, "p50_ms": None, "p99_ms": None, "failed": 10}
-    assert captured.err.count("is not available") == 5
-    assert "... and 5 more failed" in captured.err
+    unknown = dict.fromkeys(["em", "f1", "questions_per_s", "p50_ms", "p99_ms"])
+    assert printed == {"model": "fido", "questions": 10, "failed": 10} | unknown
+    assert "exact match  unknown: no question was answered" in captured.out
+    assert captured.err.count("out of slots") == 5
+    assert "and 5 more failed" in captured.err
 
 
 def test_warmup_is_over_before_the_clock_starts_but_is_scored(server: ScriptedServer, data: pathlib.Path, capsys: Any) -> None:

@@ -1,10 +1,11 @@
+import gzip
 import json
 import pathlib
 from typing import Any
 
 import pytest
 
-from clients.examples import Context, Example, ExampleError, read_examples
+from fido_client.data.examples import ACCEPTED, Context, Example, ExampleError, read_examples
 
 CTXS = [{"id": "1", "title": "A", "text": "a"}, {"title": "B", "text": "b"}, {"text": "c"}]
 FIRST = {"id": "q1", "question": "who?", "target": "me", "answers": ["me", "I"], "ctxs": CTXS}
@@ -71,13 +72,14 @@ def test_empty_files_hold_no_examples(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        ([], "wanted an object with question, answers and ctxs, got a list"),
+        ([], f"wanted an object with question, answers and ctxs, got a list; accepted: {ACCEPTED}"),
+        ({"text": "p"}, f"wanted question, answers and ctxs, got the keys text; accepted: {ACCEPTED}"),
         ({**FIRST, "question": None}, "question: wanted a string, got nothing"),
         ({**FIRST, "answers": "me"}, "answers: wanted a list of strings"),
         ({**FIRST, "answers": ["me", 3]}, "answers: wanted a list of strings"),
         ({**FIRST, "target": 3}, "target: wanted a string, got a number"),
         ({"question": "q"}, "ctxs: wanted a list of passages, got nothing"),
-        ({**FIRST, "ctxs": ["a"]}, "ctxs[0]: wanted an object with title and text, got a string"),
+        ({**FIRST, "ctxs": [["a"]]}, "ctxs[0]: wanted a string or an object with title and text, got a list"),
         ({**FIRST, "ctxs": [*CTXS, {"title": "D"}]}, "ctxs[3].text: wanted a string, got nothing"),
         ({**FIRST, "ctxs": [{"text": "a", "title": 1}]}, "ctxs[0].title: wanted a string, got a number"),
         ({**FIRST, "ctxs": [{"text": "a", "score": "high"}]}, "ctxs[0].score: wanted a number, got 'high'"),
@@ -91,23 +93,20 @@ def test_fault_names_file_line_and_field(tmp_path: pathlib.Path, example: Any, m
     assert _fault(pretty) == f"{tmp_path}/data.json:{line}: {message}"
 
 
-def test_broken_json_is_named_with_line_and_column(tmp_path: pathlib.Path) -> None:
-    assert _fault(_written(tmp_path / "a.jsonl", '{"question": 1}'[:-1])).startswith(
-        f"{tmp_path}/a.jsonl:1:15: wanted one JSON object a line"
-    )
-    assert _fault(_written(tmp_path / "b.json", '[\n{"question": "q", "ctxs": []},\n{]')).startswith(f"{tmp_path}/b.json:3:2: not JSON")
-    assert (
-        _fault(_written(tmp_path / "c.json", '[\n{"question": "q", "ctxs": []}\n{'))
-        == f"{tmp_path}/c.json:3: wanted a comma or the list's end, got '{{'"
-    )
-    assert (
-        _fault(_written(tmp_path / "d.json", '[{"question": "q", "ctxs": []}'))
-        == f"{tmp_path}/d.json:1: wanted a comma or the list's end, got ''"
-    )
-    assert (
-        _fault(_written(tmp_path / "e.json", "\n{}"))
-        == f"{tmp_path}/e.json:2: wanted a JSON list of examples; one a line belongs into a .jsonl file"
-    )
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"question": 1', "1:15: not JSON"),
+        ("b.json", '[\n{"question": "q", "ctxs": []},\n{]', "3:2: not JSON"),
+        ("c.json", '[\n{"question": "q", "ctxs": []}\n{', "3: wanted a comma or the list's end, got '{'"),
+        ("d.json", '[{"question": "q", "ctxs": []}', "1: wanted a comma or the list's end, got the file's end"),
+        ("e.jsonl", '{"question": "q", "ctxs": []}\n{"question": "q", "ctxs": []} {}', "2:31: not JSON"),
+        ("f.json", "[" * 100_000, "1: not JSON that can be read: nested too deeply"),
+        ("g.json", "[" + "9" * 5000 + "]", "1: not JSON that can be read: Exceeds the limit"),
+    ],
+)
+def test_broken_json_is_named_with_its_place(tmp_path: pathlib.Path, name: str, text: str, message: str) -> None:
+    assert _fault(_written(tmp_path / name, text)).startswith(f"{tmp_path}/{name}:{message}")
 
 
 def test_bytes_that_are_not_utf8_are_named_with_their_line(tmp_path: pathlib.Path) -> None:
@@ -124,3 +123,41 @@ def test_counts_below_one_and_missing_files_are_refused_at_the_call(tmp_path: pa
         read_examples(tmp_path / "x.jsonl", limit=0)
     with pytest.raises(FileNotFoundError):
         list(read_examples(tmp_path / "x.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("one.json", json.dumps(FIRST, indent=2)),
+        ("one.jsonl", json.dumps(FIRST)),
+        ("list.jsonl", json.dumps([FIRST])),
+        ("lines.json", json.dumps(FIRST) + "\r\n"),
+        ("comma.json", json.dumps([FIRST])[:-1] + ", ]"),
+        ("commas.jsonl", json.dumps(FIRST) + ",\n"),
+    ],
+)
+def test_content_decides_how_a_file_is_read_and_not_its_name(tmp_path: pathlib.Path, name: str, text: str) -> None:
+    contexts = (Context("a", "A"), Context("b", "B"), Context("c"))
+    assert list(read_examples(_written(tmp_path / name, text))) == [Example("q1", "who?", ("me", "I"), contexts, "me")]
+
+
+def test_gzip_is_read_whatever_its_name(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress((json.dumps(FIRST) + "\n").encode()))
+    assert [example.question for example in read_examples(path)] == ["who?"]
+
+
+def test_names_of_other_tools_are_accepted(tmp_path: pathlib.Path) -> None:
+    elements = [
+        {"question": "q", "answer": "x", "passages": ["a"]},
+        {"question": "q", "answer": ["x", "y"], "contexts": [{"contents": "a", "title": "A"}]},
+    ]
+    first, second = read_examples(_jsonl(tmp_path / "data.jsonl", *elements))
+    assert (first.answers, first.contexts) == (("x",), (Context("a"),))
+    assert (second.answers, second.contexts) == (("x", "y"), (Context("a", "A"),))
+
+
+@pytest.mark.parametrize("end", ["[]", "and more", '{"question": "q", "ctxs": []}'])
+def test_text_after_the_list_is_refused_and_not_dropped(tmp_path: pathlib.Path, end: str) -> None:
+    path = _written(tmp_path / "data.json", f"[{json.dumps(FIRST)}]\n\n{end}\n")
+    assert _fault(path) == f"{path}:3: wanted nothing after the list's end, got {end[:20]!r}; accepted: {ACCEPTED}"

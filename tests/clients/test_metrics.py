@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.metrics import exact_match, normalize_answer, percentile
+from fido_client.metrics import exact_match, normalize_answer, percentile
 
 
 # the right-hand sides are what FiD's own normalize_answer gives (src/evaluation.py, with regex 2026.11.15)

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.ordered_window import OrderedWindow
+from fido_client.ordered_window import OrderedWindow
 
 
 @given(st.integers(0, 60), st.integers(1, 5), st.randoms())

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from clients.reader_client import AsyncReaderClient, ReaderClient, ReaderError, ReaderTimeout, ReaderUnavailable, RequestRefused
+from fido_client.reader_client import AsyncReaderClient, ReaderClient, ReaderError, ReaderTimeout, ReaderUnavailable, RequestRefused
 from tests.clients.scripted_server import WHOLE, Refusal, ScriptedServer
 
 TESTDATA = pathlib.Path(__file__).parent / "testdata"
@@ -227,14 +227,14 @@ def test_proxy_settings_do_not_divert_loopback(server: ScriptedServer, reader: A
 
 def test_clients_import_neither_torch_nor_the_other_packages() -> None:
     code = """
-import pkgutil, sys, clients
-for module in pkgutil.iter_modules(clients.__path__): __import__("clients." + module.name)
+import pkgutil, sys, fido_client
+for module in pkgutil.walk_packages(fido_client.__path__, "fido_client."): __import__(module.name)
 heavy = {"torch", "transformers", "onnx", "onnxruntime", "tokenizers", "export", "training", "perf"} & set(sys.modules)
 assert not heavy, heavy
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[2])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[2] / "clients")
 
 
 def test_metrics_and_data_format_need_the_standard_library_alone() -> None:
-    code = "import sys, clients.metrics, clients.examples; assert not {'numpy', 'grpc', 'tritonclient'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[2])
+    code = "import sys, fido_client.metrics, fido_client.data.examples; assert not {'numpy', 'grpc', 'tritonclient'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parents[2] / "clients")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tritonclient.grpc._utils import _get_inference_request
 from tritonclient.utils import deserialize_bytes_tensor
 
-from clients.errors import RequestRefused
-from clients.request import ReaderRequest, infer_inputs_from_tensors, infer_message_from_tensors, tensors_from_request
+from fido_client.errors import RequestRefused
+from fido_client.request import ReaderRequest, infer_inputs_from_tensors, infer_message_from_tensors, tensors_from_request
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 

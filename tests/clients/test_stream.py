@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from clients.reader_client import AsyncReaderClient, ReaderClient, ReaderError, ReaderTimeout, ReaderUnavailable, RequestRefused
+from fido_client.reader_client import AsyncReaderClient, ReaderClient, ReaderError, ReaderTimeout, ReaderUnavailable, RequestRefused
 from tests.clients.scripted_server import WHOLE, Refusal, ScriptedServer
 
 TOTALS = WHOLE | {"answer": ""}

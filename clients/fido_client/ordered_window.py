@@ -1,5 +1,7 @@
 """The order of `answer_many`: which request starts next and which result is due. Uses neither threads nor an event loop."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 

@@ -1,12 +1,13 @@
 """The address of a reader: host and port, model names, time-out and TLS. It opens no connection."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import pathlib
+import ssl as tls
 
 import grpc
-
-from clients.errors import ReaderError, error_from_exception
 
 # gRPC's maximum: the server limits the size of a request
 _MAX_MESSAGE_BYTES = 2**31 - 1
@@ -21,7 +22,7 @@ class Endpoint:
 
     Attributes:
         url: "host:port" of Triton's gRPC endpoint, without a scheme.
-        model: The unary model, "fid" or "fido".
+        model: The reader's name on the server, such as "fido"; its unary model.
         stream_model: The same reader under the decoupled policy; None: `model` + "_stream".
         timeout_s: Time-out in seconds of a request that sets none; math.inf for no limit.
         ssl: Encrypt the connection. The three PEM files below are read only then.
@@ -40,7 +41,7 @@ class Endpoint:
     certificate_chain: str | None = None
 
     def __post_init__(self) -> None:
-        if "://" in self.url or ":" not in self.url:
+        if self.host_and_port() is None and not self.url.startswith("unix:"):
             raise ValueError(f"url: wanted host:port of Triton's gRPC endpoint, such as 127.0.0.1:8001, got {self.url!r}")
         if not self.model:
             raise ValueError("model: wanted the name of a served model, such as fido, got an empty string")
@@ -49,6 +50,13 @@ class Endpoint:
             raise ValueError("root_certificates, private_key and certificate_chain need ssl=True: only an encrypted connection uses them")
         if bool(self.private_key) != bool(self.certificate_chain):
             raise ValueError("private_key and certificate_chain go together: wanted both or neither, got one of them")
+
+    def host_and_port(self) -> tuple[str, int] | None:
+        """The address's parts, an IPv6 host without its brackets; None if the address is not host:port."""
+        host, _, port = self.url.rpartition(":")
+        if not host or "/" in host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+            return None
+        return host.removeprefix("dns:").strip("[]"), int(port)
 
     @property
     def streaming_model(self) -> str:
@@ -64,7 +72,7 @@ class Endpoint:
             ValueError: If it is not a number above 0.
         """
         seconds = self.timeout_s if timeout_s is None else timeout_s
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
             raise ValueError(f"timeout_s: wanted seconds above 0 (math.inf for no limit), got {seconds!r}")
         return float(seconds)
 
@@ -85,15 +93,39 @@ class Endpoint:
 
         Raises:
             FileNotFoundError: If a PEM file does not exist.
+            ValueError: If a file holds no certificate or key that TLS can use.
         """
         if not self.ssl:
             return None
         files = {name: getattr(self, name) for name in ("root_certificates", "private_key", "certificate_chain")}
-        return grpc.ssl_channel_credentials(**{name: pathlib.Path(path).read_bytes() if path else None for name, path in files.items()})
+        contents = {name: pathlib.Path(path).read_bytes() if path else None for name, path in files.items()}
+        self._check_pem_files()
+        return grpc.ssl_channel_credentials(**contents)
 
-    def error(self, exception: Exception, *, model: str, timeout_s: float) -> ReaderError:
-        """The ReaderError for an exception of gRPC or tritonclient at this endpoint."""
-        return error_from_exception(exception, model=model, url=self.url, timeout_s=timeout_s)
+    def channel(self, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
+        """A channel to the server; gRPC shares one connection between equal channels of a process."""
+        if credentials is None:
+            return grpc.insecure_channel(self.url, self.channel_args())
+        return grpc.secure_channel(self.url, credentials, self.channel_args())
+
+    def _check_pem_files(self) -> None:
+        # gRPC reports a bad file as a failed connection
+        context = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT)
+        if self.root_certificates:
+            try:
+                context.load_verify_locations(self.root_certificates)
+            except tls.SSLError as error:
+                raise ValueError(
+                    f"root_certificates: wanted a PEM file of certificates, got {self.root_certificates} ({error.reason})"
+                ) from error
+        if self.private_key and self.certificate_chain:
+            try:
+                context.load_cert_chain(self.certificate_chain, self.private_key, password="")
+            except tls.SSLError as error:
+                raise ValueError(
+                    "private_key, certificate_chain: wanted PEM files of a key without a password and of its certificate, "
+                    f"got {self.private_key} and {self.certificate_chain} ({error.reason})"
+                ) from error
 
 
 def grpc_timeout_s(deadline_s: float) -> float | None:

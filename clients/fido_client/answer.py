@@ -1,0 +1,167 @@
+"""A reader's responses -> Answer, or StreamPieces and a StreamedAnswer. Only this module parses results."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from tritonclient.grpc import InferResult
+
+from .errors import ReaderError
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A reader's answer.
+
+    Attributes:
+        text: The answer.
+        log_prob: Natural log-probability of the answer: the sum over its tokens.
+        tokens: Number of generated tokens, with the end token.
+        latency_s: Seconds from just before the request was encoded until the answer arrived.
+        passage_scores: Attribution to the passages, in the request's order: the first token's cross-attention to each passage's tokens,
+            summed over heads and averaged over layers. Empty if the server does not send it.
+        token_log_probs: Log-probability of each token, with the end token. Empty if the server does not send it.
+    """
+
+    text: str
+    log_prob: float
+    tokens: int
+    latency_s: float
+    passage_scores: tuple[float, ...]
+    token_log_probs: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamPiece:
+    """A part of a streamed answer: the concatenated texts of all pieces are the answer.
+
+    Attributes:
+        text: Never empty.
+        elapsed_s: Seconds from just before the request was encoded until this piece was read from the stream.
+    """
+
+    text: str
+    elapsed_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedAnswer(Answer):
+    """An answer that was streamed.
+
+    Times are taken when a response is read from the stream, so a consumer slower than the reader measures itself. A reader sends each token
+    at once, except a token without text, which it sends with the next token that has some.
+
+    Attributes:
+        time_to_first_token_s: Seconds until the first response.
+        inter_token_times_s: Seconds between consecutive responses; the last response has the totals.
+    """
+
+    time_to_first_token_s: float
+    inter_token_times_s: tuple[float, ...]
+
+    @property
+    def mean_inter_token_s(self) -> float | None:
+        """Mean time per token after the first; None for an answer of one token or one response.
+
+        The divisor is the number of tokens, not of responses: one response may carry several tokens, and the totals may follow the last
+        token at once.
+        """
+        if self.tokens < 2 or not self.inter_token_times_s:
+            return None
+        return (self.latency_s - self.time_to_first_token_s) / (self.tokens - 1)
+
+
+def answer_from_result(result: InferResult, *, model: str, latency_s: float) -> Answer:
+    """The answer in a unary model's response.
+
+    Raises:
+        ReaderError: If the response is not a reader's: `answer: bytes[1]`, `log_prob: fp32[1]`, `tokens: int32[1]`.
+    """
+    return Answer(
+        text=_text(result, model),
+        log_prob=float(_scalar(result, "log_prob", model)),
+        tokens=int(_scalar(result, "tokens", model)),
+        latency_s=latency_s,
+        passage_scores=_vector(result, "passage_scores"),
+        token_log_probs=_vector(result, "token_log_probs"),
+    )
+
+
+class StreamAssembler:
+    """Assembles a decoupled model's responses into one StreamedAnswer, without gRPC.
+
+    Every response carries a piece in `answer`. The last one, whose piece is often empty, also carries the totals `log_prob` and `tokens`. A
+    response without outputs (only the final flag) is ignored.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._texts: list[str] = []
+        self._response_times_s: list[float] = []
+        self._totals: Answer | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the totals arrived: an error after them does not matter, since the answer is complete."""
+        return self._totals is not None
+
+    def feed(self, result: InferResult, elapsed_s: float) -> StreamPiece | None:
+        """Add the next response, `elapsed_s` after the start; return its piece, or None if it has no text.
+
+        Raises:
+            ReaderError: If the response is not one of a streaming reader's.
+        """
+        names = {output.name for output in result.get_response().outputs}
+        if not names or self.is_complete:
+            return None
+        text = _text(result, self._model)
+        self._texts.append(text)
+        self._response_times_s.append(elapsed_s)
+        if "log_prob" in names:
+            self._totals = answer_from_result(result, model=self._model, latency_s=elapsed_s)
+        return StreamPiece(text, elapsed_s) if text else None
+
+    def finish(self) -> StreamedAnswer:
+        """The complete answer.
+
+        Raises:
+            ReaderError: If the stream ended before the totals arrived.
+        """
+        if self._totals is None:
+            count = len(self._texts)
+            raise ReaderError(
+                f"{self._model}: the stream ended after {count} responses without log_prob and tokens, so the answer is incomplete; "
+                "check that it is a streaming reader (fid_stream, fido_stream), and the server's log",
+                model=self._model,
+            )
+        times_s = self._response_times_s
+        return StreamedAnswer(
+            **{**dataclasses.asdict(self._totals), "text": "".join(self._texts), "latency_s": times_s[-1]},
+            time_to_first_token_s=times_s[0],
+            inter_token_times_s=tuple(later - earlier for earlier, later in zip(times_s, times_s[1:])),
+        )
+
+
+def _text(result: InferResult, model: str) -> str:
+    value = _scalar(result, "answer", model)
+    try:
+        return value.decode("utf-8")
+    except (AttributeError, UnicodeDecodeError) as error:
+        raise ReaderError(f"{model}: answer: wanted UTF-8 text, got {value!r}", model=model) from error
+
+
+def _scalar(result: InferResult, name: str, model: str) -> Any:
+    """The one element of an output."""
+    array: np.ndarray | None = result.as_numpy(name)
+    if array is None or array.size != 1:
+        got = {output.name: list(output.shape) for output in result.get_response().outputs}
+        raise ReaderError(f"{model}: wanted one element in the output {name}, got the outputs {got}; is it a reader?", model=model)
+    return array.reshape(-1)[0]
+
+
+def _vector(result: InferResult, name: str) -> tuple[float, ...]:
+    """All elements of an output; none if it was not sent."""
+    array: np.ndarray | None = result.as_numpy(name)
+    return () if array is None else tuple(float(value) for value in array.reshape(-1))

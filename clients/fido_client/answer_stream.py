@@ -1,0 +1,104 @@
+"""AnswerStream: the responses of one streaming request -> the parts of an answer, and the complete answer. Opens no connection."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+import grpc
+from tritonclient.grpc import InferResult
+from tritonclient.utils import InferenceServerException
+
+from .answer import StreamAssembler, StreamedAnswer, StreamPiece
+from .errors import ReaderError
+
+Failure = Callable[[Exception, str, float], ReaderError]
+"""An exception of gRPC or tritonclient, the model and the time-out in seconds -> the error that the caller sees."""
+
+
+class AnswerStream(Iterator[StreamPiece]):
+    """A streamed answer: an iterator over its pieces, and after the end, `answer`.
+
+    Closing it, leaving its `with` block, or dropping the last reference before the end cancels the request on the server.
+    """
+
+    def __init__(self, call: Any, failure: Failure, model: str, *, deadline_s: float, start_s: float) -> None:
+        self._call = call
+        self._failure = failure
+        self._model = model
+        self._deadline_s = deadline_s
+        self._start_s = start_s
+        self._assembler = StreamAssembler(model)
+        self._answer: StreamedAnswer | None = None
+        self._ended = False
+
+    def __next__(self) -> StreamPiece:
+        """The next piece.
+
+        Raises:
+            ReaderError: If the server refused or failed; the stream ends there.
+        """
+        try:
+            while not self._ended:
+                piece = self._next_response()
+                if piece is not None:
+                    return piece
+        except BaseException:
+            self.close()
+            raise
+        raise StopIteration
+
+    @property
+    def answer(self) -> StreamedAnswer:
+        """The complete answer with its totals and times.
+
+        Raises:
+            RuntimeError: If the stream has not been read to its end.
+        """
+        if self._answer is None:
+            raise RuntimeError("the answer is incomplete: read the stream to its end first, or call read_to_end()")
+        return self._answer
+
+    def read_to_end(self) -> StreamedAnswer:
+        """Read the rest and return the complete answer."""
+        for _ in self:
+            pass
+        return self.answer
+
+    def close(self) -> None:
+        """End the stream and cancel an unfinished request on the server. Calling it twice is harmless."""
+        self._ended = True
+        self._call.cancel()
+
+    def __enter__(self) -> AnswerStream:
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def _next_response(self) -> StreamPiece | None:
+        try:
+            response = next(self._call)
+        except StopIteration:
+            self._ended = True
+            self._answer = self._assembler.finish()
+            return None
+        except grpc.RpcError as error:
+            if not self._assembler.is_complete:
+                raise self._failure(error, self._model, self._deadline_s) from error
+            self._ended = True  # the connection broke after the totals: nothing is missing
+            self._answer = self._assembler.finish()
+            return None
+        if response.error_message:
+            self._read_out()
+            raise self._failure(InferenceServerException(response.error_message), self._model, self._deadline_s)
+        return self._assembler.feed(InferResult(response.infer_response), time.perf_counter() - self._start_s)
+
+    def _read_out(self) -> None:
+        """Wait for the server to end the stream: Triton 2.51 leaks the request of a stream that is cancelled after its error."""
+        with contextlib.suppress(grpc.RpcError):
+            for _ in self._call:
+                pass

@@ -1,0 +1,48 @@
+"""What the commands share: exit codes, errors of the command line, the connection."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+
+from ..data.json_values import DataFileError
+from ..reader_client import ReaderClient
+
+EXIT_OK, EXIT_SOME_FAILED, EXIT_USAGE, EXIT_ALL_FAILED, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 0, 1, 2, 3, 130, 141
+
+
+class UsageError(Exception):
+    """The command line or a file that it names is invalid; no question was sent."""
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn unreadable files and invalid settings into errors of the command line."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}") from error
+    except DataFileError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def client_of(args: argparse.Namespace, model: str) -> ReaderClient:
+    """The client that the connection's options describe."""
+    return ReaderClient(
+        args.url,
+        model,
+        args.timeout_s,
+        retries=args.retries,
+        ssl=args.ssl,
+        root_certificates=args.root_certificates,
+        private_key=args.private_key,
+        certificate_chain=args.certificate_chain,
+    )
+
+
+def milliseconds(seconds: float | None) -> float | None:
+    """Milliseconds with one digit after the point; None stays None."""
+    return None if seconds is None else round(seconds * 1000, 1)

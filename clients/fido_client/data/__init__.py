@@ -1,0 +1,1 @@
+"""FiD's data format and passage files. Needs only the standard library."""

@@ -1,0 +1,184 @@
+"""`fido-client evaluate`: readers compared, and what is checked before the first question."""
+
+import json
+import pathlib
+import threading
+from typing import Any
+
+import grpc
+import pytest
+
+from fido_client.__main__ import main
+from fido_client.metrics import f1_score
+from tests.clients.scripted_server import WHOLE, Refusal, ScriptedServer
+
+
+def _data(tmp_path: pathlib.Path, passages: list[int], **fields: Any) -> str:
+    """One question q0, q1, ... a number, with so many passages; the right answer is "The answer i!"."""
+    path = tmp_path / "data.jsonl"
+    lines = [
+        {"question": f"q{index}", "answers": [f"The answer {index}!"], "ctxs": [{"text": "p"}] * count, **fields}
+        for index, count in enumerate(passages)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def _answers(received: Any, context: Any) -> Any:
+    """a is right below 6; b says the same in other words below 4, is right at 8, and fails at 9."""
+    index = int(received.question[1:])
+    if received.model == "a":
+        return WHOLE | {"answer": f"answer {index}" if index < 6 else "wrong"}
+    if index == 9:
+        raise Refusal("slot lost", grpc.StatusCode.INTERNAL)
+    return WHOLE | {"answer": f"An answer {index}." if index < 4 or index == 8 else f"other {index}"}
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a,b"]])
+def test_two_readers_are_compared(server: ScriptedServer, tmp_path: pathlib.Path, capsys: Any, names: list[str]) -> None:
+    server.on_infer, server.models = _answers, {"a": {"max_passages": 2}, "b": {}}
+    out = tmp_path / "out.jsonl"
+    arguments = ["--model", *names, "--url", server.url, "--json", "--predictions", str(out)]
+    assert main(["evaluate", _data(tmp_path, [1] * 10), *arguments]) == 1
+    captured = capsys.readouterr()
+    *table, last = captured.out.splitlines()
+    printed = json.loads(last)
+    assert [(model["model"], model["em"], model["f1"], model["failed"]) for model in printed["models"]] == [
+        ("a", 60.0, 60.0, 0),
+        ("b", 50.0, 70.0, 1),  # "other i" has one word of two where it is wrong
+    ]
+    assert all(model["questions_per_s"] > 0 and model["p50_ms"] > 0 for model in printed["models"])
+    assert printed["agreement"] == [{"models": ["a", "b"], "questions": 9, "percent": 44.44}]
+    rows = {line[:12].strip(): line[12:].split() for line in table}
+    assert (rows[""], rows["exact match"], rows["failed"]) == (["a", "b"], ["60.00", "%", "50.00", "%"], ["0", "1"])
+    assert rows["agreement"] == "a and b: 44.44 % of 9 questions".split()
+    assert {"F1", "questions/s", "p50 ms"} <= set(rows)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["model"], line["question"]) for line in lines] == [(name, f"q{index}") for name in "ab" for index in range(10)]
+
+
+def test_readers_are_asked_one_after_another(server: ScriptedServer, tmp_path: pathlib.Path) -> None:
+    assert main(["evaluate", _data(tmp_path, [1] * 10), "--model", "a", "b", "c", "--url", server.url]) == 0
+    assert [received.model for received in server.received] == ["a"] * 10 + ["b"] * 10 + ["c"] * 10
+
+
+def test_a_reader_named_twice_is_refused(server: ScriptedServer, tmp_path: pathlib.Path, capsys: Any) -> None:
+    assert main(["evaluate", _data(tmp_path, [1]), "--model", "a", "b,a", "--url", server.url]) == 2
+    assert "--model: wanted the names of different readers, got a twice" in capsys.readouterr().err
+
+
+def _refusal(capsys: Any, code: int, arguments: list[str]) -> str:
+    """The one line of an evaluation that ends before its first question."""
+    assert main(["evaluate", *arguments]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    return str(line)
+
+
+def test_too_many_passages_are_refused_at_once_with_both_ways_out(server: ScriptedServer, tmp_path: pathlib.Path, capsys: Any) -> None:
+    server.models = {"a": {"max_passages": 50}, "b": {"max_passages": 40}}
+    data = _data(tmp_path, [40, 100, 41, 1])
+    line = _refusal(capsys, 2, [data, "--model", "a", "b", "--url", server.url, "--max-passages", "45"])
+    assert "2 of 4 questions have more passages than b allows, 45 where 40 are allowed" in line
+    line = _refusal(capsys, 2, [data, "--model", "b", "--url", server.url])
+    assert '--max-passages 40, or export the reader with LIMITS="--max-passages 100"' in line
+    assert server.received == []
+    assert main(["evaluate", data, "--model", "b", "--url", server.url, "--max-passages", "40"]) == 0
+    assert [len(received.tensors["passages"]) for received in server.received] == [40, 40, 40, 1]
+
+
+def test_other_limits_are_checked_too(server: ScriptedServer, tmp_path: pathlib.Path, capsys: Any) -> None:
+    server.models = {"a": {"max_new_tokens": 64, "max_question_characters": 1, "max_passage_characters": 3}}
+    data = _data(tmp_path, [1, 1], ctxs=[{"text": "long"}])
+    line = _refusal(capsys, 2, [data, "--model", "a", "--url", server.url, "--max-new-tokens", "65"])
+    assert "--max-new-tokens: a allows 1 to 64, got 65" in line
+    line = _refusal(capsys, 2, [data, "--model", "a", "--url", server.url])
+    assert "2 of 2 questions have a question of more than the 1 characters that a allows" in line
+    server.models["a"]["max_question_characters"] = 2
+    line = _refusal(capsys, 2, [data, "--model", "a", "--url", server.url])
+    assert "have a passage of more than the 3 characters" in line and 'LIMITS="--max-passage-characters 4"' in line
+
+
+def test_questions_that_will_fail_are_announced_where_others_will_not(server: ScriptedServer, tmp_path: pathlib.Path, capsys: Any) -> None:
+    server.models = {"a": {"max_passages": 2}}
+    assert main(["evaluate", _data(tmp_path, [1, 0, 1]), "--model", "a", "--url", server.url]) == 1
+    assert "warning: " in (error := capsys.readouterr().err)
+    assert "1 of 3 questions have no passages, the first is 1: give each at least one; they will fail" in error
+    server.received.clear()
+    assert "2 of 2 questions have no passages" in _refusal(capsys, 2, [_data(tmp_path, [0, 0]), "--model", "a", "--url", server.url])
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("fiddo", 3, "'fiddo' is not found; the server has the readers fid, fido"),
+        ("fid_stream", 2, "fid_stream is a streaming model, which evaluate does not use; the server has the readers fid, fido"),
+        ("fid_encoder", 2, "fid_encoder is not a reader; the server has the readers fid, fido"),
+    ],
+)
+def test_names_of_no_reader_are_answered_with_the_readers(
+    server: ScriptedServer, tmp_path: pathlib.Path, capsys: Any, name: str, code: int, message: str
+) -> None:
+    server.models = {"fido": {}, "fid": {}}
+    line = _refusal(capsys, code, [_data(tmp_path, [1] * 9), "--model", "fid", name, "--url", server.url])
+    assert line.endswith(message)
+    assert server.received == []
+
+
+def test_a_server_that_is_down_is_one_line(tmp_path: pathlib.Path, capsys: Any) -> None:
+    line = _refusal(capsys, 3, [_data(tmp_path, [1] * 10), "--model", "a", "b", "--url", "127.0.0.1:9", "--json"])
+    assert line.startswith("error: a at 127.0.0.1:9 is not available") and "nothing listens on port 9" in line
+
+
+def test_a_server_that_goes_away_ends_the_evaluation(tmp_path: pathlib.Path, capsys: Any) -> None:
+    server = ScriptedServer()
+    stopping = threading.Thread(target=server.stop)
+
+    def script(received: Any, context: Any) -> Any:
+        if received.question == "q3":
+            stopping.start()
+            server.wait_until_cancelled(context)
+        return WHOLE
+
+    server.on_infer = script
+    out = tmp_path / "out.jsonl"
+    arguments = ["--url", server.url, "--concurrency", "1", "--json", "--predictions", str(out)]
+    line = _refusal(capsys, 3, [_data(tmp_path, [1] * 100), *arguments])
+    stopping.join()
+    assert line.startswith("error: the server went away after 3 of 100 questions: ")
+    assert not out.exists() and len(out.with_name("out.jsonl.partial").read_text().splitlines()) == 3
+
+
+def test_a_server_that_is_full_for_a_moment_does_not_end_it(server: ScriptedServer, tmp_path: pathlib.Path, capsys: Any) -> None:
+    def script(received: Any, context: Any) -> Any:
+        if received.question == "q3":
+            raise Refusal("512 questions in flight", grpc.StatusCode.UNAVAILABLE)
+        return WHOLE
+
+    server.on_infer = script
+    assert main(["evaluate", _data(tmp_path, [1] * 10), "--url", server.url]) == 1
+    assert capsys.readouterr().err.startswith("3: fido at")
+    assert len(server.received) == 10
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "wanted"),
+    [
+        ("the Eiffel Tower", ["Eiffel tower!"], 1.0),
+        ("tower", ["Eiffel tower"], 2 / 3),
+        ("red red blue", ["red green"], 2 / 5),
+        ("Paris", ["London", "Paris, France"], 2 / 3),
+        ("Paris", ["London"], 0.0),
+        ("the", ["a"], 1.0),
+        ("the", ["Paris"], 0.0),
+        ("Paris", [], 0.0),
+    ],
+)
+def test_f1_counts_common_words_of_the_best_answer(prediction: str, answers: list[str], wanted: float) -> None:
+    assert f1_score(prediction, answers) == pytest.approx(wanted)
+
+
+def test_f1_of_one_string_as_answers_is_refused() -> None:
+    with pytest.raises(TypeError, match="answers: wanted a list of strings"):
+        f1_score("Paris", "Paris")
