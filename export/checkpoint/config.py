@@ -18,7 +18,13 @@ from export.errors import ConfigError
 
 FeedForward = Literal["relu", "gated-gelu"]
 PROMPT_TEMPLATE = "question: {question} title: {title} context: {context}"  # facebookresearch/FiD's
-FIELD_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "str | None": (str, type(None))}
+FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
+    "str | None": (str, type(None)),
+}
 
 
 @dataclasses.dataclass(frozen=True)

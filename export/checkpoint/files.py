@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from export.model.reader import Reader
 
 from .config import ReaderConfig, own_config
 from .source_files import listed, one_line, read_json, read_weights
-from .t5_config import reader_config, warn
-from .tokenizer import TOKENIZER_FILE, read_tokenizer
+from .t5_config import reader_config
+from .tokenizer import TOKENIZER_FILE, require_embeddings
+from .tokenizer import read_tokenizer as read_tokenizer
 from .weights import (
     HF_CROSS_BIAS,
     is_wrapped,
@@ -97,20 +99,24 @@ def load_checkpoint(
         "prompt_template_without_title": prompt_template_without_title,
     }
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    fields, config = _read_config(directory)
+    warnings: list[str] = []  # printed once nothing can fail any more, so that an error is one line
+    fields, config = _read_config(directory, warnings)
     tokenizer_json = read_tokenizer(Path(tokenizer) if tokenizer else directory, config.vocab_size)
-    reader, layout = _read_reader(directory, str(source), fields, config, cross_attention_bias, overrides)
+    require_embeddings(tokenizer_json, config.vocab_size, str(source))
+    reader, layout = _read_reader(directory, str(source), fields, config, cross_attention_bias, overrides, warnings)
     reader.requires_grad_(False)
+    for text in warnings:
+        print(f"warning: {text}", file=sys.stderr)
     return Checkpoint(reader, tokenizer_json, str(source), layout, directory)
 
 
 def load_reader(source: str | Path) -> Reader:
     """The reader of a checkpoint directory without its tokenizer, trainable; otherwise as `load_checkpoint`."""
     directory = Path(source)
-    return _read_reader(directory, str(source), *_read_config(directory), None, {})[0]
+    return _read_reader(directory, str(source), *_read_config(directory, []), None, {}, [])[0]
 
 
-def _read_config(directory: Path) -> tuple[dict[str, Any], ReaderConfig]:
+def _read_config(directory: Path, warnings: list[str]) -> tuple[dict[str, Any], ReaderConfig]:
     """The fields of config.json, and the configuration as far as it is certain without the weights."""
     path = directory / "config.json"
     if not path.exists() and (directory / "adapter_config.json").exists():
@@ -125,7 +131,7 @@ def _read_config(directory: Path) -> tuple[dict[str, Any], ReaderConfig]:
     if kind != "t5":
         raise CheckpointError(f"{path}: model_type: wanted t5 or {MODEL_TYPE}, got {kind!r}")
     generation = directory / "generation_config.json"
-    return fields, reader_config(fields, read_json(generation) if generation.exists() else None, directory)
+    return fields, reader_config(fields, read_json(generation) if generation.exists() else None, directory, warnings.append)
 
 
 def _read_reader(
@@ -135,6 +141,7 @@ def _read_reader(
     config: ReaderConfig,
     cross_attention_bias: bool | None,
     overrides: dict[str, Any],
+    warnings: list[str],
 ) -> tuple[Reader, str]:
     """The reader in eval mode, and the checkpoint's layout."""
     own = fields.get("model_type") == MODEL_TYPE
@@ -150,11 +157,13 @@ def _read_reader(
         require_t5(weights, source)
         apply_bias = wrapped if cross_attention_bias is None else cross_attention_bias
         if HF_CROSS_BIAS in weights and not apply_bias:
-            warn(f"{directory}: the cross-attention bias is not applied; --cross-attention-bias applies it")
+            warnings.append(f"{directory}: the cross-attention bias is not applied; --cross-attention-bias applies it")
             del weights[HF_CROSS_BIAS]
         head = weights.get("lm_head.weight")
         if head is None and fields.get("tie_word_embeddings") is False:
-            warn(f"{directory}: lm_head.weight: missing, though tie_word_embeddings is false; the embedding is used, as transformers does")
+            warnings.append(
+                f"{directory}: lm_head.weight is missing, though tie_word_embeddings is false; the embedding is used, as in transformers"
+            )
         tied = head is None or (head.shape == weights["shared.weight"].shape and torch.equal(head, weights["shared.weight"]))
         stated = {
             "tie_word_embeddings": tied,
@@ -163,7 +172,7 @@ def _read_reader(
             "passage_length": FID_PASSAGE_LENGTH if wrapped else config.passage_length,
         }
         config = dataclasses.replace(config, **{**stated, **overrides})
-        _warn_of_assumptions(directory, config, overrides)
+        warnings += _assumptions(directory, config, overrides)
     state = state_dict_from_weights(config, weights, source=source, hugging_face=not own)
     with torch.device("meta"):  # draws no random weights only to replace them
         reader = Reader(config)
@@ -171,17 +180,18 @@ def _read_reader(
     return reader.eval(), layout
 
 
-def _warn_of_assumptions(directory: Path, config: ReaderConfig, stated: dict[str, Any]) -> None:
-    """Name what the files do not state and no option stated: with another prompt than in training, a reader answers worse."""
+def _assumptions(directory: Path, config: ReaderConfig, stated: dict[str, Any]) -> list[str]:
+    """What neither the files nor an option states, in one line: with another prompt than in training, a reader answers worse."""
     values = {
         "prompt_template": f"the prompt {config.prompt_template!r}",
         "append_eos": f"{'' if config.append_eos else 'no '}</s> at its end",
         "passage_length": f"{config.passage_length} tokens of it",
     }
     assumed = [name for name in ASSUMED if name not in stated]
-    if assumed:
-        options = ", ".join(ASSUMED[name] for name in assumed)
-        warn(f"{directory}: assumed {', '.join(values[name] for name in assumed)}; the files do not state them, {options} do")
+    if not assumed:
+        return []
+    options = ", ".join(ASSUMED[name] for name in assumed)
+    return [f"{directory}: assumed {', '.join(values[name] for name in assumed)}, which its files do not state; {options} would"]
 
 
 def save_reader(

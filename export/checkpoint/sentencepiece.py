@@ -62,8 +62,8 @@ def parse_model(content: bytes, path: str) -> PieceModel:
         raise CheckpointError(f"{path}: wanted a SentencePiece model, got a file without pieces")
     algorithm = trainer.get(3, UNIGRAM)
     if algorithm != UNIGRAM:
-        names = {2: "BPE", 3: "word", 4: "char"}
-        raise CheckpointError(f"{path}: model_type: wanted unigram, as T5 has, got {names.get(algorithm, algorithm)}; pass a tokenizer.json")
+        name = {2: "BPE", 3: "word", 4: "char"}.get(algorithm, algorithm)
+        raise CheckpointError(f"{path}: model_type: wanted unigram, as T5 has, got {name}; pass a tokenizer.json")
     if trainer.get(24) or not normalizer.get(5, 1):
         name = "treat_whitespace_as_suffix" if trainer.get(24) else "escape_whitespaces=false"
         raise CheckpointError(f"{path}: {name} is not supported; pass a tokenizer.json with --tokenizer")

@@ -1,12 +1,13 @@
 """The files of a checkpoint directory: which of them hold the weights, and their content.
 
-Comes in: a path. Goes out: text, JSON or tensors, or one `CheckpointError` of one line that names the file. Weights are read as tensors only,
-by `safetensors` or `torch.load(weights_only=True)`: no code in a pickle is run. Knows nothing of T5.
+Comes in: a path. Goes out: text, JSON or tensors, or one `CheckpointError` of one line that names the file. Weights are read as tensors
+only, by `safetensors` or `torch.load(weights_only=True)`: no code in a pickle is run. Knows nothing of T5.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,11 @@ def one_line(text: object) -> str:
     return line if len(line) <= 200 else f"{line[:200]}..."
 
 
-def listed(names: Iterable[Any], shown: int = NAMES_SHOWN) -> str:
+def listed(names: Iterable[Any], shown: int = NAMES_SHOWN, separator: str = ", ") -> str:
     """The first names and the number of the others."""
     every = [str(name) for name in names]
     rest = f" and {len(every) - shown} more" if len(every) > shown else ""
-    return ", ".join(every[:shown]) + rest
+    return separator.join(every[:shown]) + rest
 
 
 def require_file(path: Path, hint: str = "") -> Path:
@@ -127,7 +128,9 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             content: Any = load_file(str(file))
         else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about protocols of pickles; what torch cannot read is an error below
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{file}: cannot be read as tensors; download it again ({one_line(error)})") from error
     except Exception as error:  # pickle.UnpicklingError, whose text advises to run the pickle's code

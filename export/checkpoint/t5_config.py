@@ -8,8 +8,7 @@ has no place in our graphs is refused. Reads no weights.
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,28 +61,27 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def warn(text: str) -> None:
-    """One line on standard error."""
-    print(f"warning: {text}", file=sys.stderr)
-
-
-def reader_config(fields: Mapping[str, Any], generation: Mapping[str, Any] | None, directory: Path) -> ReaderConfig:
+def reader_config(
+    fields: Mapping[str, Any], generation: Mapping[str, Any] | None, directory: Path, warn: Callable[[str], object]
+) -> ReaderConfig:
     """The configuration that transformers would build from these files.
 
     Args:
         fields: of config.json.
         generation: of generation_config.json; None if there is none.
         directory: of the files, for errors.
+        warn: called with each line about a setting that is obeyed against config.json, or not applied.
 
     Raises:
         CheckpointError: if transformers refuses the fields, or one of them asks for something that our graphs do not compute.
     """
-    from transformers import T5Config  # takes seconds to import
-
     path = directory / "config.json"
     for name, (allowed, advice) in REFUSED.items():
         if fields.get(name) not in allowed:
             raise CheckpointError(f"{path}: {name}: wanted {allowed[-1]!r} or none, got {one_line(fields[name])}; {advice}")
+    from transformers import T5Config, logging  # takes seconds to import
+
+    logging.set_verbosity_error()
     try:
         t5 = T5Config.from_dict(dict(fields))
     except Exception as error:  # huggingface_hub's strict dataclasses raise classes of their own
@@ -92,15 +90,18 @@ def reader_config(fields: Mapping[str, Any], generation: Mapping[str, Any] | Non
     if feed_forward is None:
         raise CheckpointError(
             f"{path}: dense_act_fn, is_gated_act: wanted relu, false (feed_forward_proj relu) or gelu_new, true (gated-gelu), "
-            f"got {t5.dense_act_fn}, {str(t5.is_gated_act).lower()} (feed_forward_proj {t5.feed_forward_proj}); other activations are not supported"
+            f"got {t5.dense_act_fn}, {str(t5.is_gated_act).lower()} (feed_forward_proj {t5.feed_forward_proj})"
         )
     if not isinstance(t5.scale_decoder_outputs, bool):
         raise CheckpointError(f"{path}: scale_decoder_outputs: wanted true or false, got {t5.scale_decoder_outputs!r}")
     epsilon = t5.layer_norm_epsilon
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise CheckpointError(f"{path}: layer_norm_epsilon: wanted a positive number, got {epsilon}")
-    tokens = _tokens(t5, generation, directory)
-    _warn_of_decoding(fields if generation is None else generation, path if generation is None else directory / "generation_config.json")
+    tokens = _tokens(t5, generation, directory, warn)
+    settings, settings_path = (fields, path) if generation is None else (generation, directory / "generation_config.json")
+    ignored = [f"{name}={one_line(settings[name])}" for name, neutral in NEUTRAL.items() if settings.get(name) not in neutral]
+    if ignored:
+        warn(f"{settings_path}: {', '.join(ignored)}: not applied, because readers decode greedily")
 
     def stack(layers: int) -> StackConfig:
         return StackConfig(t5.d_model, t5.d_kv, t5.d_ff, layers, t5.num_heads, t5.num_heads)
@@ -116,13 +117,15 @@ def reader_config(fields: Mapping[str, Any], generation: Mapping[str, Any] | Non
             relative_attention_num_buckets=t5.relative_attention_num_buckets,
             relative_attention_max_distance=t5.relative_attention_max_distance,
             layer_norm_epsilon=float(epsilon),
-            **tokens,
+            eos_token_id=tokens["eos_token_id"],
+            pad_token_id=tokens["pad_token_id"],
+            decoder_start_token_id=tokens["decoder_start_token_id"],
         )
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _tokens(t5: Any, generation: Mapping[str, Any] | None, directory: Path) -> dict[str, int]:
+def _tokens(t5: Any, generation: Mapping[str, Any] | None, directory: Path, warn: Callable[[str], object]) -> dict[str, int]:
     """The token ids that generate() would use: generation_config.json comes before config.json."""
     ids: dict[str, list[int]] = {}
     for name in ("eos_token_id", "pad_token_id", "decoder_start_token_id", "bos_token_id"):
@@ -155,9 +158,3 @@ def _ids(value: Any, name: str, path: Path) -> list[int]:
     if any(not isinstance(token, int) or isinstance(token, bool) for token in found):
         raise CheckpointError(f"{path}: {name}: wanted a token id, a list of them or null, got {one_line(value)}")
     return found
-
-
-def _warn_of_decoding(settings: Mapping[str, Any], path: Path) -> None:
-    found = [f"{name}={one_line(settings[name])}" for name, neutral in NEUTRAL.items() if settings.get(name) not in neutral]
-    if found:
-        warn(f"{path}: {', '.join(found)}: not applied, because readers decode greedily")

@@ -1,7 +1,7 @@
 """The tokenizer of a checkpoint, as JSON of the `tokenizers` library.
 
-Comes in: a directory or a file. Goes out: the text of a tokenizer.json; a lone spiece.model is converted. Does not compare the tokenizer
-with an embedding; export/graphs/onnx_export.py does.
+Comes in: a directory or a file. Goes out: the text of a tokenizer.json; a lone spiece.model is converted. Tokenizes no prompts;
+serving/pipeline does.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from export.errors import CheckpointError
+from serving.contract.tokenizer import token_without_embedding
 
 from .sentencepiece import T5_EXTRA_IDS, parse_model, tokenizer_from_model
 from .source_files import one_line, read_json, read_text, require_file
@@ -46,6 +47,16 @@ def read_tokenizer(place: Path, vocab_size: int | None = None) -> str:
         fits = vocab_size is None or len(model.pieces) + T5_EXTRA_IDS <= vocab_size
         extra_ids = T5_EXTRA_IDS if fits else 0
     return str(tokenizer_from_model(model, extra_ids).to_str())
+
+
+def require_embeddings(tokenizer_json: str, vocab_size: int, source: str) -> None:
+    """Raise CheckpointError unless every token of the tokenizer has a row in an embedding of `vocab_size` rows."""
+    token = token_without_embedding(Tokenizer.from_str(tokenizer_json), vocab_size)
+    if token is not None:
+        raise CheckpointError(
+            f"{source}: the tokenizer has token id {token}, but the embedding has {vocab_size} rows; "
+            "pass the checkpoint's own tokenizer with --tokenizer"
+        )
 
 
 def end_token_id(tokenizer_json: str) -> int | None:

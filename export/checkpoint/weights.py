@@ -16,6 +16,7 @@ from export.errors import CheckpointError as CheckpointError
 from export.model.reader import Reader
 
 from .config import ReaderConfig
+from .source_files import listed
 
 HF_CROSS_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
@@ -84,7 +85,7 @@ def require_t5(names: Iterable[str], source: str) -> None:
         raise CheckpointError(f"{source}: {packed}: quantised weights are not read: export the model before it was quantised")
     stacks = [stack for stack in ("encoder", "decoder") if any(name.startswith(f"{stack}.block.") for name in every)]
     if stacks == ["encoder"]:
-        raise CheckpointError(f"{source}: an encoder-only T5: it has no decoder.block weights, so it cannot answer; pass an encoder-decoder")
+        raise CheckpointError(f"{source}: an encoder-only T5: it has no decoder.block weights; pass an encoder-decoder")
     if stacks == ["decoder"]:
         raise CheckpointError(f"{source}: a decoder alone: it has no encoder.block weights; pass an encoder-decoder")
     if not stacks:
@@ -141,13 +142,12 @@ def state_dict_from_weights(config: ReaderConfig, weights: Mapping[str, Tensor],
         if name in weights and tuple(weights[name].shape) != shapes[ours]:
             faults.append(f"misshapen {name}: wanted {list(shapes[ours])}, got {list(weights[name].shape)}")
     if faults:
-        rest = f"; and {len(faults) - FAULTS_SHOWN} more" if len(faults) > FAULTS_SHOWN else ""
-        raise CheckpointError(f"{source}: {len(faults)} weights do not fit its config.json: {'; '.join(sorted(faults)[:FAULTS_SHOWN])}{rest}")
+        shown = listed(sorted(faults), FAULTS_SHOWN, "; ")
+        raise CheckpointError(f"{source}: {len(faults)} weights do not fit its config.json: {shown}")
     state = {ours: weights[name].to(torch.float32) for name, ours in names.items()}
     bad = [name for name, ours in names.items() if not torch.isfinite(state[ours]).all()]
     if bad:
-        rest = f" and {len(bad) - FAULTS_SHOWN} more" if len(bad) > FAULTS_SHOWN else ""
-        raise CheckpointError(f"{source}: wanted finite weights, got NaN or infinity in {', '.join(bad[:FAULTS_SHOWN])}{rest}")
+        raise CheckpointError(f"{source}: wanted finite weights, got NaN or infinity in {listed(bad, FAULTS_SHOWN)}")
     return state
 
 
