@@ -105,7 +105,9 @@ def module_against_transformers(checkpoint: Checkpoint, allowed: float) -> Itera
     targets = torch.randint(2, config.vocab_size, (1, 9), generator=torch.Generator().manual_seed(0))
     logits = model(input_ids=ids[0], attention_mask=mask[0], decoder_input_ids=targets).logits
     yield OutputError(stage, "logits", _worst(logits.numpy(), reader(ids, mask, targets).numpy()), allowed)
-    answer = model.generate(input_ids=ids[0], attention_mask=mask[0], max_new_tokens=8, do_sample=False, num_beams=1)[0].tolist()
+    answer = model.generate(input_ids=ids[0], attention_mask=mask[0], max_new_tokens=8, do_sample=False, num_beams=1, use_cache=False)[
+        0
+    ].tolist()
     ours = [config.decoder_start_token_id, *reader.generate(ids, mask, 8).tokens[0]]
     differing = sum(a != b for a, b in zip(answer, ours, strict=False)) + abs(len(answer) - len(ours))
     yield OutputError(stage, "greedy answer", differing, 0)

@@ -131,7 +131,9 @@ def _read_config(directory: Path, warnings: list[str]) -> tuple[dict[str, Any], 
     if kind != "t5":
         raise CheckpointError(f"{path}: model_type: wanted t5 or {MODEL_TYPE}, got {kind!r}")
     generation = directory / "generation_config.json"
-    return fields, reader_config(fields, read_json(generation) if generation.exists() else None, directory, warnings.append)
+    return fields, reader_config(
+        fields, read_json(generation) if generation.exists() or generation.is_symlink() else None, directory, warnings.append
+    )
 
 
 def _read_reader(
