@@ -120,6 +120,7 @@ def transformers_model(checkpoint: Checkpoint) -> tuple[Any, str]:
     from export.checkpoint.hugging_face import t5_from_reader
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         model, report = transformers.T5ForConditionalGeneration.from_pretrained(
             checkpoint.directory, dtype=torch.float32, local_files_only=True, output_loading_info=True

@@ -131,6 +131,10 @@ def words() -> Iterable[str]:
         yield f"the Year {number} was (at its best) a year of {number * 7919 % 10007} questions, and of answers: café, naïve, 1½!"
 
 
+def words_sample() -> list[str]:
+    return [text for text, _ in zip(words(), range(200), strict=False)]
+
+
 def trained(**settings: Any) -> bytes:
     content = io.BytesIO()
     ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "pad_piece": "<pad>"}
@@ -183,13 +187,13 @@ def test_b1_spiece_model_alone(settings: dict[str, Any], checkpoint: Path, spiec
     resized = [name for name, tensor in weights.items() if tensor.shape[0] == VOCAB_SIZE]
     write_weights(checkpoint, {**weights, **{name: torch.randn(len(pieces) + 100, 12) for name in resized}})
     tokenizer = Tokenizer.from_str(load_checkpoint(checkpoint).tokenizer_json)
-    for text in [*TEXTS, *(text for text, _ in zip(words(), range(200), strict=False))]:
+    for text in [*TEXTS, *words_sample()]:
         assert tokenizer.encode(text, add_special_tokens=False).ids == pieces.encode(text), text
-    for text in TEXTS[:2]:
-        assert tokenizer.decode(pieces.encode(text)) == pieces.decode(pieces.encode(text))
-    sentinels = tokenizer.encode("a <extra_id_0> b <extra_id_99>", add_special_tokens=False).ids
-    assert sentinels[1:4:2] == [len(pieces) + 99, pieces.encode("b")[0]] or len(pieces) + 99 in sentinels
-    assert sentinels[-1] == len(pieces) and tokenizer.token_to_id("<extra_id_41>") == len(pieces) + 58
+    known = [text for text in words_sample() if pieces.unk_id() not in pieces.encode(text)]
+    assert known and all(tokenizer.decode(pieces.encode(text)) == pieces.decode(pieces.encode(text)) for text in known)
+    sentinels = tokenizer.encode("<extra_id_0> the Year <extra_id_99>", add_special_tokens=False).ids
+    assert (sentinels[0], sentinels[-1]) == (len(pieces) + 99, len(pieces))
+    assert tokenizer.token_to_id("<extra_id_41>") == len(pieces) + 58
 
 
 def test_b1_needs_no_sentencepiece_and_no_protobuf(tmp_path: Path, spiece: bytes):
@@ -662,8 +666,8 @@ def test_b13_compare_reads_the_users_directory(
     engines = tmp_path / "engines"
     assert export("onnx", checkpoint, engines).code == 0
     result = export("compare", checkpoint, engines)
-    assert result.code == 0 and "module vs from_pretrained   logits" in result.stdout and "greedy answer" in result.stdout
-    assert "FAILED" not in result.stdout
+    assert result.code == 0 and "FAILED" not in result.stdout
+    assert all(re.search(f"module vs from_pretrained +{output} ", result.stdout) for output in ("logits", "greedy answer"))
 
     # a fault of our reading, as B3 and B4 were: the same wrong reading makes the engines
     from export.checkpoint import t5_config
