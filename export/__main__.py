@@ -110,6 +110,10 @@ def _checkpoint_options() -> argparse.ArgumentParser:
     options.add_argument("--passage-length", type=int, help="tokens kept of each prompt (FiD: 200, its large readers 250; T5: 256)")
     flag = argparse.BooleanOptionalAction
     options.add_argument("--append-eos", action=flag, help="end encoder inputs with </s> (default: no for FiD's own checkpoints)")
+    template = "text of an encoder input, with {question}, {title} and {context} (default: facebookresearch/FiD's)"
+    options.add_argument("--prompt-template", metavar="TEXT", help=template)
+    template = "text where a passage has no title (default: --prompt-template with an empty title)"
+    options.add_argument("--prompt-template-without-title", metavar="TEXT", help=template)
     options.add_argument("--cross-attention-bias", action=flag, help="apply the relative bias in cross-attention (default: FiD's own)")
     return options
 
@@ -166,6 +170,8 @@ def _options(arguments: argparse.Namespace) -> CheckpointOptions:
         "passage_length": arguments.passage_length,
         "append_eos": arguments.append_eos,
         "cross_attention_bias": arguments.cross_attention_bias,
+        "prompt_template": arguments.prompt_template,
+        "prompt_template_without_title": arguments.prompt_template_without_title,
     }
 
 
@@ -360,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not isinstance(error, user_errors()):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
 
 

@@ -44,6 +44,8 @@ class CheckpointOptions(TypedDict, total=False):
     passage_length: int | None
     append_eos: bool | None
     cross_attention_bias: bool | None
+    prompt_template: str | None
+    prompt_template_without_title: str | None
 
 
 def export_graphs(
@@ -142,7 +144,8 @@ def random_checkpoint(
     Raises:
         ConfigError: if there is no such size.
     """
-    from export.checkpoint.files import Checkpoint, read_tokenizer
+    from export.checkpoint.files import Checkpoint
+    from export.checkpoint.tokenizer import read_tokenizer
     from export.model.reader import Reader
 
     config = reader_preset(preset, fido=fido, period=period, num_kv_heads=num_kv_heads)

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from export.checkpoint.config import PROMPT_TEMPLATE as PROMPT_TEMPLATE
 from export.checkpoint.config import ReaderConfig
 from serving.contract.gemms import StackSizes
 from serving.contract.library_kernels import EncoderLibrary
@@ -26,8 +27,6 @@ from serving.contract.tensors import EngineSizes
 if TYPE_CHECKING:
     from export.checkpoint.files import Checkpoint
     from export.model.reader import Reader
-
-PROMPT_TEMPLATE = "question: {question} title: {title} context: {context}"
 
 
 @contextlib.contextmanager
@@ -91,6 +90,20 @@ def engine_sizes(config: ReaderConfig) -> EngineSizes:
     )
 
 
+def prompt_of(config: ReaderConfig, tokenizer_json: str) -> Prompt:
+    """How the reader's inputs are written. They end with the tokenizer's end token, which need not be the one that ends answers."""
+    from export.checkpoint.tokenizer import end_token_id  # imports the tokenizers library, which compiling engines does not need
+
+    end = end_token_id(tokenizer_json)
+    return Prompt(
+        config.prompt_template,
+        config.passage_length,
+        config.append_eos,
+        config.prompt_template_without_title,
+        None if end == config.eos_token_id else end,
+    )
+
+
 def describe_reader(
     checkpoint: Checkpoint,
     directory: Path,
@@ -124,7 +137,7 @@ def describe_reader(
         engine=engine,
         precision=precision,
         sizes=engine_sizes(config),
-        prompt=Prompt(PROMPT_TEMPLATE, config.passage_length, config.append_eos),
+        prompt=prompt_of(config, checkpoint.tokenizer_json),
         pad_token_id=config.pad_token_id,
         eos_token_id=config.eos_token_id,
         decoder_start_token_id=config.decoder_start_token_id,

@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import string
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from export.errors import ConfigError
 
 FeedForward = Literal["relu", "gated-gelu"]
+PROMPT_TEMPLATE = "question: {question} title: {title} context: {context}"  # facebookresearch/FiD's
+FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
+    "str | None": (str, type(None)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +52,7 @@ class StackConfig:
         found = [
             f"{name}.{field.name}: wanted a positive integer, got {getattr(self, field.name)!r}"
             for field in dataclasses.fields(self)
-            if not isinstance(getattr(self, field.name), int) or getattr(self, field.name) < 1
+            if type(getattr(self, field.name)) is not int or getattr(self, field.name) < 1
         ]
         if not found and self.num_heads % self.num_kv_heads:
             found.append(f"{name}.num_kv_heads: wanted a divisor of num_heads={self.num_heads}, got {self.num_kv_heads}")
@@ -66,6 +76,8 @@ class ReaderConfig:
             and FiD's released readers were trained with it.
         append_eos: whether `</s>` ends every encoder input. The readers of facebookresearch/FiD were trained without it.
         passage_length: tokens kept of each prompt (question, title and passage together), `</s>` included.
+        prompt_template: text of an encoder input, with the fields {question}, {title} and {context}.
+        prompt_template_without_title: text where a passage has no title; None uses `prompt_template` with an empty title.
     """
 
     encoder: StackConfig
@@ -84,9 +96,17 @@ class ReaderConfig:
     decoder_start_token_id: int = 0
     append_eos: bool = True
     passage_length: int = 256
+    prompt_template: str = PROMPT_TEMPLATE
+    prompt_template_without_title: str | None = None
 
     def __post_init__(self) -> None:
         faults = self.encoder.faults("encoder") + self.decoder.faults("decoder")
+        for field in dataclasses.fields(self):
+            value, types = getattr(self, field.name), FIELD_TYPES.get(str(field.type))
+            if types and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+                faults.append(f"{field.name}: wanted {field.type}, got {value!r}")
+        if faults:  # the checks below compare numbers
+            raise ConfigError(f"reader configuration: {'; '.join(faults)}")
         if self.encoder.num_kv_heads != self.encoder.num_heads:
             faults.append(
                 f"encoder.num_kv_heads: wanted num_heads={self.encoder.num_heads} (FiDO keeps the encoder multi-head), "
@@ -97,15 +117,27 @@ class ReaderConfig:
             faults.append(f"encoder_decoder_attention_period: wanted 1 to decoder.num_layers={self.decoder.num_layers}, got {period}")
         if self.feed_forward_proj not in ("relu", "gated-gelu"):
             faults.append(f"feed_forward_proj: wanted 'relu' or 'gated-gelu', got {self.feed_forward_proj!r}")
-        if self.relative_attention_num_buckets < 4 or self.relative_attention_num_buckets % 4:
-            faults.append(f"relative_attention_num_buckets: wanted a multiple of 4, got {self.relative_attention_num_buckets}")
+        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if buckets < 4 or buckets % 4:
+            faults.append(f"relative_attention_num_buckets: wanted a multiple of 4, got {buckets}")
+        elif distance <= buckets // 2:  # the decoder's buckets up to there are exact, and the logarithmic ones would have no room
+            faults.append(
+                f"relative_attention_max_distance: wanted more than half of relative_attention_num_buckets={buckets}, got {distance}"
+            )
+        if not (math.isfinite(self.layer_norm_epsilon) and self.layer_norm_epsilon > 0):
+            faults.append(f"layer_norm_epsilon: wanted a positive number, got {self.layer_norm_epsilon}")
         for token in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
             if not 0 <= getattr(self, token) < self.vocab_size:
                 faults.append(f"{token}: wanted 0 to vocab_size-1={self.vocab_size - 1}, got {getattr(self, token)}")
         if self.passage_length < 2:
             faults.append(f"passage_length: wanted at least 2 tokens, got {self.passage_length}")
+        faults += template_faults("prompt_template", self.prompt_template)
+        if self.prompt_template_without_title is not None:
+            faults += template_faults("prompt_template_without_title", self.prompt_template_without_title)
+            if "{title}" in self.prompt_template_without_title:
+                faults.append("prompt_template_without_title: wanted no {title}")
         if faults:
-            raise ConfigError("reader configuration:\n  " + "\n  ".join(faults))
+            raise ConfigError(f"reader configuration: {'; '.join(faults)}")
 
     @property
     def cross_attention_layers(self) -> tuple[int, ...]:
@@ -142,9 +174,25 @@ class ReaderConfig:
             elif set(found) != sizes:
                 faults.append(f"{stack}: wanted exactly the fields {sorted(sizes)}, got {sorted(found)}")
         if faults:
-            raise ConfigError("reader configuration:\n  " + "\n  ".join(faults))
+            raise ConfigError(f"reader configuration: {'; '.join(faults)}")
         stacks = {stack: StackConfig(**fields[stack]) for stack in ("encoder", "decoder")}
         return cls(**{**fields, **stacks})
+
+
+def template_faults(name: str, template: str) -> list[str]:
+    """What keeps `template` from being a prompt, one line each, prefixed by `name`.
+
+    The question comes before the title and the passage, because a long prompt is cut at its end and never in its question.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        return [f"{name}: wanted text with {{question}}, {{title}} and {{context}}, got {template!r} ({error})"]
+    found = [field for _, field, _, _ in parts if field is not None]
+    plain = all(not spec and not conversion for _, field, spec, conversion in parts if field is not None)
+    if not plain or found not in (["question", "title", "context"], ["question", "context"]):
+        return [f"{name}: wanted {{question}}, then {{title}} or not, then {{context}}, each once, got {template!r}"]
+    return []
 
 
 def own_config(fields: Mapping[str, Any]) -> ReaderConfig:

@@ -16,6 +16,7 @@ from export.errors import CheckpointError as CheckpointError
 from export.model.reader import Reader
 
 from .config import ReaderConfig
+from .source_files import listed
 
 HF_CROSS_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
@@ -46,6 +47,56 @@ def hf_name(name: str) -> str:
         "feed_forward": (feed_forward_index, "DenseReluDense"),
     }[part]
     return f"{stack}.block.{layer}.layer.{index}.{'layer_norm' if norm else module}.{rest}"
+
+
+# transformers ties these names. A file holds the shared embedding under one of them or under several.
+EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+T5_ROOTS = ("shared", "encoder", "decoder", "lm_head")
+FAULTS_SHOWN = 6
+
+
+def without_common_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without the prefix that a wrapper put before every name, such as `module.` of DDP or `_orig_mod.` of torch.compile."""
+    found = dict(weights)
+    while found:
+        roots = {name.partition(".")[0] for name in found}
+        (root, *others) = roots
+        if others or root in T5_ROOTS or not all("." in name for name in found):
+            return found
+        found = {name.partition(".")[2]: tensor for name, tensor in found.items()}
+    return found
+
+
+def require_t5(names: Iterable[str], source: str) -> None:
+    """Refuse what is no T5 with both stacks, in one line that says what it is.
+
+    Raises:
+        CheckpointError: for an adapter, quantised weights, an encoder or a decoder alone, or another model.
+    """
+    every = list(names)
+    adapter = next((name for name in every if re.search(r"\.(lora_|ia3_|adapters?\.|base_layer\.)|prompt_embeddings", name)), None)
+    if adapter is not None:
+        raise CheckpointError(
+            f"{source}: {adapter}: a PEFT adapter; merge it into its base model with merge_and_unload(), save that, and pass the result"
+        )
+    quantised = re.compile(r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|quant_state.*|weight_format|weight_scale|weight_packed)$")
+    packed = next((name for name in every if quantised.search(name)), None)
+    if packed is not None:
+        raise CheckpointError(f"{source}: {packed}: quantised weights are not read: export the model before it was quantised")
+    stacks = [stack for stack in ("encoder", "decoder") if any(name.startswith(f"{stack}.block.") for name in every)]
+    if stacks == ["encoder"]:
+        raise CheckpointError(f"{source}: an encoder-only T5: it has no decoder.block weights; pass an encoder-decoder")
+    if stacks == ["decoder"]:
+        raise CheckpointError(f"{source}: a decoder alone: it has no encoder.block weights; pass an encoder-decoder")
+    if not stacks:
+        shown = ", ".join(every[:3]) or "none"
+        raise CheckpointError(f"{source}: wanted weights of T5 (encoder.block.0 and so on), got {len(every)} others: {shown}")
+
+
+def with_shared_embedding(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with shared.weight, which a file may hold under another of its tied names only (safetensors' `save_model`)."""
+    name = next((name for name in EMBEDDING_NAMES if name in weights), None)
+    return dict(weights) if name is None else {"shared.weight": weights[name], **weights}
 
 
 def is_wrapped(names: Iterable[str]) -> bool:
@@ -79,7 +130,7 @@ def state_dict_from_weights(config: ReaderConfig, weights: Mapping[str, Tensor],
         hugging_face: the names are transformers'. Equal copies of the shared embedding under its other names are then accepted.
 
     Raises:
-        CheckpointError: naming every missing, extra and misshapen weight at once.
+        CheckpointError: naming the missing, extra and misshapen weights at once, or those with NaN or infinity.
     """
     shapes = expected_shapes(config)
     names = {(hf_name(ours) if hugging_face else ours): ours for ours in shapes}
@@ -91,8 +142,13 @@ def state_dict_from_weights(config: ReaderConfig, weights: Mapping[str, Tensor],
         if name in weights and tuple(weights[name].shape) != shapes[ours]:
             faults.append(f"misshapen {name}: wanted {list(shapes[ours])}, got {list(weights[name].shape)}")
     if faults:
-        raise CheckpointError(f"{source}: {len(faults)} weights do not fit its config.json:\n  " + "\n  ".join(sorted(faults)))
-    return {ours: weights[name].to(torch.float32) for name, ours in names.items()}
+        shown = listed(sorted(faults), FAULTS_SHOWN, "; ")
+        raise CheckpointError(f"{source}: {len(faults)} weights do not fit its config.json: {shown}")
+    state = {ours: weights[name].to(torch.float32) for name, ours in names.items()}
+    bad = [name for name, ours in names.items() if not torch.isfinite(state[ours]).all()]
+    if bad:
+        raise CheckpointError(f"{source}: wanted finite weights, got NaN or infinity in {listed(bad, FAULTS_SHOWN)}")
+    return state
 
 
 def _embedding_copies(config: ReaderConfig, weights: Mapping[str, Tensor], faults: list[str]) -> set[str]:

@@ -17,17 +17,16 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 
 from export.checkpoint.files import Checkpoint
-from export.errors import CheckpointError, ExportError
+from export.checkpoint.tokenizer import require_embeddings
+from export.errors import ExportError
 from export.manifest_writer import PROMPT_TEMPLATE as PROMPT_TEMPLATE
 from export.manifest_writer import atomic_directory, describe_reader, engine_sizes, write_manifest
 from export.model.reader import Reader
 from serving.contract.manifest import ENGINE_NAMES, TOKENIZER_FILE, Manifest
 from serving.contract.tensors import EngineSizes, GraphTensors, cross_kv_tensors, decoder_step_tensors, encoder_tensors
-from serving.contract.tokenizer import token_without_embedding
 
 from .cpu import CrossKVGraph, DecoderStepGraph, EncoderGraph
 
@@ -125,13 +124,7 @@ def export_reader(checkpoint: Checkpoint, directory: Path, opset: int = OPSET) -
 
 def require_fitting_tokenizer(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless every token has an embedding."""
-    rows = checkpoint.reader.config.vocab_size
-    token = token_without_embedding(Tokenizer.from_str(checkpoint.tokenizer_json), rows)
-    if token is not None:
-        raise CheckpointError(
-            f"{checkpoint.source}: the tokenizer has token id {token}, but the embedding has {rows} rows; "
-            "pass the checkpoint's own tokenizer with --tokenizer"
-        )
+    require_embeddings(checkpoint.tokenizer_json, checkpoint.reader.config.vocab_size, checkpoint.source)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from export.checkpoint.config import ConfigError, reader_preset
 from export.checkpoint.files import Checkpoint, load_checkpoint
 from export.checkpoint.weights import CheckpointError
 from export.graphs.cpu import engine_sizes
+from export.manifest_writer import prompt_of
 from export.model.reader import Reader
 from perf.bounds.machine import describe
 from perf.bounds.statistics import publish, spread
@@ -46,7 +47,7 @@ from perf.served.workload import (
     uniform,
 )
 from serving.contract.limits import Limits
-from serving.contract.manifest import Manifest, ManifestError, Prompt
+from serving.contract.manifest import Manifest, ManifestError
 from serving.pipeline.prompt import PromptEncoder, PromptError
 
 EXCLUDES = "tokenization, network"
@@ -67,10 +68,8 @@ class Question:
 
 def tokenized(checkpoint: Checkpoint, requests_of: Callable[[Tokenizer, Manifest], Iterable[Request]]) -> list[Question]:
     """The requests, encoded with the reader's prompt and tokenizer."""
-    from export.graphs.onnx_export import PROMPT_TEMPLATE  # imports onnx, which random token ids do not need
-
     config = checkpoint.reader.config
-    prompt = Prompt(PROMPT_TEMPLATE, config.passage_length, config.append_eos)
+    prompt = prompt_of(config, checkpoint.tokenizer_json)
     special = (config.pad_token_id, config.eos_token_id, config.decoder_start_token_id)
     manifest = Manifest(config.kind, "onnxruntime", "float32", engine_sizes(config), prompt, *special, {}, "", {})
     tokenizer = Tokenizer.from_str(checkpoint.tokenizer_json)

@@ -40,14 +40,31 @@ class Prompt:
     """How a question and a passage become encoder input.
 
     Attributes:
-        template: text with the fields {question}, {title} and {context}; what precedes {title} is never truncated.
+        template: text with the fields {question}, {title} and {context}; what precedes {title}, or {context}, is never truncated.
         passage_length: largest number of tokens, the end token included.
         append_eos: whether every input ends with the end token.
+        template_without_title: text for a passage without a title; None uses `template` with an empty title.
+        end_token_id: ends the inputs; None for the reader's eos_token_id, at which it stops.
     """
 
     template: str
     passage_length: int
     append_eos: bool
+    template_without_title: str | None = None
+    end_token_id: int | None = None
+
+    def text(self, question: str, title: str, context: str) -> str:
+        """The encoder input of one passage, before it is tokenized."""
+        return self._template_for(title).format(question=question, title=title, context=context)
+
+    def head(self, question: str, title: str) -> str:
+        """The part of `text` that is never truncated: all before the title and the passage."""
+        template = self._template_for(title)
+        ends = [template.index(field) for field in ("{title}", "{context}") if field in template]
+        return template[: min(ends, default=len(template))].format(question=question)
+
+    def _template_for(self, title: str) -> str:
+        return self.template if title or self.template_without_title is None else self.template_without_title
 
 
 class BuildTarget(NamedTuple):

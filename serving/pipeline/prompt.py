@@ -89,14 +89,15 @@ class PromptEncoder:
 
         The positions of a chunk are those in the whole question.
         """
-        prompt, end = self._prompt, [self._eos] * self._prompt.append_eos
+        prompt = self._prompt
+        end = [self._eos if prompt.end_token_id is None else prompt.end_token_id] * prompt.append_eos
         room = prompt.passage_length - len(end)
-        head = prompt.template[: prompt.template.index("{title}")].format(question=question)
-        head_tokens = len(self._tokenizer.encode(head, add_special_tokens=False).ids)
+        titles = titles if titles is not None else [""] * len(passages)
+        heads = {prompt.head(question, title) for title in {bool(title): title for title in titles}.values()}
+        head_tokens = max((len(self._tokenizer.encode(head, add_special_tokens=False).ids) for head in heads), default=0)
         if head_tokens > room:
             raise PromptError(f"question: {head_tokens} tokens with its prompt, but a passage holds {room}; ask it in fewer words")
-        titles = titles if titles is not None else [""] * len(passages)
-        texts = [prompt.template.format(question=question, title=t, context=p) for p, t in zip(passages, titles, strict=True)]
+        texts = [prompt.text(question, t, p) for p, t in zip(passages, titles, strict=True)]
         for first in range(0, len(texts), chunk_size):
             rows = [ids[:room] + end for ids in self._tokenizers.truncated_ids(texts[first : first + chunk_size])]
             yield self._padded(rows, first)
