@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,3 +69,19 @@ def test_no_folder_has_more_than_14_modules():
 
 def test_the_repository_stays_small():
     assert len(TRACKED) <= 460
+
+
+def test_the_readme_is_short_and_the_docs_say_whom_they_are_for():
+    readme = (ROOT / "README.md").read_text().splitlines()
+    assert len(readme) <= 120
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        lines = page.read_text().splitlines()
+        assert [line for line in lines if len(line) > 100 and not line.startswith("|")] == [], page.name
+        if page.name != "README.md":
+            assert lines[2].startswith("For people who") or lines[2].startswith("For people with"), page.name
+
+
+def test_links_of_the_readme_and_the_docs_lead_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+        assert [link for link in links if not (page.parent / link).exists()] == [], page.name
