@@ -213,8 +213,15 @@ def test_b11_other_contents_of_config_json(content: bytes, checkpoint: Path, ref
 
 # --- B12
 
-FASTRAG = ("--prompt-template", "question: {question} title: {title} context: {context}", "--prompt-template-without-title")
-FASTRAG += ("question: {question} context: {context}", "--no-append-eos", "--passage-length", "16")
+FASTRAG = (
+    "--prompt-template",
+    "question: {question} title: {title} context: {context}",
+    "--prompt-template-without-title",
+    "question: {question} context: {context}",
+    "--no-append-eos",
+    "--passage-length",
+    "16",
+)
 
 
 def test_b12_the_prompt_is_stated_or_its_assumption_named(checkpoint: Path, tmp_path: Path, export: Callable[..., Result]):
@@ -233,8 +240,6 @@ def test_b12_the_prompt_is_stated_or_its_assumption_named(checkpoint: Path, tmp_
     converted = export("convert", checkpoint, tmp_path / "fido", "--period", "3", *FASTRAG)
     assert converted.code == 0 and converted.stderr == ""
     assert load_checkpoint(tmp_path / "fido").reader.config.prompt_template_without_title == FASTRAG[3]
-
-    load_checkpoint(checkpoint)
 
 
 def test_b12_what_is_assumed_is_named(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
