@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -246,6 +247,8 @@ class Scheduler:
             try:
                 if not sequence.generated:
                     sequence.on_attribution(attention[slot, : len(sequence.encoder_positions)])
+                if math.isnan(log_prob):  # an answer of arbitrary tokens would follow
+                    raise FloatingPointError("the decoder's log-probability is not a number")
                 sequence.last_token = token
                 sequence.generated += 1
                 sequence.on_token(token, log_prob)

@@ -1,4 +1,4 @@
-"""Checkpoints as people bring them: tokenizers, weights, configurations (rows B1 to B6)."""
+"""Section B of the field's faults, rows B1 to B6: tokenizers, numbers and settings of checkpoints as people have them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from export.checkpoint.files import load_checkpoint
 from export.compare import transformers_model
 from serving.pipeline.prompt import PromptEncoder
 from tests.conftest import VOCAB_SIZE
-from tests.field.conftest import assert_as_transformers, edit, t5, weights_of, write_weights
+from tests.field.tiny_t5 import assert_as_transformers, edit, t5, weights_of, write_weights
+
+pytest_plugins = ("tests.field.tiny_t5",)
+
 
 # --- B1
 

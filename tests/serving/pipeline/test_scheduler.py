@@ -218,6 +218,23 @@ def test_a_question_the_engine_refuses_harms_no_other():
     assert good.ends == [None] and good.tokens == expected(5, 8, 0)
 
 
+def test_a_log_probability_that_is_no_number_ends_its_own_answer_only():
+    class Engine(FakeEngine):
+        def step(self, tokens, positions, eos_penalty):
+            chosen, log_probs, attention = super().step(tokens, positions, eos_penalty)
+            log_probs[np.array(self.keys[: len(tokens)]) == 7] = np.nan
+            return chosen, log_probs, attention
+
+    loop = loop_over(Engine(2))
+    bad, good = Client(7), Client(5)
+    loop.submit(bad.question())
+    loop.submit(good.question())
+    assert bad.done.wait(10) and good.done.wait(10)
+    loop.stop()
+    assert isinstance(bad.ends[0], FloatingPointError) and bad.tokens == []
+    assert good.ends == [None] and good.tokens == expected(5, 8, 0)
+
+
 def test_a_broken_step_is_told_to_all_in_it_and_the_loop_lives_on():
     engine = FakeEngine(2)
     engine.fail_at = 1

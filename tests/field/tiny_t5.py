@@ -1,4 +1,4 @@
-"""Checkpoints that the tests of section B damage, and the export that reads them."""
+"""Tiny T5s as transformers writes them, and `python -m export` in this process; for the tests of section B."""
 
 from __future__ import annotations
 
