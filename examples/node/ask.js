@@ -1,6 +1,6 @@
 // Ask a served reader from Node.js by Triton's gRPC protocol:
 //
-//   python write_protocol.py && npm install
+//   python ../write_protocol.py && npm install
 //   node ask.js 127.0.0.1:8001 fido "what is the capital of France?" "Its capital is Paris." "Another passage."
 //
 // Triton's .proto files (triton-inference-server/common) work in the place of triton.protoset, and in any other language.

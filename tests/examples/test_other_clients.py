@@ -70,7 +70,7 @@ def test_node(server, tmp_path):
         pytest.skip("no Node.js on this machine")
     folder = tmp_path / "node"
     shutil.copytree(ROOT / "examples" / "node", folder, ignore=shutil.ignore_patterns("node_modules", "*.protoset", "package-lock.json"))
-    _printed([sys.executable, folder / "write_protocol.py"])
+    _printed([sys.executable, shutil.copy(ROOT / "examples" / "write_protocol.py", tmp_path)])
     installed = subprocess.run(["npm", "install", "--no-audit", "--no-fund"], cwd=folder, capture_output=True, text=True, timeout=300)
     if installed.returncode != 0:
         pytest.skip(f"npm cannot install the example's two packages here: {installed.stderr.splitlines()[-1:]}")

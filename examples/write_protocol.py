@@ -1,4 +1,4 @@
-"""Write triton.protoset next to this file: Triton's gRPC protocol, taken from the package tritonclient, as compiled descriptors.
+"""Write node/triton.protoset: Triton's gRPC protocol, taken from the package tritonclient, as compiled descriptors.
 
 Any tool that reads descriptor sets can use it, such as grpcurl -protoset or buf.
 """
@@ -16,7 +16,7 @@ def main() -> None:
     files = FileDescriptorSet()
     for module in (model_config_pb2, service_pb2):
         module.DESCRIPTOR.CopyToProto(files.file.add())
-    Path(__file__).with_name("triton.protoset").write_bytes(files.SerializeToString())
+    (Path(__file__).parent / "node" / "triton.protoset").write_bytes(files.SerializeToString())
 
 
 if __name__ == "__main__":
