@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from tokenizers import Tokenizer
 
+from .truncation import TruncatingTokenizer
+
 # A passage takes some hundred microseconds, so the passages of one question are spread over the cores, this many a task at least.
 PASSAGES_PER_TASK = 2
+PASSAGES_PER_STEP = 8  # short passages between two looks at whether the client still waits
 MAX_TOKENIZERS = 12  # each holds a vocabulary: 5 MB for 3,000 pieces, 36 MB for T5's 32,000
 
 
@@ -33,22 +36,26 @@ class TokenizerPool:
         serialized = tokenizer.to_str()
         self._size = threads or min(len(os.sched_getaffinity(0)), MAX_TOKENIZERS)
         self._pool = ThreadPoolExecutor(self._size, thread_name_prefix="tokenize")
-        self._idle: queue.SimpleQueue[Tokenizer] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[TruncatingTokenizer] = queue.SimpleQueue()
         self._callers, self._lock = 0, threading.Lock()
 
-        def make(_: int) -> Tokenizer:
-            own = Tokenizer.from_str(serialized)
-            own.no_padding()
-            # The library truncates before it builds Python objects: a long text would otherwise hold Python's lock for its whole length.
-            own.enable_truncation(length)
-            return own
+        def make(_: int) -> TruncatingTokenizer:
+            return TruncatingTokenizer(serialized, length)
 
         # Made before the first question, in parallel. An error of any thread is raised here and fails the load.
         for own in self._pool.map(make, range(self._size)):
             self._idle.put(own)
 
-    def truncated_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """The first `length` token ids of each text, without special tokens."""
+    def truncated_ids(self, texts: Sequence[str], cancel_reason: Callable[[], Exception | None] = lambda: None) -> list[list[int]]:
+        """The first `length` token ids of each text, without special tokens.
+
+        Args:
+            texts: of any length; the cost is that of the tokens kept (see truncation.py).
+            cancel_reason: called between short steps, on any thread: None, or the error to stop with.
+
+        Raises:
+            Exception: what `cancel_reason` returned.
+        """
         with self._lock:
             self._callers += 1
             # Each task costs turns of Python's lock. Under load a question is one task, and the cores work on different questions.
@@ -56,14 +63,31 @@ class TokenizerPool:
         try:
             size = max(PASSAGES_PER_TASK, -(-len(texts) // threads))
             tasks = [texts[i : i + size] for i in range(0, len(texts), size)]
-            return [ids for part in self._pool.map(self._tokenize, tasks) for ids in part]
+            parts = self._pool.map(lambda task: self._tokenize(task, cancel_reason), tasks)
+            return [ids for part in parts for ids in part]
         finally:
             with self._lock:
                 self._callers -= 1
 
-    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+    def _tokenize(self, texts: Sequence[str], cancel_reason: Callable[[], Exception | None]) -> list[list[int]]:
         tokenizer = self._idle.get()  # never waits: there are as many tokenizers as threads
         try:
-            return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+            found: dict[int, list[int]] = {}
+            short = [i for i, text in enumerate(texts) if tokenizer.is_short(text)]
+            for first in range(0, len(short), PASSAGES_PER_STEP):
+                _raise_if_cancelled(cancel_reason)
+                step = short[first : first + PASSAGES_PER_STEP]
+                found |= dict(zip(step, tokenizer.whole([texts[i] for i in step]), strict=True))
+            for i in set(range(len(texts))) - found.keys():
+                for ids in tokenizer.first_ids(texts[i]):
+                    _raise_if_cancelled(cancel_reason)
+                    if ids is not None:
+                        found[i] = ids
+            return [found[i] for i in range(len(texts))]
         finally:
             self._idle.put(tokenizer)
+
+
+def _raise_if_cancelled(cancel_reason: Callable[[], Exception | None]) -> None:
+    if reason := cancel_reason():
+        raise reason
