@@ -6,7 +6,7 @@ A prompt is truncated at its passage's end, never in its question. Knows nothing
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -83,22 +83,29 @@ class PromptEncoder:
         return whole
 
     def encode_in_chunks(
-        self, question: str, passages: Sequence[str], titles: Sequence[str] | None, chunk_size: int
+        self,
+        question: str,
+        passages: Sequence[str],
+        titles: Sequence[str] | None,
+        chunk_size: int,
+        cancel_reason: Callable[[], Exception | None] = lambda: None,
     ) -> Iterator[EncoderInput]:
         """As `encode`, in chunks of `chunk_size` passages: the first can be encoded while the next are tokenized.
 
-        The positions of a chunk are those in the whole question.
+        The positions of a chunk are those in the whole question. `cancel_reason` is called between short steps, on any thread; an error
+        that it returns is raised here.
         """
         prompt, end = self._prompt, [self._eos] * self._prompt.append_eos
         room = prompt.passage_length - len(end)
         head = prompt.template[: prompt.template.index("{title}")].format(question=question)
-        head_tokens = len(self._tokenizer.encode(head, add_special_tokens=False).ids)
+        # In a batch, even of one, the library releases Python's lock.
+        head_tokens = len(self._tokenizer.encode_batch_fast([head], add_special_tokens=False)[0].ids)
         if head_tokens > room:
             raise PromptError(f"question: {head_tokens} tokens with its prompt, but a passage holds {room}; ask it in fewer words")
         titles = titles if titles is not None else [""] * len(passages)
         texts = [prompt.template.format(question=question, title=t, context=p) for p, t in zip(passages, titles, strict=True)]
         for first in range(0, len(texts), chunk_size):
-            rows = [ids[:room] + end for ids in self._tokenizers.truncated_ids(texts[first : first + chunk_size])]
+            rows = [ids[:room] + end for ids in self._tokenizers.truncated_ids(texts[first : first + chunk_size], cancel_reason)]
             yield self._padded(rows, first)
 
     def _padded(self, rows: list[list[int]], first_passage: int) -> EncoderInput:

@@ -57,10 +57,7 @@ def read_request(tensors: Mapping[str, np.ndarray | None], limits: Limits) -> Re
         faults.append(f"titles: wanted one for each of the {n_passages} passages or none at all, got {n_titles}")
     elif passages:
         titles = _texts(tensors, "titles", limits.max_passage_characters, faults)
-    maximum = _number(tensors, "max_new_tokens", 1, limits.max_new_tokens, limits.default_max_new_tokens, faults)
-    minimum = _number(tensors, "min_new_tokens", 0, limits.max_new_tokens, 0, faults)
-    if minimum > maximum and not any("new_tokens" in fault for fault in faults):
-        faults.append(f"min_new_tokens: wanted at most max_new_tokens={maximum}, got {minimum}")
+    maximum, minimum = _new_tokens(_number(tensors, "max_new_tokens"), _number(tensors, "min_new_tokens"), limits, faults)
     if faults:
         more = [f"and {len(faults) - FAULTS_SHOWN} more"] if len(faults) > FAULTS_SHOWN else []
         raise RequestError("; ".join([*faults[:FAULTS_SHOWN], *more]))
@@ -85,11 +82,33 @@ def _texts(tensors: Mapping[str, np.ndarray | None], name: str, max_characters: 
     return texts
 
 
-def _number(tensors: Mapping[str, np.ndarray | None], name: str, minimum: int, maximum: int, default: int, faults: list[str]) -> int:
+def checked_new_tokens(max_new_tokens: int | None, min_new_tokens: int | None, limits: Limits) -> tuple[int, int]:
+    """max_new_tokens and min_new_tokens of a request, None = the default.
+
+    Raises:
+        RequestError: naming what is outside the limits.
+    """
+    faults: list[str] = []
+    numbers = _new_tokens(max_new_tokens, min_new_tokens, limits, faults)
+    if faults:
+        raise RequestError("; ".join(faults))
+    return numbers
+
+
+def _new_tokens(maximum: int | None, minimum: int | None, limits: Limits, faults: list[str]) -> tuple[int, int]:
+    maximum = limits.default_max_new_tokens if maximum is None else maximum
+    minimum = 0 if minimum is None else minimum
+    out_of_range = [
+        f"{name}: wanted {lowest} to {limits.max_new_tokens}, got {value}"
+        for name, lowest, value in (("max_new_tokens", 1, maximum), ("min_new_tokens", 0, minimum))
+        if not lowest <= value <= limits.max_new_tokens
+    ]
+    if minimum > maximum and not out_of_range:
+        out_of_range.append(f"min_new_tokens: wanted at most max_new_tokens={maximum}, got {minimum}")
+    faults += out_of_range
+    return maximum, minimum
+
+
+def _number(tensors: Mapping[str, np.ndarray | None], name: str) -> int | None:
     array = tensors.get(name)
-    if array is None:
-        return default
-    value = int(array.reshape(-1)[0])
-    if not minimum <= value <= maximum:
-        faults.append(f"{name}: wanted {minimum} to {maximum}, got {value}")
-    return value
+    return None if array is None else int(array.reshape(-1)[0])

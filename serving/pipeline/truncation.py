@@ -61,11 +61,10 @@ class TruncatingTokenizer:
         self._prefixes.no_truncation()
         added = settings["added_tokens"]
         normalizer = self._prefixes.normalizer
-        self._added_prefixes = _proper_prefixes(token["content"] for token in added)
-        self._normalizes_added = normalizer is not None and any(token["normalized"] for token in added)
-        if self._normalizes_added:
-            self._added_prefixes |= _proper_prefixes(normalizer.normalize_str(token["content"]) for token in added)
-        self._longest_prefix = max(map(len, self._added_prefixes), default=0)
+        self._added = [token["content"] for token in added]
+        self._normalized_added = [
+            normalizer.normalize_str(token["content"]) if normalizer is not None else token["content"] for token in added if token["normalized"]
+        ]
         self._added_ids = {token["id"] for token in added}
         model = settings["model"]
         self._window = 0  # characters of the longest piece; 0 = this model's best paths cannot be compared
@@ -122,10 +121,15 @@ class TruncatingTokenizer:
         return None
 
     def _ends_in_added_token(self, text: str, end: int) -> bool:
-        tails = [text[max(end - self._longest_prefix, 0) : end]]
-        if self._normalizes_added:
-            tails.append(self._prefixes.normalizer.normalize_str(text[max(end - 2 * self._longest_prefix, 0) : end]))
-        return any(tail[-n:] in self._added_prefixes for tail in tails for n in range(1, min(self._longest_prefix, len(tail)) + 1))
+        """Whether an added token reaches over `end`, or ends there, where its neighbour may decide about it."""
+        if any(text.find(token, max(end - len(token), 0), end + len(token) - 1) >= 0 for token in self._added):
+            return True
+        if not self._normalized_added:
+            return False
+        reach = 2 * max(map(len, self._normalized_added))
+        around, normalizer = text[max(end - reach, 0) : end + reach], self._prefixes.normalizer
+        normalized = normalizer.normalize_str(around) if normalizer is not None else around
+        return any(token in normalized for token in self._normalized_added)
 
     def _inside_long_pre_token(self, prefix: str, ids: list[int], characters_left: int) -> list[int] | None:
         """The first ids of a text that begins with `prefix` and has a pre-token longer than it; None if they are not certain.
@@ -187,10 +191,6 @@ def _parts(setting: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
     if setting is None:
         return []
     return [part for inner in setting[name] for part in _parts(inner, name)] if setting["type"] == "Sequence" else [setting]
-
-
-def _proper_prefixes(contents: Any) -> set[str]:
-    return {content[:end] for content in contents for end in range(1, len(content))}
 
 
 def _is_plain(character: str) -> bool:

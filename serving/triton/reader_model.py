@@ -119,7 +119,9 @@ class ReaderModel:
                 raise SchedulerStoppedError("the server is shutting down")
             if reason := writer.caller.cancel_reason():
                 raise reason
-            hidden, positions = self._encoder.encode(writer.request, writer.tokenized, in_chunks=len(self._in_flight) == 1)
+            hidden, positions = self._encoder.encode(
+                writer.request, writer.tokenized, writer.caller.cancel_reason, in_chunks=len(self._in_flight) == 1
+            )
             writer.encoded()
             self._scheduler.submit(
                 DecodeSequence(

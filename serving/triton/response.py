@@ -130,9 +130,14 @@ class ResponseWriter:
         self.times.admitted = time.monotonic()
 
     def on_attribution(self, cross_attention: np.ndarray) -> None:
-        """Sum float32[encoder_sequence_length], packed, over the tokens of each passage."""
+        """Score each passage by its share of the first token's cross-attention; the scores sum to 1.
+
+        Args:
+            cross_attention: float32[encoder_sequence_length], packed; the decoder sums it over heads.
+        """
         starts = np.concatenate([[0], np.cumsum(self._passage_lengths)[:-1]])
-        self._passage_scores = np.add.reduceat(cross_attention, starts).astype(np.float32)
+        scores = np.add.reduceat(cross_attention, starts, dtype=np.float64)
+        self._passage_scores = (scores / scores.sum()).astype(np.float32)
 
     def on_token(self, token: int, log_prob: float) -> None:
         """Add one token to the answer."""

