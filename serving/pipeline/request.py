@@ -6,13 +6,18 @@ Comes in: the request's arrays as Triton passes them. Goes out: a `ReaderRequest
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from serving.contract.limits import Limits
+from serving.contract.tensors import READER_TENSORS
 
 LIVENESS_ID = "liveness"  # request id of the launcher's probe (launcher/liveness.py); it is refused and counted nowhere
+TIMEOUT = "timeout"  # the one request parameter, in microseconds as in Triton's protocol; all other options are tensors
+TRITONS_OWN = "triton_"  # parameters that Triton's clients add begin like this
 FAULTS_SHOWN = 10  # in a refusal; a request of a million bad passages gets a short answer
 
 
@@ -22,21 +27,23 @@ class RequestError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ReaderRequest:
-    """A question with its passages; `titles` is as long as `passages`, or None."""
+    """A question with its passages; `titles` is as long as `passages`, or None. `timeout_us`: 0 = none."""
 
     question: str
     passages: list[str]
     titles: list[str] | None
     max_new_tokens: int
     min_new_tokens: int
+    timeout_us: int = 0
 
 
-def read_request(tensors: Mapping[str, np.ndarray | None], limits: Limits) -> ReaderRequest:
+def read_request(tensors: Mapping[str, np.ndarray | None], limits: Limits, parameters: Mapping[str, Any] | None = None) -> ReaderRequest:
     """Check a request against the limits.
 
     Args:
         tensors: by the names of READER_TENSORS; None for an optional one that the client left out.
         limits: of this reader.
+        parameters: of the request. Over HTTP generate these are the keys of the JSON body that name no tensor.
 
     Raises:
         RequestError: naming everything that is wrong, FAULTS_SHOWN faults at most.
@@ -58,10 +65,11 @@ def read_request(tensors: Mapping[str, np.ndarray | None], limits: Limits) -> Re
     elif passages:
         titles = _texts(tensors, "titles", limits.max_passage_characters, faults)
     maximum, minimum = _new_tokens(_number(tensors, "max_new_tokens"), _number(tensors, "min_new_tokens"), limits, faults)
+    timeout_us = _timeout(parameters or {}, faults)
     if faults:
         more = [f"and {len(faults) - FAULTS_SHOWN} more"] if len(faults) > FAULTS_SHOWN else []
         raise RequestError("; ".join([*faults[:FAULTS_SHOWN], *more]))
-    return ReaderRequest(question[0], passages, titles, maximum, minimum)
+    return ReaderRequest(question[0], passages, titles, maximum, minimum, timeout_us)
 
 
 def _texts(tensors: Mapping[str, np.ndarray | None], name: str, max_characters: int, faults: list[str]) -> list[str] | None:
@@ -80,6 +88,25 @@ def _texts(tensors: Mapping[str, np.ndarray | None], name: str, max_characters: 
             faults.append(f"{where}: wanted at most {max_characters} characters, got {len(text)}")
         texts.append(text)
     return texts
+
+
+def _timeout(parameters: Mapping[str, Any], faults: list[str]) -> int:
+    """The parameter `timeout`; a parameter of any other name is a fault, because it would change nothing."""
+    known = [*(spec.name for spec in READER_TENSORS.inputs), TIMEOUT]
+    for name in parameters:
+        if name == TIMEOUT or name.startswith(TRITONS_OWN):
+            continue
+        if name in known:
+            faults.append(f"{name}: wanted an input tensor, got a request parameter")
+            continue
+        close = difflib.get_close_matches(name, known, 1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        faults.append(f"{name}: unknown; {meant}known are {', '.join(known)} (microseconds)")
+    timeout = parameters.get(TIMEOUT, 0)
+    if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0:
+        faults.append(f"{TIMEOUT}: wanted a whole number of microseconds, got {timeout!r}")
+        return 0
+    return timeout
 
 
 def checked_new_tokens(max_new_tokens: int | None, min_new_tokens: int | None, limits: Limits) -> tuple[int, int]:

@@ -63,7 +63,9 @@ class TruncatingTokenizer:
         normalizer = self._prefixes.normalizer
         self._added = [token["content"] for token in added]
         self._normalized_added = [
-            normalizer.normalize_str(token["content"]) if normalizer is not None else token["content"] for token in added if token["normalized"]
+            normalizer.normalize_str(token["content"]) if normalizer is not None else token["content"]
+            for token in added
+            if token["normalized"]
         ]
         self._added_ids = {token["id"] for token in added}
         model = settings["model"]
@@ -197,7 +199,7 @@ def _is_plain(character: str) -> bool:
     """Whether normalization treats the character alike before and after any other such character, and makes no space at its edges."""
     if "!" <= character <= "~":
         return True
-    if character in PREPENDED or character == "\ufffd" or character > "\U0001f1e5" and character < "\U0001f200":
+    if character in PREPENDED or character == "\ufffd" or (character > "\U0001f1e5" and character < "\U0001f200"):
         return False
     normalized = unicodedata.normalize("NFKC", character)
     first = normalized[:1]

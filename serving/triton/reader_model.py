@@ -104,12 +104,12 @@ class ReaderModel:
         for spec in READER_TENSORS.inputs:
             tensor = pb_utils.get_input_tensor_by_name(request, spec.name)
             arrays[spec.name] = None if tensor is None else tensor.as_numpy()
-        checked = read_request(arrays, self._limits)
+        checked = read_request(arrays, self._limits, json.loads(request.parameters() or "{}"))
         if len(self._in_flight) >= self._limits.max_in_flight:
             raise QueueFullError(f"{self._limits.max_in_flight} questions are in flight and no more may; try again later")
         kind = StreamWriter if self._streams else UnaryWriter
         outputs = set(request.requested_output_names())
-        return kind(Caller(request, sender), checked, self._prompt, outputs, self._responding.submit, self._finished)
+        return kind(Caller(request, sender, checked.timeout_us), checked, self._prompt, outputs, self._responding.submit, self._finished)
 
     def _encode(self, writer: ResponseWriter) -> None:
         """Encode one question and pass it to the scheduler. Runs on an encoding thread."""

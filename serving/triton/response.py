@@ -22,13 +22,19 @@ OUTCOMES = ("answered", "refused", "cancelled", "failed")
 
 
 class Caller:
-    """The client's side of a request: its id, its time limit, and whether it still wants the answer."""
+    """The client's side of a request: its id, its time limit, and whether it still wants the answer.
 
-    def __init__(self, request: Any, sender: Any):
+    Args:
+        request: Triton's.
+        sender: of its responses.
+        timeout_us: of the request's parameters, where HTTP generate puts the timeout; 0 = none there.
+    """
+
+    def __init__(self, request: Any, sender: Any, timeout_us: int = 0):
         self.id = request.request_id()
         self.sender = sender
         self.arrived_s = time.monotonic()
-        self._timeout_s = request.timeout() / 1e6  # 0 = none
+        self._timeout_s = (request.timeout() or timeout_us) / 1e6  # 0 = none
         self._cancelled = False
         self._polling, self._closed = threading.Lock(), False
 
@@ -37,7 +43,7 @@ class Caller:
         if self._cancelled:
             return CancelledError("cancelled by the client")
         if self._timeout_s and time.monotonic() > self.arrived_s + self._timeout_s:
-            return DeadlineExceededError(f"the request's timeout of {self._timeout_s * 1e3:.0f} ms passed before its answer was complete")
+            return DeadlineExceededError(f"the request's timeout of {self._timeout_s * 1e3:g} ms passed before its answer was complete")
         return None
 
     def poll_cancelled(self) -> None:
