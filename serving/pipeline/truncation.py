@@ -61,12 +61,9 @@ class TruncatingTokenizer:
         self._prefixes.no_truncation()
         added = settings["added_tokens"]
         normalizer = self._prefixes.normalizer
-        self._added = [token["content"] for token in added]
-        self._normalized_added = [
-            normalizer.normalize_str(token["content"]) if normalizer is not None else token["content"]
-            for token in added
-            if token["normalized"]
-        ]
+        self._added = [(token["content"], token["single_word"]) for token in added]
+        normalized = [token["content"] for token in added if token["normalized"]]
+        self._normalized_added = [content if normalizer is None else normalizer.normalize_str(content) for content in normalized]
         self._added_ids = {token["id"] for token in added}
         model = settings["model"]
         self._window = 0  # characters of the longest piece; 0 = this model's best paths cannot be compared
@@ -123,8 +120,10 @@ class TruncatingTokenizer:
         return None
 
     def _ends_in_added_token(self, text: str, end: int) -> bool:
-        """Whether an added token reaches over `end`, or ends there, where its neighbour may decide about it."""
-        if any(text.find(token, max(end - len(token), 0), end + len(token) - 1) >= 0 for token in self._added):
+        """Whether an added token reaches over `end`, or ends there and must be a single word, which the next character decides."""
+        if any(
+            text.find(token, max(end - len(token) + (not single_word), 0), end + len(token) - 1) >= 0 for token, single_word in self._added
+        ):
             return True
         if not self._normalized_added:
             return False

@@ -18,13 +18,14 @@ from serving.pipeline.truncation import TruncatingTokenizer
 from tests.conftest import word_tokenizer
 
 ROOT = Path(__file__).parents[3]
+WORDS = ["the", "capital", "of", "France", "is", "Paris,", "1,000", "naïve", "straße"]
 CORPUS = [
-    *(" ".join(random.Random(seed).choices(["the", "capital", "of", "France", "is", "Paris,", "1,000", "naïve", "straße"], k=40)) for seed in range(60)),
+    *(" ".join(random.Random(seed).choices(WORDS, k=40)) for seed in range(60)),
     *("a" * n for n in range(1, 40)),
     *("ab" * n for n in range(1, 20)),
     "漢字かな交じり文" * 20,
     "الله عليه وسلم صلى " * 20,
-]  # fmt: skip
+]
 T5_SPLITS = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")])
 
 
@@ -44,7 +45,7 @@ def unigram(*, byte_fallback: bool = False, normalizer=None) -> Tokenizer:
         tokenizer = Tokenizer.from_str(json.dumps(made))
     tokenizer.add_special_tokens([AddedToken(f"<extra_id_{i}>", lstrip=True, rstrip=True) for i in (1, 10)])
     tokenizer.add_tokens([AddedToken("naïve is", normalized=True), AddedToken("ab", single_word=True), AddedToken("abc")])
-    return tokenizer  # fmt: skip
+    return tokenizer
 
 
 def bpe() -> Tokenizer:
