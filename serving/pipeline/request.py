@@ -16,7 +16,8 @@ from serving.contract.limits import Limits
 from serving.contract.tensors import READER_TENSORS
 
 LIVENESS_ID = "liveness"  # request id of the launcher's probe (launcher/liveness.py); it is refused and counted nowhere
-TIMEOUT = "timeout"  # the one request parameter, in microseconds as in Triton's protocol; all other options are tensors
+# The request parameters; all other options are tensors. HTTP generate of Triton 2.51 passes both as parameters.
+TIMEOUT, ID = "timeout", "id"  # microseconds, as in Triton's protocol; text
 TRITONS_OWN = "triton_"  # parameters that Triton's clients add begin like this
 FAULTS_SHOWN = 10  # in a refusal; a request of a million bad passages gets a short answer
 
@@ -27,7 +28,7 @@ class RequestError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ReaderRequest:
-    """A question with its passages; `titles` is as long as `passages`, or None. `timeout_us`: 0 = none."""
+    """A question with its passages; `titles` is as long as `passages`, or None. `timeout_us`: 0 = none. `id`: "" = none."""
 
     question: str
     passages: list[str]
@@ -35,6 +36,7 @@ class ReaderRequest:
     max_new_tokens: int
     min_new_tokens: int
     timeout_us: int = 0
+    id: str = ""
 
 
 def read_request(tensors: Mapping[str, np.ndarray | None], limits: Limits, parameters: Mapping[str, Any] | None = None) -> ReaderRequest:
@@ -65,11 +67,11 @@ def read_request(tensors: Mapping[str, np.ndarray | None], limits: Limits, param
     elif passages:
         titles = _texts(tensors, "titles", limits.max_passage_characters, faults)
     maximum, minimum = _new_tokens(_number(tensors, "max_new_tokens"), _number(tensors, "min_new_tokens"), limits, faults)
-    timeout_us = _timeout(parameters or {}, faults)
+    timeout_us, request_id = _timeout_and_id(parameters or {}, faults)
     if faults:
         more = [f"and {len(faults) - FAULTS_SHOWN} more"] if len(faults) > FAULTS_SHOWN else []
         raise RequestError("; ".join([*faults[:FAULTS_SHOWN], *more]))
-    return ReaderRequest(question[0], passages, titles, maximum, minimum, timeout_us)
+    return ReaderRequest(question[0], passages, titles, maximum, minimum, timeout_us, request_id)
 
 
 def _texts(tensors: Mapping[str, np.ndarray | None], name: str, max_characters: int, faults: list[str]) -> list[str] | None:
@@ -90,11 +92,11 @@ def _texts(tensors: Mapping[str, np.ndarray | None], name: str, max_characters: 
     return texts
 
 
-def _timeout(parameters: Mapping[str, Any], faults: list[str]) -> int:
-    """The parameter `timeout`; a parameter of any other name is a fault, because it would change nothing."""
-    known = [*(spec.name for spec in READER_TENSORS.inputs), TIMEOUT]
+def _timeout_and_id(parameters: Mapping[str, Any], faults: list[str]) -> tuple[int, str]:
+    """The parameters `timeout` and `id`; a parameter of any other name is a fault, because it would change nothing."""
+    known = [*(spec.name for spec in READER_TENSORS.inputs), ID, TIMEOUT]
     for name in parameters:
-        if name == TIMEOUT or name.startswith(TRITONS_OWN):
+        if name in (TIMEOUT, ID) or name.startswith(TRITONS_OWN):
             continue
         if name in known:
             faults.append(f"{name}: wanted an input tensor, got a request parameter")
@@ -105,8 +107,8 @@ def _timeout(parameters: Mapping[str, Any], faults: list[str]) -> int:
     timeout = parameters.get(TIMEOUT, 0)
     if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0:
         faults.append(f"{TIMEOUT}: wanted a whole number of microseconds, got {timeout!r}")
-        return 0
-    return timeout
+        timeout = 0
+    return timeout, str(parameters.get(ID, ""))
 
 
 def checked_new_tokens(max_new_tokens: int | None, min_new_tokens: int | None, limits: Limits) -> tuple[int, int]:

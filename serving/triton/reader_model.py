@@ -47,6 +47,12 @@ class ReaderModel:
         self._name = args["model_name"]
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         config = json.loads(args["model_config"])
+        if config.get("model_warmup"):
+            # Triton warms a model up before it loads the next one, with arrays of zeros or noise, which are no question.
+            raise pb_utils.TritonModelException(
+                f"{self._name}: model_warmup: wanted none, because a reader calls its encoder model, which may not be loaded yet; "
+                f"warm up the encoder instead, in its own config.pbtxt, with zero_data, and ask one question after the start"
+            )
         self._streams = bool(config.get("model_transaction_policy", {}).get("decoupled", False))
         try:
             repository = Path(args["model_repository"]).resolve().parent
@@ -109,7 +115,9 @@ class ReaderModel:
             raise QueueFullError(f"{self._limits.max_in_flight} questions are in flight and no more may; try again later")
         kind = StreamWriter if self._streams else UnaryWriter
         outputs = set(request.requested_output_names())
-        return kind(Caller(request, sender, checked.timeout_us), checked, self._prompt, outputs, self._responding.submit, self._finished)
+        return kind(
+            Caller(request, sender, checked.timeout_us, checked.id), checked, self._prompt, outputs, self._responding.submit, self._finished
+        )
 
     def _encode(self, writer: ResponseWriter) -> None:
         """Encode one question and pass it to the scheduler. Runs on an encoding thread."""

@@ -28,10 +28,11 @@ class Caller:
         request: Triton's.
         sender: of its responses.
         timeout_us: of the request's parameters, where HTTP generate puts the timeout; 0 = none there.
+        request_id: the same of the id.
     """
 
-    def __init__(self, request: Any, sender: Any, timeout_us: int = 0):
-        self.id = request.request_id()
+    def __init__(self, request: Any, sender: Any, timeout_us: int = 0, request_id: str = ""):
+        self.id = request.request_id() or request_id
         self.sender = sender
         self.arrived_s = time.monotonic()
         self._timeout_s = (request.timeout() or timeout_us) / 1e6  # 0 = none
