@@ -6,11 +6,12 @@ took ten times as long as one alone. So every task here borrows a tokenizer that
 
 from __future__ import annotations
 
+import collections
 import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from tokenizers import Tokenizer
 
@@ -44,6 +45,7 @@ class TokenizerPool:
 
         # Made before the first question, in parallel. An error of any thread is raised here and fails the load.
         for own in self._pool.map(make, range(self._size)):
+            self._is_short = own.is_short
             self._idle.put(own)
 
     def truncated_ids(self, texts: Sequence[str], cancel_reason: Callable[[], Exception | None] = lambda: None) -> list[list[int]]:
@@ -61,29 +63,43 @@ class TokenizerPool:
             # Each task costs turns of Python's lock. Under load a question is one task, and the cores work on different questions.
             threads = max(self._size // self._callers, 1)
         try:
-            size = max(PASSAGES_PER_TASK, -(-len(texts) // threads))
-            tasks = [texts[i : i + size] for i in range(0, len(texts), size)]
-            parts = self._pool.map(lambda task: self._tokenize(task, cancel_reason), tasks)
-            return [ids for part in parts for ids in part]
+            short = [i for i, text in enumerate(texts) if self._is_short(text)]
+            size = max(PASSAGES_PER_TASK, -(-len(short) // threads))
+            tasks = [short[i : i + size] for i in range(0, len(short), size)]
+            tasks += [[i] for i in sorted(set(range(len(texts))) - set(short))]
+            return self._run(tasks, texts, cancel_reason)
         finally:
             with self._lock:
                 self._callers -= 1
 
-    def _tokenize(self, texts: Sequence[str], cancel_reason: Callable[[], Exception | None]) -> list[list[int]]:
+    def _run(self, tasks: list[list[int]], texts: Sequence[str], cancel_reason: Callable[[], Exception | None]) -> list[list[int]]:
+        """Run tasks, places of texts, as many at a time as there are threads: other callers' tasks get their turn in between."""
+        found: dict[int, list[int]] = {}
+        running: collections.deque[tuple[list[int], Future[list[list[int]]]]] = collections.deque()
+        for task in tasks:
+            if len(running) == self._size:
+                places, future = running.popleft()
+                found |= dict(zip(places, future.result(), strict=True))
+            running.append((task, self._pool.submit(self._tokenize, [texts[i] for i in task], cancel_reason)))
+        for places, future in running:
+            found |= dict(zip(places, future.result(), strict=True))
+        return [found[i] for i in range(len(texts))]
+
+    def _tokenize(self, texts: list[str], cancel_reason: Callable[[], Exception | None]) -> list[list[int]]:
+        """The ids of short texts, or of one long one."""
         tokenizer = self._idle.get()  # never waits: there are as many tokenizers as threads
         try:
-            found: dict[int, list[int]] = {}
-            short = [i for i, text in enumerate(texts) if tokenizer.is_short(text)]
-            for first in range(0, len(short), PASSAGES_PER_STEP):
+            found: list[list[int]] = []
+            if len(texts) == 1:
                 _raise_if_cancelled(cancel_reason)
-                step = short[first : first + PASSAGES_PER_STEP]
-                found |= dict(zip(step, tokenizer.whole([texts[i] for i in step]), strict=True))
-            for i in set(range(len(texts))) - found.keys():
-                for ids in tokenizer.first_ids(texts[i]):
+                for ids in tokenizer.first_ids(texts[0]):
                     _raise_if_cancelled(cancel_reason)
-                    if ids is not None:
-                        found[i] = ids
-            return [found[i] for i in range(len(texts))]
+                    found += [ids] if ids is not None else []
+                return found
+            for first in range(0, len(texts), PASSAGES_PER_STEP):
+                _raise_if_cancelled(cancel_reason)
+                found += tokenizer.whole(texts[first : first + PASSAGES_PER_STEP])
+            return found
         finally:
             self._idle.put(tokenizer)
 

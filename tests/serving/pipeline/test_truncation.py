@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -192,3 +195,28 @@ def test_tokenizing_stops_between_passages_when_the_client_leaves(text, monkeypa
     with pytest.raises(CancelledError):
         TokenizerPool(TOKENIZERS["unigram"], 20, threads=1).truncated_ids([text] * 1000, cancel_reason)
     assert len(tokenized) < 40
+
+
+def test_another_callers_question_is_not_behind_all_long_passages_of_the_first(monkeypatch):
+    """The second caller comes when the first one's first passage is being tokenized; only the next ones may go before."""
+    order, first_runs, second_waits = [], threading.Event(), threading.Event()
+    plain_steps, plain_whole = TruncatingTokenizer.first_ids, TruncatingTokenizer.whole
+
+    def first_ids(self, text):
+        order.append("long" if len(text) > 1000 else "short")
+        first_runs.set()
+        assert second_waits.wait(10)
+        return plain_steps(self, text)
+
+    monkeypatch.setattr(TruncatingTokenizer, "first_ids", first_ids)
+    monkeypatch.setattr(TruncatingTokenizer, "whole", lambda self, texts: order.append("short") or plain_whole(self, texts))
+    pool = TokenizerPool(TOKENIZERS["unigram"], 20, threads=1)
+    with ThreadPoolExecutor(2) as callers:
+        first = callers.submit(pool.truncated_ids, ["the capital of " * 2000] * 30)
+        assert first_runs.wait(10)
+        second = callers.submit(pool.truncated_ids, ["a", "b"])
+        while not pool._pool._work_queue.qsize():
+            time.sleep(0.001)
+        second_waits.set()
+        assert len(first.result(10)) == 30 and len(second.result(10)) == 2
+    assert order.index("short") <= 2
