@@ -163,7 +163,8 @@ def decoder_step_tensors(sizes: EngineSizes, dtype: str = "float32") -> GraphTen
     )
 
 
-# Request and response of the models fid, fido, fid_stream and fido_stream.
+# Request and response of a reader's model and its streaming twin. `passage_scores`: the first token's cross-attention on each passage; they
+# sum to 1. Over HTTP generate, Triton writes a tensor of one element as a scalar, not as a list of one.
 READER_TENSORS = GraphTensors(
     (
         TensorSpec("question", "bytes", (1,)),

@@ -14,6 +14,7 @@ from serving.contract.manifest import TOKENIZER_FILE, Manifest
 from serving.engines.load import load_decoder, load_encoder, load_packer
 
 from .prompt import PromptEncoder
+from .request import checked_new_tokens
 from .scheduler import DecodeSequence, Scheduler
 
 
@@ -44,7 +45,7 @@ class InProcessReader:
             eos_token=manifest.eos_token_id,
             max_waiting=limits.max_in_flight,
         )
-        self._default_max_new_tokens = limits.default_max_new_tokens
+        self._limits = limits
 
     def answer(
         self,
@@ -54,7 +55,13 @@ class InProcessReader:
         max_new_tokens: int | None = None,
         min_new_tokens: int = 0,
     ) -> Generated:
-        """Answer one question; blocks until the answer is complete."""
+        """Answer one question; blocks until the answer is complete.
+
+        Raises:
+            RequestError: if max_new_tokens or min_new_tokens is outside the limits.
+            PromptError: if the question does not fit into a prompt.
+        """
+        maximum, minimum = checked_new_tokens(max_new_tokens, min_new_tokens, self._limits)
         tokens = self.prompt.encode(question, passages, titles)
         with self._encoding:
             (states,) = self._encoder.encode([(tokens.input_ids, tokens.attention_mask)])
@@ -68,9 +75,8 @@ class InProcessReader:
             errors.append(error)
             done.set()
 
-        maximum = max_new_tokens or self._default_max_new_tokens
         hidden = self.packer.pack(states, tokens.attention_mask)
-        self._scheduler.submit(DecodeSequence(hidden, tokens.encoder_positions, maximum, min_new_tokens, on_token, on_end))
+        self._scheduler.submit(DecodeSequence(hidden, tokens.encoder_positions, maximum, minimum, on_token, on_end))
         done.wait()
         if errors[0] is not None:
             raise errors[0]

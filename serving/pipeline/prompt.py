@@ -6,7 +6,7 @@ A prompt is truncated at its passage's end, never in its question. Knows nothing
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -83,23 +83,31 @@ class PromptEncoder:
         return whole
 
     def encode_in_chunks(
-        self, question: str, passages: Sequence[str], titles: Sequence[str] | None, chunk_size: int
+        self,
+        question: str,
+        passages: Sequence[str],
+        titles: Sequence[str] | None,
+        chunk_size: int,
+        cancel_reason: Callable[[], Exception | None] = lambda: None,
     ) -> Iterator[EncoderInput]:
         """As `encode`, in chunks of `chunk_size` passages: the first can be encoded while the next are tokenized.
 
-        The positions of a chunk are those in the whole question.
+        The positions of a chunk are those in the whole question. `cancel_reason` is called between short steps, on any thread; an error
+        that it returns is raised here.
         """
         prompt = self._prompt
         end = [self._eos if prompt.end_token_id is None else prompt.end_token_id] * prompt.append_eos
         room = prompt.passage_length - len(end)
         titles = titles if titles is not None else [""] * len(passages)
-        heads = {prompt.head(question, title) for title in {bool(title): title for title in titles}.values()}
-        head_tokens = max((len(self._tokenizer.encode(head, add_special_tokens=False).ids) for head in heads), default=0)
+        heads = [prompt.head(question, title) for title in {bool(title): title for title in titles}.values()]
+        # In a batch, even of one, the library releases Python's lock.
+        encoded = self._tokenizer.encode_batch_fast(heads, add_special_tokens=False)
+        head_tokens = max((len(head.ids) for head in encoded), default=0)
         if head_tokens > room:
             raise PromptError(f"question: {head_tokens} tokens with its prompt, but a passage holds {room}; ask it in fewer words")
         texts = [prompt.text(question, t, p) for p, t in zip(passages, titles, strict=True)]
         for first in range(0, len(texts), chunk_size):
-            rows = [ids[:room] + end for ids in self._tokenizers.truncated_ids(texts[first : first + chunk_size])]
+            rows = [ids[:room] + end for ids in self._tokenizers.truncated_ids(texts[first : first + chunk_size], cancel_reason)]
             yield self._padded(rows, first)
 
     def _padded(self, rows: list[list[int]], first_passage: int) -> EncoderInput:

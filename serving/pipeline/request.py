@@ -6,13 +6,19 @@ Comes in: the request's arrays as Triton passes them. Goes out: a `ReaderRequest
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from serving.contract.limits import Limits
+from serving.contract.tensors import READER_TENSORS
 
 LIVENESS_ID = "liveness"  # request id of the launcher's probe (launcher/liveness.py); it is refused and counted nowhere
+# The request parameters; all other options are tensors. HTTP generate of Triton 2.51 passes both as parameters.
+TIMEOUT, ID = "timeout", "id"  # microseconds, as in Triton's protocol; text
+TRITONS_OWN = "triton_"  # parameters that Triton's clients add begin like this
 FAULTS_SHOWN = 10  # in a refusal; a request of a million bad passages gets a short answer
 
 
@@ -22,21 +28,24 @@ class RequestError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ReaderRequest:
-    """A question with its passages; `titles` is as long as `passages`, or None."""
+    """A question with its passages; `titles` is as long as `passages`, or None. `timeout_us`: 0 = none. `id`: "" = none."""
 
     question: str
     passages: list[str]
     titles: list[str] | None
     max_new_tokens: int
     min_new_tokens: int
+    timeout_us: int = 0
+    id: str = ""
 
 
-def read_request(tensors: Mapping[str, np.ndarray | None], limits: Limits) -> ReaderRequest:
+def read_request(tensors: Mapping[str, np.ndarray | None], limits: Limits, parameters: Mapping[str, Any] | None = None) -> ReaderRequest:
     """Check a request against the limits.
 
     Args:
         tensors: by the names of READER_TENSORS; None for an optional one that the client left out.
         limits: of this reader.
+        parameters: of the request. Over HTTP generate these are the keys of the JSON body that name no tensor.
 
     Raises:
         RequestError: naming everything that is wrong, FAULTS_SHOWN faults at most.
@@ -57,14 +66,12 @@ def read_request(tensors: Mapping[str, np.ndarray | None], limits: Limits) -> Re
         faults.append(f"titles: wanted one for each of the {n_passages} passages or none at all, got {n_titles}")
     elif passages:
         titles = _texts(tensors, "titles", limits.max_passage_characters, faults)
-    maximum = _number(tensors, "max_new_tokens", 1, limits.max_new_tokens, limits.default_max_new_tokens, faults)
-    minimum = _number(tensors, "min_new_tokens", 0, limits.max_new_tokens, 0, faults)
-    if minimum > maximum and not any("new_tokens" in fault for fault in faults):
-        faults.append(f"min_new_tokens: wanted at most max_new_tokens={maximum}, got {minimum}")
+    maximum, minimum = _new_tokens(_number(tensors, "max_new_tokens"), _number(tensors, "min_new_tokens"), limits, faults)
+    timeout_us, request_id = _timeout_and_id(parameters or {}, faults)
     if faults:
         more = [f"and {len(faults) - FAULTS_SHOWN} more"] if len(faults) > FAULTS_SHOWN else []
         raise RequestError("; ".join([*faults[:FAULTS_SHOWN], *more]))
-    return ReaderRequest(question[0], passages, titles, maximum, minimum)
+    return ReaderRequest(question[0], passages, titles, maximum, minimum, timeout_us, request_id)
 
 
 def _texts(tensors: Mapping[str, np.ndarray | None], name: str, max_characters: int, faults: list[str]) -> list[str] | None:
@@ -85,11 +92,52 @@ def _texts(tensors: Mapping[str, np.ndarray | None], name: str, max_characters: 
     return texts
 
 
-def _number(tensors: Mapping[str, np.ndarray | None], name: str, minimum: int, maximum: int, default: int, faults: list[str]) -> int:
+def _timeout_and_id(parameters: Mapping[str, Any], faults: list[str]) -> tuple[int, str]:
+    """The parameters `timeout` and `id`; a parameter of any other name is a fault, because it would change nothing."""
+    known = [*(spec.name for spec in READER_TENSORS.inputs), ID, TIMEOUT]
+    for name in parameters:
+        if name in (TIMEOUT, ID) or name.startswith(TRITONS_OWN):
+            continue
+        if name in known:
+            faults.append(f"{name}: wanted an input tensor, got a request parameter")
+            continue
+        close = difflib.get_close_matches(name, known, 1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        faults.append(f"{name}: unknown; {meant}known are {', '.join(known)} (microseconds)")
+    timeout = parameters.get(TIMEOUT, 0)
+    if isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0:
+        faults.append(f"{TIMEOUT}: wanted a whole number of microseconds, got {timeout!r}")
+        timeout = 0
+    return timeout, str(parameters.get(ID, ""))
+
+
+def checked_new_tokens(max_new_tokens: int | None, min_new_tokens: int | None, limits: Limits) -> tuple[int, int]:
+    """max_new_tokens and min_new_tokens of a request, None = the default.
+
+    Raises:
+        RequestError: naming what is outside the limits.
+    """
+    faults: list[str] = []
+    numbers = _new_tokens(max_new_tokens, min_new_tokens, limits, faults)
+    if faults:
+        raise RequestError("; ".join(faults))
+    return numbers
+
+
+def _new_tokens(maximum: int | None, minimum: int | None, limits: Limits, faults: list[str]) -> tuple[int, int]:
+    maximum = limits.default_max_new_tokens if maximum is None else maximum
+    minimum = 0 if minimum is None else minimum
+    out_of_range = [
+        f"{name}: wanted {lowest} to {limits.max_new_tokens}, got {value}"
+        for name, lowest, value in (("max_new_tokens", 1, maximum), ("min_new_tokens", 0, minimum))
+        if not lowest <= value <= limits.max_new_tokens
+    ]
+    if minimum > maximum and not out_of_range:
+        out_of_range.append(f"min_new_tokens: wanted at most max_new_tokens={maximum}, got {minimum}")
+    faults += out_of_range
+    return maximum, minimum
+
+
+def _number(tensors: Mapping[str, np.ndarray | None], name: str) -> int | None:
     array = tensors.get(name)
-    if array is None:
-        return default
-    value = int(array.reshape(-1)[0])
-    if not minimum <= value <= maximum:
-        faults.append(f"{name}: wanted {minimum} to {maximum}, got {value}")
-    return value
+    return None if array is None else int(array.reshape(-1)[0])

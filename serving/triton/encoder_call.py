@@ -36,12 +36,20 @@ class EncoderCall:
             self._memory = {"preferred_memory": pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_GPU, gpu)}
         self._calls = ThreadPoolExecutor(CONCURRENT_CALLS, thread_name_prefix="encoder-call")
 
-    def encode(self, request: ReaderRequest, on_tokenized: Callable[[np.ndarray], None], *, in_chunks: bool) -> tuple[Any, np.ndarray]:
+    def encode(
+        self,
+        request: ReaderRequest,
+        on_tokenized: Callable[[np.ndarray], None],
+        cancel_reason: Callable[[], Exception | None],
+        *,
+        in_chunks: bool,
+    ) -> tuple[Any, np.ndarray]:
         """Encode one question. Runs on the caller's thread until the hidden states are there.
 
         Args:
             request: the question with its passages.
             on_tokenized: called with int[n_passages], the valid tokens of each passage, before the last call to the encoder.
+            cancel_reason: called between steps of the tokenizer: None, or the error to stop with.
             in_chunks: for a question that has the reader to itself.
 
         Returns:
@@ -49,12 +57,13 @@ class EncoderCall:
 
         Raises:
             PromptError: if the question does not fit into a prompt.
+            SchedulerError: what `cancel_reason` returned.
             RuntimeError: if the encoder model answers with an error.
         """
         size = PASSAGES_PER_CHUNK if in_chunks else len(request.passages)
         chunks: list[EncoderInput] = []
         calls: list[Future[Any]] = []
-        for chunk in self._prompt.encode_in_chunks(request.question, request.passages, request.titles, size):
+        for chunk in self._prompt.encode_in_chunks(request.question, request.passages, request.titles, size, cancel_reason):
             chunks.append(chunk)
             if len(chunks) * size < len(request.passages):
                 calls.append(self._calls.submit(self._call, chunk))

@@ -39,7 +39,7 @@ OUTCOME_COUNTER = ("reader_questions_total", "Questions by how they ended")
 # Triton's own request duration ends when `execute` returns, long before the answer. These are of answered questions.
 HISTOGRAMS = {
     "reader_answer_seconds": "Seconds from arrival to the final response of answered questions",
-    "reader_queue_seconds": "Seconds that answered questions spent neither in the tokenizer, nor in the encoder, nor in the decoder",
+    "reader_queue_seconds": "Seconds that answered questions waited for an encoding thread and for a slot",
 }
 BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0)
 ENCODER_COUNTERS = {

@@ -49,6 +49,12 @@ class ReaderModel:
         self._name = args["model_name"]
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         config = json.loads(args["model_config"])
+        if config.get("model_warmup"):
+            # Triton warms a model up before it loads the next one, with arrays of zeros or noise, which are no question.
+            raise pb_utils.TritonModelException(
+                f"{self._name}: model_warmup: wanted none, because a reader calls its encoder model, which may not be loaded yet; "
+                f"warm up the encoder instead, in its own config.pbtxt, with zero_data, and ask one question after the start"
+            )
         self._streams = bool(config.get("model_transaction_policy", {}).get("decoupled", False))
         try:
             repository = Path(args["model_repository"]).resolve().parent
@@ -113,12 +119,14 @@ class ReaderModel:
         for spec in READER_TENSORS.inputs:
             tensor = pb_utils.get_input_tensor_by_name(request, spec.name)
             arrays[spec.name] = None if tensor is None else tensor.as_numpy()
-        checked = read_request(arrays, self._limits)
+        checked = read_request(arrays, self._limits, json.loads(request.parameters() or "{}"))
         if len(self._in_flight) >= self._limits.max_in_flight:
             raise QueueFullError(f"{self._limits.max_in_flight} questions are in flight and no more may; try again later")
         kind = StreamWriter if self._streams else UnaryWriter
         outputs = set(request.requested_output_names())
-        return kind(Caller(request, sender), checked, self._prompt, outputs, self._responding.submit, self._finished)
+        return kind(
+            Caller(request, sender, checked.timeout_us, checked.id), checked, self._prompt, outputs, self._responding.submit, self._finished
+        )
 
     def _encode(self, writer: ResponseWriter) -> None:
         """Encode one question and pass it to the scheduler. Runs on an encoding thread."""
@@ -128,7 +136,9 @@ class ReaderModel:
                 raise SchedulerStoppedError("the server is shutting down")
             if reason := writer.caller.cancel_reason():
                 raise reason
-            hidden, positions = self._encoder.encode(writer.request, writer.tokenized, in_chunks=len(self._in_flight) == 1)
+            hidden, positions = self._encoder.encode(
+                writer.request, writer.tokenized, writer.caller.cancel_reason, in_chunks=len(self._in_flight) == 1
+            )
             writer.encoded()
             self._scheduler.submit(
                 DecodeSequence(

@@ -22,13 +22,20 @@ OUTCOMES = ("answered", "refused", "cancelled", "failed")
 
 
 class Caller:
-    """The client's side of a request: its id, its time limit, and whether it still wants the answer."""
+    """The client's side of a request: its id, its time limit, and whether it still wants the answer.
 
-    def __init__(self, request: Any, sender: Any):
-        self.id = request.request_id()
+    Args:
+        request: Triton's.
+        sender: of its responses.
+        timeout_us: of the request's parameters, where HTTP generate puts the timeout; 0 = none there.
+        request_id: the same of the id.
+    """
+
+    def __init__(self, request: Any, sender: Any, timeout_us: int = 0, request_id: str = ""):
+        self.id = request.request_id() or request_id
         self.sender = sender
         self.arrived_s = time.monotonic()
-        self._timeout_s = request.timeout() / 1e6  # 0 = none
+        self._timeout_s = (request.timeout() or timeout_us) / 1e6  # 0 = none
         self._cancelled = False
         self._polling, self._closed = threading.Lock(), False
 
@@ -37,7 +44,7 @@ class Caller:
         if self._cancelled:
             return CancelledError("cancelled by the client")
         if self._timeout_s and time.monotonic() > self.arrived_s + self._timeout_s:
-            return DeadlineExceededError(f"the request's timeout of {self._timeout_s * 1e3:.0f} ms passed before its answer was complete")
+            return DeadlineExceededError(f"the request's timeout of {self._timeout_s * 1e3:g} ms passed before its answer was complete")
         return None
 
     def poll_cancelled(self) -> None:
@@ -130,9 +137,14 @@ class ResponseWriter:
         self.times.admitted = time.monotonic()
 
     def on_attribution(self, cross_attention: np.ndarray) -> None:
-        """Sum float32[encoder_sequence_length], packed, over the tokens of each passage."""
+        """Score each passage by its share of the first token's cross-attention; the scores sum to 1.
+
+        Args:
+            cross_attention: float32[encoder_sequence_length], packed; the decoder sums it over heads.
+        """
         starts = np.concatenate([[0], np.cumsum(self._passage_lengths)[:-1]])
-        self._passage_scores = np.add.reduceat(cross_attention, starts).astype(np.float32)
+        scores = np.add.reduceat(cross_attention, starts, dtype=np.float64)
+        self._passage_scores = (scores / scores.sum()).astype(np.float32)
 
     def on_token(self, token: int, log_prob: float) -> None:
         """Add one token to the answer."""

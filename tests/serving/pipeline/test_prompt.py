@@ -146,6 +146,6 @@ def test_a_tokenizer_that_cannot_be_copied_fails_the_load_and_hangs_nothing(monk
         raise ValueError("no memory for another vocabulary")
 
     stand_in = types.SimpleNamespace(from_str=broken)
-    monkeypatch.setattr("serving.pipeline.tokenizer_pool.Tokenizer", stand_in)
+    monkeypatch.setattr("serving.pipeline.truncation.Tokenizer", stand_in)
     with pytest.raises(ValueError, match="no memory for another vocabulary"):
         TokenizerPool(word_tokenizer(), 16, threads=3)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from serving.contract.limits import Limits, LimitsError
-from serving.pipeline.request import ReaderRequest, RequestError, read_request
+from serving.pipeline.request import ReaderRequest, RequestError, checked_new_tokens, read_request
 
 LIMITS = Limits(max_passages=3, max_question_characters=20, max_passage_characters=30, max_new_tokens=8, default_max_new_tokens=4)
 
@@ -87,3 +87,30 @@ def test_contradicting_limits_are_refused():
         Limits(slots=0)
     with pytest.raises(LimitsError, match=r"parameter slots in config\.pbtxt: wanted a whole number, got 'many'"):
         Limits.from_parameters({"slots": {"string_value": "many"}})
+
+
+def test_the_timeout_is_read_and_every_other_parameter_is_refused_by_name():
+    assert read_request(GOOD, LIMITS, {"timeout": 7, "id": "a", "triton_enable_empty_final_response": True}) == ReaderRequest(
+        "who?", ["a", "b"], None, 4, 0, 7, "a"
+    )
+    for parameters, fault in (
+        ({"max_tokens": 3}, r"^max_tokens: unknown; did you mean max_new_tokens\? known are question, .*, timeout \(microseconds\)$"),
+        ({"zzz": 3}, "^zzz: unknown; known are question"),
+        ({"titles": "a"}, "^titles: wanted an input tensor, got a request parameter$"),
+        ({"timeout": -1}, "^timeout: wanted a whole number of microseconds, got -1$"),
+        ({"timeout": True}, "^timeout: wanted a whole number of microseconds, got True$"),
+    ):
+        with pytest.raises(RequestError, match=fault):
+            read_request(GOOD, LIMITS, parameters)
+
+
+def test_bounds_of_new_tokens_hold_without_triton_too():
+    limits = Limits(max_new_tokens=9, default_max_new_tokens=4)
+    assert checked_new_tokens(None, None, limits) == (4, 0)
+    for maximum, minimum, fault in (
+        (10, 0, "max_new_tokens: wanted 1 to 9, got 10"),
+        (0, 0, "max_new_tokens: wanted 1 to 9, got 0"),
+        (2, 3, "min_new_tokens: wanted at most max_new_tokens=2, got 3"),
+    ):
+        with pytest.raises(RequestError, match=fault):
+            checked_new_tokens(maximum, minimum, limits)

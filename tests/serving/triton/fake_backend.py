@@ -88,12 +88,23 @@ class Sender:
 
 
 class Request:
-    def __init__(self, tensors: dict[str, np.ndarray], request_id: str = "", timeout_us: int = 0, outputs: list[str] | None = None):
+    def __init__(
+        self,
+        tensors: dict[str, np.ndarray],
+        request_id: str = "",
+        timeout_us: int = 0,
+        outputs: list[str] | None = None,
+        parameters: str = "{}",
+    ):
+        self._parameters = parameters
         self.tensors, self._id, self._timeout_us, self._outputs = tensors, request_id, timeout_us, outputs or []
         self.sender = Sender()
 
     def request_id(self) -> str:
         return self._id
+
+    def parameters(self) -> str:
+        return self._parameters
 
     def timeout(self) -> int:
         return self._timeout_us

@@ -202,3 +202,29 @@ def test_a_fatal_error_of_the_decoder_ends_the_readers_process(load, monkeypatch
     model._end_if_fatal(RuntimeError("out of memory"))
     model._end_if_fatal(RuntimeError("an illegal memory access"))
     assert ended == ["fid: an illegal memory access"]
+
+
+def test_passage_scores_are_shares_of_the_attention(load):
+    response = load("response")
+    request = Request({})
+    caller = response.Caller(request, request.sender)
+    writer = response.UnaryWriter(caller, None, None, set(), lambda *call: None, lambda writer: None)
+    writer.tokenized(np.array([2, 1, 3]))
+    writer.on_attribution(np.array([1, 2, 3, 0, 0, 6], np.float32))  # of 12 heads
+    assert writer._passage_scores.dtype == np.float32 and writer._passage_scores.tolist() == [0.25, 0.25, 0.5]
+
+
+@pytest.mark.parametrize(("protocol_us", "parameter_us"), [(1, 0), (0, 1), (1, 60_000_000)])
+def test_a_timeout_counts_from_the_protocol_or_from_the_parameters(load, protocol_us, parameter_us):
+    response = load("response")
+    request = Request({}, timeout_us=protocol_us)
+    caller = response.Caller(request, request.sender, parameter_us)
+    wait_for(lambda: caller.cancel_reason() is not None)
+    assert str(caller.cancel_reason()).startswith("the request's timeout of 0.001 ms passed")
+
+
+def test_a_reader_with_model_warmup_says_where_to_put_it(load):
+    module = load("reader_model")
+    config = '{"model_warmup": [{"name": "zeros", "batch_size": 1}]}'
+    with pytest.raises(sys.modules["triton_python_backend_utils"].TritonModelException, match=r"fid: model_warmup: .* warm up the encoder"):
+        module.ReaderModel().initialize({"model_name": "fid", "model_config": config})
