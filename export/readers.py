@@ -129,7 +129,7 @@ def _engine_inputs(checkpoint: str, settings: Settings, options: CheckpointOptio
     return {
         "checkpoint": [checkpoint, _states(_files(Path(checkpoint)))],
         "tokenizer": [tokenizer, _states(_files(Path(tokenizer)))] if tokenizer else None,
-        "options": dict(options),
+        "options": {name: value for name, value in options.items() if value is not None},
         "engine": settings.engine,
         "precision": settings.precision,
         "native_encoder": settings.native_encoder,
