@@ -160,6 +160,20 @@ def test_ids_are_those_of_the_whole_text_truncated(name, text, length, repeat):
         assert Counting(SERIALIZED[name], length).ids(text) == plain(tokenizer, text, length)
 
 
+@pytest.mark.parametrize("unit", ["a", "ab", "aab"])
+def test_a_long_word_whose_first_ids_depend_on_its_end_is_tokenized_whole(unit, monkeypatch):
+    """How many letters remain after the longest pieces decides about the first piece."""
+    monkeypatch.setattr(truncation, "FIRST_MARGIN", 3)
+    firsts = set()
+    for end in range(5000, 5040):
+        text = (unit * 5040)[:end]
+        for length in (2, 3, 5):
+            found = Counting(SERIALIZED["unigram"], length).ids(text)
+            assert found == plain(TOKENIZERS["unigram"], text, length)
+        firsts.add(tuple(found))
+    assert len(firsts) > 1 or unit != "a"
+
+
 @pytest.mark.parametrize("text", ["the capital of France, 1,000 ", "ﷺ", "</s>", "a</s> ", "France"])
 @pytest.mark.parametrize("name", ["demo", "unigram", "byte_fallback"])
 def test_a_text_ten_times_as_long_gives_the_library_no_more_characters(name, text):
