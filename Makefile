@@ -39,7 +39,6 @@ PASSAGES ?= examples/passages.json
 # Results of `make perf`. The committed ones are in perf/results/.
 RUN ?= build/perf
 STRESS_MINUTES ?=
-STORM ?=
 
 # ---- Typed values reach the shell through the environment: "$$NAME" is safe with spaces, quotes and dollars ----
 
@@ -189,9 +188,6 @@ gpu-test: demo-readers $(CORPUS) ## on a GPU: engines, kernels, decoder and the 
 	$(PY) -m export onnx "$$FIDO" build/cpu_engines/fido $(FIDO_FLAGS)
 	$(PY) -m tests.gpu
 
-storm: demo-readers $(CORPUS) ## clients that leave by the thousand, on busy cores, about 20 minutes (STORM="--left N --seed S --kinds ...")
-	$(PY) -m tests.stress.storm $(STORM)
-
 mutants: $(INSTALLED) ## change the code in one place at a time: do the fast tests notice? about 10 minutes
 	$(PY) -m tests.mutants
 
@@ -204,4 +200,4 @@ clean: ## remove everything that was built, and the environment
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find model_repository -path '*/1/*' ! -name model.py -type f -delete
 
-.PHONY: help setup export demo-readers serve status ask demo evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation test stress gpu-test storm mutants lint clean
+.PHONY: help setup export demo-readers serve status ask demo evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation test stress gpu-test mutants lint clean

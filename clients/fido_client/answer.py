@@ -21,7 +21,7 @@ class Answer:
         tokens: Number of generated tokens, with the end token.
         latency_s: Seconds from just before the request was encoded until the answer arrived.
         passage_scores: Attribution to the passages, in the request's order: the first token's cross-attention to each passage's tokens,
-            summed over heads and averaged over layers. Empty if the server does not send it.
+            normalised to sum to 1 over the passages. Empty if the server does not send it.
         token_log_probs: Log-probability of each token, with the end token. Empty if the server does not send it.
     """
 
