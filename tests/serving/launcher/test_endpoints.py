@@ -44,6 +44,8 @@ def other_server():
 def test_serve_on_a_port_that_answers_already_ends_with_one_line(other_server, tmp_path, monkeypatch):
     install_stand_in(tmp_path, monkeypatch)
     write_models(tmp_path / "repository", fid="python", fid_encoder="python")
+    (tmp_path / "repository/fid/1").mkdir(exist_ok=True)
+    (tmp_path / "repository/fid/1/manifest.json").write_text("{}")  # exported, as far as the choice of readers goes
     _, grpc, metrics = free_ports(3)
     command = [
         sys.executable,

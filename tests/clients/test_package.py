@@ -10,7 +10,7 @@ import pytest
 
 from tests.clients.scripted_server import ScriptedServer
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
 
 ASK = """
