@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ ALIGNMENT = 16  # bytes, of every array's start and row
 
 
 def compile_all(stack: StackSizes, kernels: Sequence[EncoderKernel], architecture: str, directory: Path) -> dict[str, str]:
-    """Compile and link kernels in a process of their own.
+    """Compile and link kernels in processes of their own, one a core.
 
     Args:
         stack: the encoder's sizes; its epsilon is that of the stream as it is in half precision.
@@ -42,7 +43,6 @@ def compile_all(stack: StackSizes, kernels: Sequence[EncoderKernel], architectur
     Raises:
         CompileError: if the compiler cannot be started.
     """
-    work = {"stack": dataclasses.asdict(stack), "kernels": [dataclasses.asdict(kernel) for kernel in kernels], "directory": str(directory)}
     quack, _ = ARCHITECTURES[architecture]
     environment = os.environ | {
         "QUACK_ARCH": quack,
@@ -50,11 +50,20 @@ def compile_all(stack: StackSizes, kernels: Sequence[EncoderKernel], architectur
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join((str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))),
     }
-    command = [sys.executable, "-m", "export.library.compiler"]
-    done = subprocess.run(command, input=json.dumps(work), env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CompileError(f"{architecture}: {done.stderr.strip()[-2000:]}")
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+    def compile_some(some: Sequence[EncoderKernel]) -> dict[str, str]:
+        work = {"stack": dataclasses.asdict(stack), "kernels": [dataclasses.asdict(kernel) for kernel in some], "directory": str(directory)}
+        command = [sys.executable, "-m", "export.library.compiler"]
+        done = subprocess.run(command, input=json.dumps(work), env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CompileError(f"{architecture}: {done.stderr.strip()[-2000:]}")
+        return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+    # The compiler runs on one core, and a kernel takes it 10 to 20 s.
+    processes = max(1, min(len(os.sched_getaffinity(0)), len(kernels)))
+    with ThreadPoolExecutor(processes) as pool:
+        found = pool.map(compile_some, (kernels[first::processes] for first in range(processes)))
+        return {name: error for errors in found for name, error in errors.items()}
 
 
 def _compile_here(stack: StackSizes, kernel: EncoderKernel, path: Path) -> None:

@@ -14,11 +14,13 @@ from tokenizers import Tokenizer
 from serving.contract.manifest import Manifest, ManifestError
 
 from .tokenizer_pool import TokenizerPool
+from .word_cache import WordCache
 
 # Rows are padded to a multiple of this length. Triton's batcher joins requests of equal shape, so fewer lengths make larger batches.
 LENGTH_MULTIPLE = 16
 # A question that has its reader to itself is encoded in chunks: one is encoded while the next is tokenized.
 PASSAGES_PER_CHUNK = 20
+CACHED_PER_STEP = 64  # texts looked up in the word cache between two looks at whether the client still waits
 
 
 class PromptError(ValueError):
@@ -60,6 +62,7 @@ class PromptEncoder:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._tokenizers = TokenizerPool(tokenizer, manifest.prompt.passage_length)
+        self._words = WordCache(tokenizer.to_str(), manifest.prompt.passage_length)
         self._prompt = manifest.prompt
         self._pad, self._eos = manifest.pad_token_id, manifest.eos_token_id
         # A tokenizer with byte fallback spells unknown characters in single bytes: their text is certain only once the run has ended.
@@ -107,17 +110,29 @@ class PromptEncoder:
             raise PromptError(f"question: {head_tokens} tokens with its prompt, but a passage holds {room}; ask it in fewer words")
         texts = [prompt.text(question, t, p) for p, t in zip(passages, titles, strict=True)]
         for first in range(0, len(texts), chunk_size):
-            rows = [ids[:room] + end for ids in self._tokenizers.truncated_ids(texts[first : first + chunk_size], cancel_reason)]
-            yield self._padded(rows, first)
+            rows = self._truncated_ids(texts[first : first + chunk_size], cancel_reason)
+            yield self._padded([ids[:room] for ids in rows], end, first)
 
-    def _padded(self, rows: list[list[int]], first_passage: int) -> EncoderInput:
-        """Rows of token ids as arrays; row 0 is the question's passage `first_passage`."""
+    def _truncated_ids(self, texts: list[str], cancel_reason: Callable[[], Exception | None]) -> list[Sequence[int] | np.ndarray]:
+        """The first passage_length ids of each text: by its words where that is exact, else by the tokenizer."""
+        rows: list[Sequence[int] | np.ndarray | None] = []
+        for first in range(0, len(texts), CACHED_PER_STEP):
+            if reason := cancel_reason():
+                raise reason
+            rows += map(self._words.ids, texts[first : first + CACHED_PER_STEP])
+        missing = [text for text, row in zip(texts, rows, strict=True) if row is None]
+        found = iter(self._tokenizers.truncated_ids(missing, cancel_reason) if missing else ())
+        return [next(found) if row is None else row for row in rows]
+
+    def _padded(self, rows: list[Sequence[int] | np.ndarray], end: list[int], first_passage: int) -> EncoderInput:
+        """Rows of token ids, each with the tokens of `end` behind it, as arrays; row 0 is the question's passage `first_passage`."""
         length = self._prompt.passage_length
-        lengths = np.array([len(row) for row in rows])
+        lengths = np.array([len(row) + len(end) for row in rows])
         width = min(-(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, length)
         input_ids = np.full((len(rows), width), self._pad, np.int32)
         for ids, row in zip(input_ids, rows, strict=True):
             ids[: len(row)] = row
+            ids[len(row) : len(row) + len(end)] = end
         mask = np.arange(width)[None, :] < lengths[:, None]
         passage, offset = np.nonzero(mask)
         return EncoderInput(input_ids, mask.astype(np.int32), ((first_passage + passage) * length + offset).astype(np.int32))

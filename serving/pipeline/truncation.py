@@ -25,11 +25,12 @@ FIRST_MARGIN = 64  # characters on top: a short length needs a prefix of some wo
 GROWTH = 4  # of a prefix that was too short; the prefixes together cost a third of the last one more
 BOUNDARY_SEARCH = 512  # characters in which a place to end the prefix is looked for
 
-# Parts that treat each character by itself and its neighbours only (see _is_plain for the neighbours).
+# Parts that treat each character by itself and its neighbours only (see is_plain for the neighbours).
 LOCAL_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Lowercase", "StripAccents", "Strip", "Prepend"}
 LOCAL_REPLACEMENTS = ({"String": " "}, {"Regex": r"\s+"}, {"Regex": " {2,}"})
 # Parts that split between two characters by these two alone: only the last pre-token of a prefix can be incomplete.
 LOCAL_PRE_TOKENIZERS = {"Metaspace", "WhitespaceSplit", "Whitespace", "BertPreTokenizer", "Punctuation", "Digits"}
+SPLIT_AT_SPACES = {"Metaspace", "WhitespaceSplit", "Whitespace", "BertPreTokenizer"}
 # The pattern of this project's own tokenizers (training/corpus/tokenizer.py). It looks at one character more.
 LOOKAHEAD_PATTERN = {"Regex": r'[;:)\]"“”/%]|,(?!\d)'}
 
@@ -115,7 +116,7 @@ class TruncatingTokenizer:
     def _boundary(self, text: str, characters: int) -> int | None:
         """Where to end a prefix of about `characters` characters; None if there is no place near."""
         for end in range(characters, max(characters - BOUNDARY_SEARCH, 0), -1):
-            if _is_plain(text[end - 1]) and _is_plain(text[end]) and not self._ends_in_added_token(text, end):
+            if is_plain(text[end - 1]) and is_plain(text[end]) and not self._ends_in_added_token(text, end):
                 return end
         return None
 
@@ -188,13 +189,20 @@ def _has_prefix_paths(model: dict[str, Any]) -> bool:
     return not model.get("byte_fallback") or {f"<0x{byte:02X}>" for byte in range(256)} <= {piece for piece, _ in model["vocab"]}
 
 
+def splits_locally(settings: dict[str, Any]) -> bool:
+    """Whether each word between two spaces is tokenized by itself, as far as a tokenizer.json's parts tell."""
+    parts = _parts(settings["pre_tokenizer"], "pretokenizers")
+    splits = any(part["type"] in SPLIT_AT_SPACES and part.get("split", True) for part in parts)
+    return splits and _incomplete_pre_tokens(settings) > 0
+
+
 def _parts(setting: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
     if setting is None:
         return []
     return [part for inner in setting[name] for part in _parts(inner, name)] if setting["type"] == "Sequence" else [setting]
 
 
-def _is_plain(character: str) -> bool:
+def is_plain(character: str) -> bool:
     """Whether normalization treats the character alike before and after any other such character, and makes no space at its edges."""
     if "!" <= character <= "~":
         return True

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from serving.pipeline import truncation
+from serving.pipeline import truncation, word_cache
 from serving.pipeline.scheduler import CancelledError
 from serving.pipeline.tokenizer_pool import TokenizerPool
 from serving.pipeline.truncation import TruncatingTokenizer
+from serving.pipeline.word_cache import WordCache
 from tests.conftest import word_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -234,3 +235,66 @@ def test_another_callers_question_is_not_behind_all_long_passages_of_the_first(m
         second_waits.set()
         assert len(first.result(10)) == 30 and len(second.result(10)) == 2
     assert order.index("short") <= 2
+
+
+WORD_TEXTS = st.lists(st.sampled_from([*WORDS, *PIECES]) | st.text(max_size=6), max_size=12).map(" ".join)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=150, deadline=None)
+@given(st.lists(WORD_TEXTS | TEXTS, min_size=1, max_size=3))
+def test_the_ids_of_a_text_s_words_are_the_text_s(name: str, texts: list[str]):
+    cache = WordCache(SERIALIZED[name], 20)
+    for text in [*texts, *texts]:  # the second time from the table
+        found = cache.ids(text)
+        assert found is None or found.tolist() == TOKENIZERS[name].encode(text, add_special_tokens=False).ids[:20]
+
+
+def demo_cache(length: int = 20) -> WordCache:
+    return WordCache(SERIALIZED["demo"], length)
+
+
+@pytest.mark.parametrize("text", ["", "the capital of France", "a  b\nc", "the capital " * 5_000, "naïve straße, 漢字 (1,000)"])
+def test_usual_texts_come_from_the_table(text: str):
+    cache = demo_cache()
+    assert cache.works
+    found = cache.ids(text)
+    assert found is not None and found.tolist() == TOKENIZERS["demo"].encode(text, add_special_tokens=False).ids[:20]
+
+
+@pytest.mark.parametrize("text", ["a</s>b", "x \u0301y", "a ▁b", "a" * 100, " " * 10_000 + "a"])
+def test_a_text_whose_words_are_not_certain_is_left_to_the_tokenizer(text: str):
+    assert demo_cache().ids(f"the capital {text} of") is None
+
+
+@pytest.mark.parametrize("name", ["regex_split", "unigram"])  # a split that looks ahead; an added token with a space
+def test_tokenizers_that_do_not_treat_words_alone_have_no_table(name: str):
+    cache = WordCache(SERIALIZED[name], 20)
+    assert not cache.works and cache.ids("the capital") is None
+
+
+def test_known_words_are_not_tokenized_again(monkeypatch: pytest.MonkeyPatch):
+    cache, asked = demo_cache(), []
+    encode = cache._tokenizer.encode_batch_fast
+
+    class Counting:
+        def encode_batch_fast(self, words: list[str], **more: bool) -> list:
+            asked.extend(words)
+            return encode(words, **more)
+
+        normalizer = cache._tokenizer.normalizer
+
+    monkeypatch.setattr(cache, "_tokenizer", Counting())
+    for text in ("the capital of the", "of France the"):
+        cache.ids(text)
+    assert asked == ["the", "capital", "of", "France"]
+
+
+def test_a_full_table_starts_anew(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(word_cache, "MAX_WORDS", 8)
+    cache = demo_cache()
+    for n in range(50):
+        text = f"word{n} the capital w{n}"
+        found = cache.ids(text)
+        assert found is not None and found.tolist() == TOKENIZERS["demo"].encode(text, add_special_tokens=False).ids[:20]
+        assert len(cache._table) <= 8 + 4
