@@ -1,8 +1,8 @@
 """Token ids of a text from a table of its words: no tokenizer runs for words that were seen before.
 
-A tokenizer that splits at spaces before its model runs tokenizes every word by itself. So the ids of a text are those of its words, one after
-another, and a table from words to ids yields them some twenty times as fast as the tokenizer does. Words that the table lacks are tokenized
-and added. The ids are exactly the tokenizer's. A text for which that is not certain yields None, and the caller tokenizes it.
+A tokenizer that splits at spaces before its model runs tokenizes every word by itself. So the ids of a text are those of its words, joined,
+and a table from words to ids finds them several times as fast. Words that the table lacks are tokenized and added. The ids are exactly the
+tokenizer's. A text for which that is not certain yields None, and the caller tokenizes it.
 """
 
 from __future__ import annotations
