@@ -48,27 +48,30 @@ $(foreach name,$(TYPED),$(eval ORIGIN_$(name) := $$(origin $(name)))$(eval overr
 is_typed = $(filter command environment,$(ORIGIN_$(1)))
 
 PY := $(VENV)/bin/python
-INSTALLED := $(VENV)/.installed
 CORPUS := build/corpus/heldout.jsonl
 EXPORT_CODE = $(shell find export serving/contract -name "*.py")
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {sub(/:.*/, "", $$1); printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# ---- Set-up ----
+# ---- Set-up: a task installs what it needs (deploy/set_up.py) ----
 
-setup: $(INSTALLED) ## make .venv and install what every other target needs
+FOR ?= serve
+setup: $(VENV)/.$(FOR) ## make .venv for a task: FOR=serve (no torch), export, evaluate or dev (everything)
 
-# Libraries that tritonserver preloads: they bound its memory, and keep cancelled streams from stopping it. They need a C compiler.
-PRELOADED := heap_trim stream_locks
-
-$(INSTALLED): requirements.txt requirements-triton.txt requirements-export.txt requirements-dev.txt $(PRELOADED:%=serving/launcher/preload/%.c)
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q -r requirements-dev.txt
-	$(PY) -m pip install -q --no-deps -r requirements-triton.txt
-	@if command -v cc > /dev/null; then for name in $(PRELOADED); do cc -O2 -shared -fPIC -pthread -o $(VENV)/lib/lib$$name.so serving/launcher/preload/$$name.c || exit 1; done; \
-	else echo "no C compiler, so without $(PRELOADED:%=serving/launcher/preload/%.c)"; fi
-	@touch $@
+SERVE := $(VENV)/.serve
+EXPORT_READY := $(VENV)/.export
+EVALUATE := $(VENV)/.evaluate
+DEV := $(VENV)/.dev
+SET_UP = @$(PYTHON) deploy/set_up.py --venv $(VENV)
+$(SERVE): requirements.txt requirements-triton.txt $(wildcard serving/launcher/preload/*.c)
+	$(SET_UP) serve
+$(EXPORT_READY): requirements-export.txt $(SERVE)
+	$(SET_UP) export
+$(EVALUATE): requirements-evaluate.txt $(SERVE)
+	$(SET_UP) evaluate
+$(DEV): requirements-dev.txt $(EXPORT_READY) $(EVALUATE)
+	$(SET_UP) dev
 
 # ---- Export and serving ----
 
@@ -81,42 +84,42 @@ flags = $(call flags_of,fid,$(1),FID_FLAGS) $(call flags_of,fido,$(1),FIDO_FLAGS
 EXPORT = $(PY) -m export readers
 EXPORT_OPTIONS = --engine $(ENGINE) --triton-backend $(TRITON_BACKEND) $(LIMITS)
 
-export: $(INSTALLED) ## checkpoints -> engines -> model repository (READER=name CHECKPOINT=path; FID=path, FIDO=path)
+export: $(EXPORT_READY) ## checkpoints -> engines -> model repository (READER=name CHECKPOINT=path; FID=path, FIDO=path)
 	@$(EXPORT) $(or $(NAMED),--default $(BOTH)) $(call flags,$(or $(NAMED),$(BOTH))) $(EXPORT_OPTIONS)
 
 # The demo, tests and benchmarks keep their readers in a place of their own and never touch what a user exported.
 PLACE := build/demo
-demo-readers: $(INSTALLED)
+demo-readers: $(SERVE)
 	@$(EXPORT) $(BOTH) $(call flags,$(BOTH)) --engines $(PLACE)/engines --repository $(PLACE)/model_repository $(EXPORT_OPTIONS)
 
-serve: $(if $(DEMO),demo-readers,$(if $(NAMED),export,$(INSTALLED))) ## run Triton on what was exported until Ctrl-C (READERS="a b", STREAM=1, DEMO=1)
+serve: $(if $(DEMO),demo-readers,$(if $(NAMED),export,$(SERVE))) ## run Triton on what was exported until Ctrl-C (READERS="a b", STREAM=1, DEMO=1)
 	@exec $(PY) -m serving --readers $(READERS) $(if $(DEMO),--repository $(PLACE)/model_repository) $(if $(STREAM),--stream) $(SERVE_FLAGS)
 
-status: $(INSTALLED) ## what is exported and what is served: checkpoint, parameters, engine, precision, limits
+status: $(SERVE) ## what is exported and what is served: checkpoint, parameters, engine, precision, limits
 	@$(PY) -m serving --status --readers $(READERS) $(if $(DEMO),--repository $(PLACE)/model_repository)
 
-ask: $(INSTALLED) ## ask a running server: MODEL=fido QUESTION="..." PASSAGES=file.json
+ask: $(SERVE) ## ask a running server: MODEL=fido QUESTION="..." PASSAGES=file.json
 	@$(PY) -m clients ask --model "$$MODEL" --question "$$QUESTION" --passages "$$PASSAGES"
 
-$(CORPUS): $(INSTALLED) $(wildcard training/corpus/*.py)
+$(CORPUS): $(EVALUATE) $(wildcard training/corpus/*.py)
 	$(PY) -m training corpus
 	@touch $@
 
-demo: demo-readers $(CORPUS) ## start Triton, ask three questions of each demo reader, stop
+demo: demo-readers ## start Triton, ask three questions of each demo reader, stop
 	$(PY) -m examples.demo
 
-evaluate: demo-readers $(CORPUS) ## EM of all demo readers through Triton on held-out and human-written questions
+evaluate: $(EVALUATE) demo-readers $(CORPUS) ## EM of all demo readers through Triton on held-out and human-written questions
 	$(PY) -m perf.served.accuracy
 
 # ---- Measurement on a CPU ----
 
-bench: demo-readers $(CORPUS) ## Triton, in process and PyTorch compared on this machine
+bench: $(DEV) demo-readers $(CORPUS) ## Triton, in process and PyTorch compared on this machine
 	$(PY) -m perf.served.chain
 
-bench-load: demo-readers $(CORPUS) ## throughput and latency at concurrency 1 to 64, and the gain of in-flight batching
+bench-load: $(DEV) demo-readers $(CORPUS) ## throughput and latency at concurrency 1 to 64, and the gain of in-flight batching
 	$(PY) -m perf.served.concurrency
 
-perf: demo-readers $(CORPUS) ## FiD against FiDO by perf_analyzer, stages, peers, ablation, report, under 15 minutes (RUN=folder)
+perf: $(DEV) demo-readers $(CORPUS) ## FiD against FiDO by perf_analyzer, stages, peers, ablation, report, under 15 minutes (RUN=folder)
 	$(PY) -m perf.bounds.rates --run "$$RUN"
 	$(PY) -m perf.served.sweep --run "$$RUN"
 	$(PY) -m perf.bounds.stages --fid "$$FID" --fido "$$FIDO" --run "$$RUN"
@@ -125,7 +128,7 @@ perf: demo-readers $(CORPUS) ## FiD against FiDO by perf_analyzer, stages, peers
 	$(PY) -m perf.bounds.ablation --run "$$RUN"
 	$(PY) -m perf.report "$$RUN"
 
-report: $(INSTALLED) ## HTML page, Markdown summary and summary.json of every run in perf/results
+report: $(DEV) ## HTML page, Markdown summary and summary.json of every run in perf/results
 	$(PY) -m perf.report
 
 # ---- Measurement on a GPU ----
@@ -136,7 +139,7 @@ BASE_SLOTS := --slots 48
 BASE_LIMITS := $(BASE_SLOTS) --encoder-batch 120
 # Two processes of each model, so that their Python code runs in parallel. CUDA's multi-process service lets their kernels overlap too.
 BASE_SERVED := $(BASE_LIMITS) --encoder-instances 2 --reader-instances 2 --encode-threads 16
-$(BASE)/%/manifest.json: $(INSTALLED) $(EXPORT_CODE)
+$(BASE)/%/manifest.json: $(DEV) $(EXPORT_CODE)
 	$(PY) -m export preset base $(BASE)/$*.graphs --gpu $(if $(filter fido,$*),--fido) --tokenizer "$$FID/tokenizer.json"
 	$(PY) -m export engine $(BASE)/$*.graphs $(@D) $(BASE_LIMITS)
 
@@ -154,7 +157,7 @@ gpu-bench: $(BASE)/fid/manifest.json $(BASE)/fido/manifest.json ## on a GPU: `ma
 # Decoders much larger than their encoders, at 100 passages, and the FiD reader to compare them with.
 LARGE_LIMITS := --slots 8 --encoder-batch 120
 LARGE_FLAGS := $(LARGE_LIMITS) --passages 100 --concurrency 16 --questions 64 --alone 8 --rounds 2
-build/large/%/manifest.json: $(INSTALLED) $(EXPORT_CODE)
+build/large/%/manifest.json: $(DEV) $(EXPORT_CODE)
 	$(PY) -m export preset $* build/large/$*.graphs --gpu $(if $(findstring -,$*),--fido) --tokenizer "$$FID/tokenizer.json"
 	$(PY) -m export engine build/large/$*.graphs $(@D) $(LARGE_LIMITS) --max-passages 100
 
@@ -166,7 +169,7 @@ gpu-bench-large: $(foreach size,large base-xl large-xxl,build/large/$(size)/mani
 ROWS := base-1-12 base-6-12 base-1-1 base-6-1 base-2-1 base-3-1 base-12-1 base-6-4 xl-1-32 xl-6-32 xl-1-1 xl-6-1
 of_row = $(word $(1),$(subst -, ,$*))
 row_preset = $(if $(filter xl-%,$*),base-xl,base) build/ablation/$*.graphs --period $(call of_row,2) --num-kv-heads $(call of_row,3)
-build/ablation/%/manifest.json: $(INSTALLED) $(EXPORT_CODE)
+build/ablation/%/manifest.json: $(DEV) $(EXPORT_CODE)
 	$(PY) -m export preset $(row_preset) --gpu --tokenizer "$$FID/tokenizer.json"
 	$(PY) -m export engine build/ablation/$*.graphs $(@D) --slots 24 --encoder-batch 120
 
@@ -177,21 +180,21 @@ gpu-ablation: $(ROWS:%=build/ablation/%/manifest.json) ## on a GPU, after gpu-be
 # ---- Tests ----
 
 test: ENGINE := onnxruntime
-test: demo-readers $(CORPUS) ## all tests that need no GPU
+test: $(DEV) demo-readers $(CORPUS) ## all tests that need no GPU
 	$(PY) -m pytest
 
-stress: demo-readers $(CORPUS) ## faults and fuzz against the real server, about 10 minutes (STRESS_MINUTES=60 soaks)
+stress: $(DEV) demo-readers $(CORPUS) ## faults and fuzz against the real server, about 10 minutes (STRESS_MINUTES=60 soaks)
 	$(PY) -m tests.stress $(if $(STRESS_MINUTES),--minutes $(STRESS_MINUTES))
 
-gpu-test: demo-readers $(CORPUS) ## on a GPU: engines, kernels, decoder and the six served models against fp32 on the CPU
+gpu-test: $(DEV) demo-readers $(CORPUS) ## on a GPU: engines, kernels, decoder and the six served models against fp32 on the CPU
 	$(PY) -m export onnx "$$FID" build/cpu_engines/fid $(FID_FLAGS)
 	$(PY) -m export onnx "$$FIDO" build/cpu_engines/fido $(FIDO_FLAGS)
 	$(PY) -m tests.gpu
 
-mutants: $(INSTALLED) ## change the code in one place at a time: do the fast tests notice? about 10 minutes
+mutants: $(DEV) ## change the code in one place at a time: do the fast tests notice? about 10 minutes
 	$(PY) -m tests.mutants
 
-lint: $(INSTALLED) ## ruff and mypy
+lint: $(DEV) ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy .

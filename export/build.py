@@ -7,6 +7,7 @@ when it needs them, so that importing this module is fast. Parses no arguments a
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 import tempfile
 from collections.abc import Callable
@@ -117,6 +118,8 @@ def build_reader(
     Raises:
         UserError, ManifestError, EngineError: if a step fails. `directory` stays as it was then.
     """
+    if importlib.util.find_spec("torch") is None:
+        return _without_torch(source, directory, engine, fixed=opset is not None or any(value is not None for value in (options or {}).values()))
     if engine == "auto":
         from export.tensorrt.detect import default_backend
 
@@ -134,6 +137,19 @@ def build_reader(
     from export.tensorrt.compiler import build_engines
 
     return build_engines(graphs, directory, limits, timing_cache, jobs, log)
+
+
+def _without_torch(source: str, directory: Path, engine: str, *, fixed: bool) -> Manifest:
+    """The graphs of a checkpoint that carries their template.
+
+    Raises:
+        UsageError: if torch is needed.
+    """
+    from export.graphs.templates import TEMPLATE_FILE, fill_template
+
+    if engine in ("auto", "onnxruntime") and not fixed and Path(source, TEMPLATE_FILE).is_file():
+        return fill_template(Path(source), directory)
+    raise UsageError(f"{source}: exporting it needs torch, which is not installed; `make export` installs it, or `make setup FOR=export`")
 
 
 def random_checkpoint(

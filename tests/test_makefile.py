@@ -22,8 +22,8 @@ class Make:
     def __init__(self, directory: Path):
         self.directory = directory
         shutil.copyfile(ROOT / "Makefile", directory / "Makefile")
-        for file in ("requirements.txt", "requirements-triton.txt", "requirements-export.txt", "requirements-dev.txt"):
-            (directory / file).write_text("")
+        for file in ("", "-triton", "-export", "-evaluate", "-dev"):
+            (directory / f"requirements{file}.txt").write_text("")
         for folder in ("export", "serving/contract", "serving/launcher/preload", "venv/bin", "build/corpus"):
             (directory / folder).mkdir(parents=True)
         for name in ("heap_trim", "stream_locks"):
@@ -31,7 +31,7 @@ class Make:
         python = directory / "venv/bin/python"
         python.write_text(RECORDER)
         python.chmod(0o755)
-        for made in ("venv/.installed", "build/corpus/heldout.jsonl"):
+        for made in ("venv/.serve", "venv/.export", "venv/.evaluate", "venv/.dev", "build/corpus/heldout.jsonl"):
             (directory / made).write_text("")
 
     def __call__(self, *arguments: str, **variables: str) -> list[list[str]]:

@@ -79,9 +79,23 @@ def onnx_from_module(module: nn.Module, tensors: GraphTensors, path: Path, opset
         )
         if program is None:
             raise ExportError(f"{path.name}: torch's exporter returned nothing; it may not support this torch version")
+        _drop_traces(program.model)
         weight_bytes = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
         program.save(str(path), external_data=weight_bytes > EXTERNAL_DATA_BYTES)
     _check(path, tensors, opset)
+
+
+def _drop_traces(model: Any) -> None:
+    """Drop the exporter's notes on where each node came from: they are larger than the graph, and name this machine's files."""
+    for part in (model.graph, *model.functions.values()):
+        part.metadata_props.clear()
+        for node in part:
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+        for value in (*part.inputs, *getattr(part, "initializers", {}).values()):
+            value.metadata_props.clear()
 
 
 def _check(path: Path, tensors: GraphTensors, opset: int) -> None:
