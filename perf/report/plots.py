@@ -212,17 +212,17 @@ def throughput_bars(workloads: Sequence[str], rows: Sequence[Row], where: str) -
     return _draw("padding", paint, height_inches=3.2, width_inches=7)
 
 
-def stage_bars(readers: Mapping[str, Any]) -> str:
-    """Where one question's time goes: a bar for each reader, split into parts."""
-    names = list(dict.fromkeys(part for reader in readers.values() for part in reader["parts_ms"]))
-    longest = max(sum(part["median"] for part in reader["parts_ms"].values()) for reader in readers.values())
+def stage_bars(readers: Mapping[str, Mapping[str, Spread]]) -> str:
+    """Where one question's time goes: a bar for each reader, split into the parts that were measured, in ms."""
+    names = list(dict.fromkeys(part for parts in readers.values() for part in parts))
+    longest = max(sum(part["median"] for part in parts.values()) for parts in readers.values())
 
     def paint(axes: Any) -> None:
         starts = dict.fromkeys(readers, 0.0)
         for number, part in enumerate(names):
             colour = PARTS[number % len(PARTS)]
-            for place, (reader, stages) in enumerate(readers.items()):
-                width = stages["parts_ms"].get(part, {"median": 0.0})["median"]
+            for place, (reader, parts) in enumerate(readers.items()):
+                width = parts.get(part, {"median": 0.0})["median"]
                 axes.barh(
                     place, width, 0.6, left=starts[reader], color=colour, edgecolor="white", label=None if place else part.replace("_", " ")
                 )

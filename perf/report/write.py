@@ -17,7 +17,7 @@ from typing import Any
 from . import plots
 from .page import Cell, Figure, Link, Section, Table, html_from_sections, markdown_from_sections, shown, significant, whole
 from .run_folder import NAMES, PACKED, ReportError, Row, Run, Spread, pack_run, read_run, times_peer
-from .verdict import best_of, machine_name, readers_of, summary, verdict
+from .verdict import best_of, claims, is_compiled, machine_name, readers_of, steadiness, summary, verdict, why_marked
 
 RESULTS = Path("perf/results")
 MISSING = "Not measured in this run."
@@ -26,9 +26,9 @@ HOW_TO_READ = (
     "A number is the median of the rounds, with the least and the most of them in brackets where they differ. A round is one process of "
     "perf_analyzer; its raw output is linked where the folder still has it (`make perf RUN=folder` writes it). * marks a point of which "
     "a round was not steady from its start to its end, † one of which a round had errors; they are hollow in the plots; none is left out.",
-    "A ratio is FiDO's questions/s over FiD's, both of the same round, workload and concurrency, and then the median of the rounds. Where "
-    "one ratio has to stand for a workload, it is the one at the concurrency where FiD answers most questions/s. The "
-    "best concurrency is looked for among the points without a mark, if there are any.",
+    "A ratio is FiDO's questions/s over FiD's, both at the same workload and concurrency: the ratio of the two medians, and in brackets the "
+    "least and the most of a round. Where one ratio has to stand for a workload, it is the one at the concurrency where FiD answers most "
+    "questions/s, steady or not.",
     "A bound is the time below which this machine cannot do a piece of work: its operations over the machine's rate for a large matrix "
     "product, or the bytes that it has to read and write at least once over its rate for a copy, whichever is longer. Both rates were "
     "measured on the machine, not taken from a data sheet.",
@@ -61,7 +61,7 @@ def _machine(run: Run) -> Section:
     settings = {key: value for key, value in run.files["sweep"]["settings"].items() if key != "workloads"}
     rows += [(f"sweep: {key}", value if isinstance(value, str) else json.dumps(value)) for key, value in settings.items()]
     workloads = Table(("workload", "what it asks"), list(run.workloads.items()), "sweep.json")
-    return Section("Machine and settings", [Table(("", ""), rows, "machine.json"), workloads])
+    return Section("Machine, settings, failures and workloads", [Table(("", ""), rows, "machine.json"), workloads])
 
 
 def _sweep_table(run: Run, rows: Sequence[Row], load: str) -> Table:
@@ -157,7 +157,7 @@ def _stages(run: Run) -> Section:
     lines: list[tuple[str, ...]] = []
     for reader, stage in readers.items():
         name = NAMES[reader]
-        lines += [(name, part.replace("_", " "), shown(value), "", "") for part, value in stage["parts_ms"].items()]
+        lines += [(name, part.replace("_", " "), shown(value), "", "") for part, value in measured_parts(stage).items()]
         for batch, step in sorted((stage["step_ms"] or {}).items(), key=lambda each: int(each[0])):
             lines.append((name, f"a step, batch {batch}", shown(step), *_of_bound(step, (stage["step_bound_ms"] or {}).get(batch))))
         if stage["encoder_ms"]:
@@ -178,11 +178,17 @@ def _stages(run: Run) -> Section:
     first = next(iter(readers.values()))
     sizes = [f"{whole(first[key])} {key.replace('_', ' ')}" for key in ("passages", "passage_tokens", "new_tokens") if first[key]]
     figure = Figure(
-        plots.stage_bars(readers),
-        "Medians of the parts of one question, one after another; the rest of the chain and Triton are what is left over.",
+        plots.stage_bars({reader: measured_parts(stage) for reader, stage in readers.items()}),
+        "Medians of the parts of one question, each measured by itself. What the chain and Triton add is not drawn: it would be a difference of "
+        "two larger numbers, and is less than their rounds differ. The table has the whole chain in process and served.",
     )
     about = f"One question at a time{': ' if sizes else ''}{', '.join(sizes)}{', preset ' + first['preset'] if first['preset'] else ''}."
     return Section(title, [about, figure, Table(("reader", "part", "ms", "bound, ms", "times bound"), lines, "stages.json")])
+
+
+def measured_parts(stage: Mapping[str, Any]) -> dict[str, Spread]:
+    """The parts of a question that were measured. The others were got by subtraction: their share is noise."""
+    return {part: value for part, value in stage["parts_ms"].items() if part not in ("rest_of_chain", "triton")}
 
 
 def _of_bound(measured: Spread | None, bound: float | None) -> tuple[str, str]:
@@ -285,11 +291,12 @@ def _peers(run: Run) -> Section:
     for peer in run.peers():
         times = times_peer(best_of(run, peer["reader"]), peer)
         rates = (shown(peer["questions_per_s"]), shown(peer["p50_ms"]), shown(times))
-        lines.append((peer["name"], NAMES[peer["reader"]], whole(peer["batch"]), *rates, peer["error"] or ""))
-    head = ("peer", "reader", "batch", "questions/s", "p50, ms", "ours / peer", "error")
+        compiled = "yes" if is_compiled(peer) else "no"
+        lines.append((peer["name"], NAMES[peer["reader"]], compiled, whole(peer["batch"]), *rates, peer["error"] or ""))
+    head = ("peer", "reader", "compiled", "batch", "questions/s", "p50, ms", "ours / peer", "error")
     about = (
         f"Ours: through Triton at its best concurrency, workload {run.main}; where a peer was asked something else, no ratio is given. "
-        "Medians; the rounds of a peer are not those of the sweep."
+        "Medians; the rounds of a peer are not those of the sweep, and what a peer excludes is below."
     )
     return Section("Against other ways to run the same readers", [about, Table(head, lines, "peers.json")] if lines else [])
 
@@ -306,27 +313,41 @@ def _excluded(run: Run) -> Section:
     return Section("What these numbers exclude", [*EXCLUDED, *more])
 
 
+def _not_steady(run: Run) -> Section:
+    title, marked = "Points that were not steady, and why", [row for row in run.rows if row.mark]
+    if not marked:
+        return Section(title, ["None: every point was steady, and none had errors."])
+    unit = {"concurrency": "at once", "request_rate": "a second"}
+    lines = [
+        (row["workload"], MODELS[row["model"]], f"{whole(row['load'])} {unit[row['mode']]}", shown(row.questions_per_s, row.mark), why_marked(row))
+        for row in marked
+    ]
+    return Section(title, [steadiness(run), Table(("workload", "model", "load", "questions/s", "why"), lines, "sweep.json")])
+
+
 def sections_of(run: Run) -> list[Section]:
-    """The page's sections in order; an empty one says that it was not measured."""
-    concurrency, rate = "Throughput against latency", "Latency against offered rate"
+    """The page's sections in order, the answer's plot first and the machine last; an empty one says that it was not measured."""
     sections = [
-        Section("How to read this", HOW_TO_READ),
-        _machine(run),
+        _ratios(run),
+        Section("What else it shows", claims(run)),
+        _peers(run),
         _sweep(
             run,
-            concurrency,
+            "Throughput against latency",
             "concurrency",
             "concurrency",
             "the number beside a point is its concurrency; bars are the rounds' least and most.",
         ),
         _sweep(
             run,
-            rate,
+            "Latency against offered rate",
             "request_rate",
             "offered, questions/s",
             "questions are sent at a rate, answered or not; bars are the rounds' least and most.",
         ),
-        *(build(run) for build in (_streaming, _ratios, _stages, _roofline, _ablation, _passages, _padding, _peers, _excluded)),
+        *(build(run) for build in (_streaming, _stages, _roofline, _ablation, _passages, _padding, _not_steady, _excluded)),
+        Section("How to read this", HOW_TO_READ),
+        _machine(run),
     ]
     return [section if section.blocks else Section(section.title, [MISSING]) for section in sections]
 
