@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .page import shown, significant, whole
-from .run_folder import NAMES, WORKLOAD_KEYS, Row, Run, best, times_peer
+from .run_folder import NAMES, WORKLOAD_KEYS, Row, Run, Spread, best, times_peer
 
 FEW_TURNS = 12  # answers a place in flight in a round; equal answers end together, so a third of fewer is only a few bursts
 MAX_STEP_BATCH = 24  # verdict and summary report the step at the largest measured batch up to this
@@ -52,8 +52,8 @@ def verdict(run: Run) -> str:
     if not head:
         return f"{where}, FiD and FiDO were not measured beside each other in the workload {run.main}."
     return (
-        f"{where}, FiDO answers {shown(head.ratio, head.mark)} times as many questions/s as FiD at concurrency {whole(head.fid['load'])}, where "
-        f"FiD answers most: {_median(head.fido)} against {_median(head.fid)} ({run.workloads[run.main]})."
+        f"{where}, FiDO answers {shown(head.ratio, head.mark)} times as many questions/s as FiD at concurrency "
+        f"{whole(head.fid['load'])}, where FiD answers most: {_median(head.fido)} against {_median(head.fid)} ({run.workloads[run.main]})."
     )
 
 
@@ -140,6 +140,23 @@ def _claim_marks(run: Run) -> Iterable[str]:
         yield f"Points that failed and are missing: {len(failures)}."
 
 
+def ratios_by_length(run: Run) -> dict[str, list[tuple[float, Spread, str]]]:
+    """Passages in words -> (new tokens, FiDO over FiD where FiD answers most, mark), where two lengths at least were measured."""
+    groups: dict[str, list[tuple[float, Spread, str]]] = {}
+    for workload in run.workloads:
+        head = run.headline(workload)
+        if head and head.fid["new_tokens"] and "padding" not in workload:
+            group = f"{whole(head.fid['passages'])} passages x {whole(head.fid['passage_tokens'])} tokens"
+            groups.setdefault(group, []).append((head.fid["new_tokens"], head.ratio, head.mark))
+    found = {group: sorted(points, key=lambda point: point[0]) for group, points in groups.items()}
+    return {group: points for group, points in found.items() if len({point[0] for point in points}) > 1}
+
+
+def measured_parts(stage: Mapping[str, Any]) -> dict[str, Spread]:
+    """The parts of a question that were measured. The others were got by subtraction: their share is noise."""
+    return {part: value for part, value in stage["parts_ms"].items() if part not in ("rest_of_chain", "triton")}
+
+
 def why_marked(row: Row) -> str:
     """Why a point has its mark, in words: what its own numbers explain, and no more."""
     reasons = []
@@ -159,6 +176,16 @@ def why_marked(row: Row) -> str:
         rates = row.questions_per_s
         reasons.append(f"not known; the rounds differ by {100 * (rates['max'] / rates['min'] - 1):.0f} %" if rates["min"] else "not known")
     return "; ".join(reasons)
+
+
+def marked_points(run: Run) -> list[tuple[Row, str, str, str, str]]:
+    """Each point with a mark: its row, and in words its workload, load, questions/s and why it has the mark."""
+    unit = {"concurrency": "at once", "request_rate": "a second"}
+    return [
+        (row, row["workload"], f"{whole(row['load'])} {unit[row['mode']]}", shown(row.questions_per_s, row.mark), why_marked(row))
+        for row in run.rows
+        if row.mark
+    ]
 
 
 def steadiness(run: Run) -> str:

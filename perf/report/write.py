@@ -1,7 +1,8 @@
 """`python -m perf.report FOLDER ...`: the measurements of a run as an HTML page, and as a summary in Markdown and in JSON.
 
 In: a run's folder (`perf.report.run_folder`). Out, into the same folder: report.html (one page with its plots, no external resources),
-summary.md (the same numbers), summary.json. The same input gives the same bytes. Nothing is measured here.
+summary.md (the same numbers), summary.json; for the run that README.md shows, its plot in docs/. The same input gives the same bytes.
+Nothing is measured here.
 Without a folder it reports every folder under perf/results that has a sweep.json. A malformed file gives one line and exit code 1.
 """
 
@@ -17,16 +18,29 @@ from typing import Any
 from . import plots
 from .page import Cell, Figure, Link, Section, Table, html_from_sections, markdown_from_sections, shown, significant, whole
 from .run_folder import NAMES, PACKED, ReportError, Row, Run, Spread, pack_run, read_run, times_peer
-from .verdict import best_of, claims, is_compiled, machine_name, readers_of, steadiness, summary, verdict, why_marked
+from .verdict import (
+    best_of,
+    claims,
+    is_compiled,
+    machine_name,
+    marked_points,
+    measured_parts,
+    ratios_by_length,
+    readers_of,
+    steadiness,
+    summary,
+    verdict,
+)
 
 RESULTS = Path("perf/results")
+README_RUN, README_PLOT = "h100", Path("docs/fido_over_fid.svg")
 MISSING = "Not measured in this run."
 MODELS = {f"{reader}{suffix}": name + shown for reader, name in NAMES.items() for suffix, shown in (("", ""), ("_stream", ", streaming"))}
 HOW_TO_READ = (
     "A number is the median of the rounds, with the least and the most of them in brackets where they differ. A round is one process of "
     "perf_analyzer; its raw output is linked where the folder still has it (`make perf RUN=folder` writes it). * marks a point of which "
     "a round was not steady from its start to its end, † one of which a round had errors; they are hollow in the plots; none is left out.",
-    "A ratio is FiDO's questions/s over FiD's, both at the same workload and concurrency: the ratio of the two medians, and in brackets the "
+    "A ratio is FiDO's questions/s over FiD's, both at the same workload and concurrency: the ratio of the medians, and in brackets the "
     "least and the most of a round. Where one ratio has to stand for a workload, it is the one at the concurrency where FiD answers most "
     "questions/s, steady or not.",
     "A bound is the time below which this machine cannot do a piece of work: its operations over the machine's rate for a large matrix "
@@ -81,7 +95,7 @@ def _sweep_table(run: Run, rows: Sequence[Row], load: str) -> Table:
 
 def _sweep(run: Run, title: str, mode: str, load: str, caption: str) -> Section:
     blocks: list[str | Table | Figure] = []
-    for workload, meaning in run.workloads.items():
+    for workload, meaning in sorted(run.workloads.items(), key=lambda each: each[0] != run.main):
         if rows := run.select(workload, mode):
             blocks.append(f"Workload {workload}: {meaning}.")
             if len({row["load"] for row in rows}) > 1:
@@ -118,8 +132,7 @@ def _streaming(run: Run) -> Section:
 
 def _ratios(run: Run) -> Section:
     lines: list[list[Cell]] = []
-    groups: dict[str, list[tuple[float, Spread, str]]] = {}
-    for workload in run.workloads:
+    for workload in sorted(run.workloads, key=lambda name: name != run.main):
         head = run.headline(workload)
         for pair in run.pairs(workload):
             fid = pair.fid
@@ -134,19 +147,14 @@ def _ratios(run: Run) -> Section:
                 str(pair.rounds),
             )
             lines.append([*texts, _raw(run, fid), _raw(run, pair.fido)])
-        if head and head.fid["new_tokens"] and "padding" not in workload:
-            group = f"{whole(head.fid['passages'])} passages x {whole(head.fid['passage_tokens'])} tokens"
-            groups.setdefault(group, []).append((head.fid["new_tokens"], head.ratio, head.mark))
     if not lines:
         return Section("FiDO over FiD", [])
     table = Table(
         ("workload", "new tokens", "concurrency", "FiD, questions/s", "FiDO, questions/s", "FiDO / FiD", "rounds", "FiD, raw", "FiDO, raw"),
         lines,
     )
-    drawn = {
-        group: sorted(points, key=lambda point: point[0]) for group, points in groups.items() if len({point[0] for point in points}) > 1
-    }
-    caption = "Ratio of questions/s in the same round, at the concurrency where FiD does best; bars are least and most of the rounds."
+    drawn = ratios_by_length(run)
+    caption = "Ratio of questions/s at the concurrency where FiD answers most; bars are the least and the most of the rounds."
     return Section("FiDO over FiD", [*([Figure(plots.ratio_against_new_tokens(drawn), caption)] if drawn else []), table])
 
 
@@ -179,16 +187,11 @@ def _stages(run: Run) -> Section:
     sizes = [f"{whole(first[key])} {key.replace('_', ' ')}" for key in ("passages", "passage_tokens", "new_tokens") if first[key]]
     figure = Figure(
         plots.stage_bars({reader: measured_parts(stage) for reader, stage in readers.items()}),
-        "Medians of the parts of one question, each measured by itself. What the chain and Triton add is not drawn: it would be a difference of "
-        "two larger numbers, and is less than their rounds differ. The table has the whole chain in process and served.",
+        "Medians of the parts of one question, each measured by itself. What the chain and Triton add is not drawn: it would be a difference "
+        "of two larger numbers, and is less than their rounds differ. The table has the whole chain in process and served.",
     )
     about = f"One question at a time{': ' if sizes else ''}{', '.join(sizes)}{', preset ' + first['preset'] if first['preset'] else ''}."
     return Section(title, [about, figure, Table(("reader", "part", "ms", "bound, ms", "times bound"), lines, "stages.json")])
-
-
-def measured_parts(stage: Mapping[str, Any]) -> dict[str, Spread]:
-    """The parts of a question that were measured. The others were got by subtraction: their share is noise."""
-    return {part: value for part, value in stage["parts_ms"].items() if part not in ("rest_of_chain", "triton")}
 
 
 def _of_bound(measured: Spread | None, bound: float | None) -> tuple[str, str]:
@@ -314,15 +317,9 @@ def _excluded(run: Run) -> Section:
 
 
 def _not_steady(run: Run) -> Section:
-    title, marked = "Points that were not steady, and why", [row for row in run.rows if row.mark]
-    if not marked:
-        return Section(title, ["None: every point was steady, and none had errors."])
-    unit = {"concurrency": "at once", "request_rate": "a second"}
-    lines = [
-        (row["workload"], MODELS[row["model"]], f"{whole(row['load'])} {unit[row['mode']]}", shown(row.questions_per_s, row.mark), why_marked(row))
-        for row in marked
-    ]
-    return Section(title, [steadiness(run), Table(("workload", "model", "load", "questions/s", "why"), lines, "sweep.json")])
+    title, lines = "Points that were not steady, and why", [(MODELS[row["model"]], *why) for row, *why in marked_points(run)]
+    table = Table(("model", "workload", "load", "questions/s", "why"), lines, "sweep.json")
+    return Section(title, [steadiness(run), table] if lines else ["None: every point was steady, and none had errors."])
 
 
 def sections_of(run: Run) -> list[Section]:
@@ -369,6 +366,20 @@ def write_report(folder: Path) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
+def readme_plot(run: Run) -> str:
+    """The plot of README.md: FiDO over FiD by length of the answer, of one run.
+
+    Raises:
+        ReportError: the run has not two lengths of the answer over the same passages.
+    """
+    (group, points), *_ = ratios_by_length(run).items() or [("", [])]
+    if not points:
+        raise ReportError(f"{run.folder}: wanted two lengths of the answer for {README_PLOT}, got fewer")
+    machine = run.files["machine"]
+    about = f"{machine_name(run)}, {machine['precision']}, {group}, commit {machine['commit']}"
+    return plots.readme_ratio("FiDO over FiD, questions/s through Triton", about, points)
+
+
 def main() -> int:
     """Write the report of every folder; return exit code 1 if a file is malformed."""
     parser = argparse.ArgumentParser(
@@ -388,6 +399,9 @@ def main() -> int:
                 pack_run(folder)
             write_report(folder)
             print(folder / "report.html")
+            if folder == RESULTS / README_RUN:
+                README_PLOT.write_text(readme_plot(read_run(folder)), encoding="utf-8")
+                print(README_PLOT)
     except ReportError as error:
         print(f"perf.report: {error}", file=sys.stderr)
         return 1
