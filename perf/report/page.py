@@ -37,8 +37,8 @@ a { color: #00588a; }
   h1 { font-size: 1.35rem; }
   table { width: auto; min-width: 100%; }
   th, td { padding: 0.25rem 0.4rem; }
-  figure { overflow-x: auto; }
-  figure svg { max-width: none; width: 620px; }
+  figure.wide { overflow-x: auto; }
+  figure.wide svg { max-width: none; width: 620px; }
 }
 """
 NUMBER = re.compile(r"-?[\d,]*\.?\d+( \(.*\))?( ?[*†%]+)?$")
@@ -116,14 +116,14 @@ def _is_number(cell: Cell) -> bool:
     return isinstance(cell, str) and (not cell or bool(NUMBER.match(cell)))
 
 
-def _without_empty_links(table: Table) -> Table:
-    """The table without columns of links that have not one link: the raw files of a packed run are not kept."""
-    kept = [i for i in range(len(table.head)) if not table.rows or any(isinstance(row[i], str) or row[i] for row in table.rows)]
+def _without_empty_columns(table: Table) -> Table:
+    """The table without columns in which every cell is empty, such as links to raw files that a packed run does not keep."""
+    kept = [i for i in range(len(table.head)) if any(row[i] for row in table.rows)]
     return Table([table.head[i] for i in kept], [[row[i] for i in kept] for row in table.rows], table.source)
 
 
 def _html_table(table: Table) -> str:
-    table = _without_empty_links(table)
+    table = _without_empty_columns(table)
     kinds = [' class="number"' if all(_is_number(row[i]) for row in table.rows) else "" for i in range(len(table.head))]
     head = "".join(f"<th{kind}>{html.escape(name)}</th>" for kind, name in zip(kinds, table.head, strict=True))
     rows = ("".join(f"<td{kind}>{_html_cell(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) for row in table.rows)
@@ -138,7 +138,8 @@ def _html_block(block: str | Table | Figure) -> str:
     if isinstance(block, Table):
         return _html_table(block)
     if isinstance(block, Figure):
-        return f"<figure>\n{block.svg}\n<figcaption>{html.escape(block.caption)}</figcaption>\n</figure>"
+        wide = ' class="wide"' if float((re.search(r'width="([\d.]+)', block.svg) or [0, 0])[1]) > 500 else ""  # points
+        return f"<figure{wide}>\n{block.svg}\n<figcaption>{html.escape(block.caption)}</figcaption>\n</figure>"
     return f"<p>{html.escape(block)}</p>"
 
 
@@ -166,7 +167,7 @@ def _markdown_cell(cell: Cell) -> str:
 def _markdown_block(block: str | Table) -> str:
     if isinstance(block, str):
         return _markdown(block)
-    block = _without_empty_links(block)
+    block = _without_empty_columns(block)
     lines = [list(map(_markdown, block.head)), ["---"] * len(block.head), *(list(map(_markdown_cell, row)) for row in block.rows)]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return text + (f"\n\nFrom [{block.source}]({block.source})." if block.source else "")

@@ -114,8 +114,8 @@ def _curves(axes: Any, rows: Sequence[Row], across: tuple[str, ...], up: tuple[s
             # above the upper curve and below the lower one, so that no label lies on the other reader's point
             other = heights.get(("fid" if row["reader"] == "fido" else "fido", row["load"]), 0.0)
             above = (y["median"], row["reader"]) > (other, "fid" if row["reader"] == "fido" else "fido")
-            side, point = (0, 8) if above else (0, -15), (x["median"], y["median"])
-            axes.annotate(f"{row['load']:g}", point, side, textcoords="offset points", fontsize=9, color=colour, ha="center")
+            side, point = (5, 6) if above else (5, -14), (x["median"], y["median"])
+            axes.annotate(f"{row['load']:g}", point, side, textcoords="offset points", fontsize=9, color=colour)
         drawn += [(x, y) for _, x, y in mine]
     axes.margins(x=0.08, y=0.12)
     if not _log_where_wide(axes, "x", [x["median"] for x, _ in drawn]):
@@ -192,7 +192,7 @@ def ratio_against_new_tokens(groups: Mapping[str, Sequence[tuple[float, Spread, 
             _explain_hollow(axes)
         _legend_below(axes)
 
-    return _draw("ratio", paint, height_inches=3.6, width_inches=7)
+    return _draw("ratio", paint, height_inches=3.5, width_inches=5.6)
 
 
 README_STYLE = (

@@ -9,8 +9,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from . import plots
 from .page import shown, significant, whole
-from .run_folder import NAMES, WORKLOAD_KEYS, Row, Run, Spread, best, times_peer
+from .run_folder import NAMES, WORKLOAD_KEYS, ReportError, Row, Run, Spread, best, times_peer
 
 FEW_TURNS = 12  # answers a place in flight in a round; equal answers end together, so a third of fewer is only a few bursts
 MAX_STEP_BATCH = 24  # verdict and summary report the step at the largest measured batch up to this
@@ -155,6 +156,20 @@ def ratios_by_length(run: Run) -> dict[str, list[tuple[float, Spread, str]]]:
 def measured_parts(stage: Mapping[str, Any]) -> dict[str, Spread]:
     """The parts of a question that were measured. The others were got by subtraction: their share is noise."""
     return {part: value for part, value in stage["parts_ms"].items() if part not in ("rest_of_chain", "triton")}
+
+
+def readme_plot(run: Run) -> str:
+    """The plot of README.md: FiDO over FiD by length of the answer, of one run.
+
+    Raises:
+        ReportError: the run has not two lengths of the answer over the same passages.
+    """
+    (group, points), *_ = ratios_by_length(run).items() or [("", [])]
+    if not points:
+        raise ReportError(f"{run.folder}: wanted two lengths of the answer for the plot of README.md, got fewer")
+    machine = run.files["machine"]
+    about = f"{machine_name(run)}, {machine['precision']}, {group}, commit {machine['commit']}"
+    return plots.readme_ratio("FiDO over FiD, questions/s through Triton", about, points)
 
 
 def why_marked(row: Row) -> str:

@@ -187,8 +187,8 @@ def _stages(run: Run) -> Section:
     sizes = [f"{whole(first[key])} {key.replace('_', ' ')}" for key in ("passages", "passage_tokens", "new_tokens") if first[key]]
     figure = Figure(
         plots.stage_bars({reader: measured_parts(stage) for reader, stage in readers.items()}),
-        "Medians of the parts of one question, each measured by itself. What the chain and Triton add is not drawn: it would be a difference "
-        "of two larger numbers, and is less than their rounds differ. The table has the whole chain in process and served.",
+        "Medians of the parts of one question, each measured by itself. What the chain and Triton add is not drawn: it would be a "
+        "difference of larger numbers that were not measured together. The table has the whole chain in process and served.",
     )
     about = f"One question at a time{': ' if sizes else ''}{', '.join(sizes)}{', preset ' + first['preset'] if first['preset'] else ''}."
     return Section(title, [about, figure, Table(("reader", "part", "ms", "bound, ms", "times bound"), lines, "stages.json")])
@@ -364,20 +364,6 @@ def write_report(folder: Path) -> None:
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-
-
-def readme_plot(run: Run) -> str:
-    """The plot of README.md: FiDO over FiD by length of the answer, of one run.
-
-    Raises:
-        ReportError: the run has not two lengths of the answer over the same passages.
-    """
-    (group, points), *_ = ratios_by_length(run).items() or [("", [])]
-    if not points:
-        raise ReportError(f"{run.folder}: wanted two lengths of the answer for {README_PLOT}, got fewer")
-    machine = run.files["machine"]
-    about = f"{machine_name(run)}, {machine['precision']}, {group}, commit {machine['commit']}"
-    return plots.readme_ratio("FiDO over FiD, questions/s through Triton", about, points)
 
 
 def main() -> int:
