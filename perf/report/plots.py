@@ -114,8 +114,8 @@ def _curves(axes: Any, rows: Sequence[Row], across: tuple[str, ...], up: tuple[s
             # above the upper curve and below the lower one, so that no label lies on the other reader's point
             other = heights.get(("fid" if row["reader"] == "fido" else "fido", row["load"]), 0.0)
             above = (y["median"], row["reader"]) > (other, "fid" if row["reader"] == "fido" else "fido")
-            side, point = (5, 6) if above else (5, -14), (x["median"], y["median"])
-            axes.annotate(f"{row['load']:g}", point, side, textcoords="offset points", fontsize=9, color=colour)
+            side, aligned, point = *(((-5, 6), "right") if above else ((5, -14), "left")), (x["median"], y["median"])
+            axes.annotate(f"{row['load']:g}", point, side, textcoords="offset points", fontsize=9, color=colour, ha=aligned)
         drawn += [(x, y) for _, x, y in mine]
     axes.margins(x=0.08, y=0.12)
     if not _log_where_wide(axes, "x", [x["median"] for x, _ in drawn]):
@@ -192,7 +192,7 @@ def ratio_against_new_tokens(groups: Mapping[str, Sequence[tuple[float, Spread, 
             _explain_hollow(axes)
         _legend_below(axes)
 
-    return _draw("ratio", paint, height_inches=3.5, width_inches=5.6)
+    return _draw("ratio", paint, height_inches=3.5, width_inches=6)
 
 
 README_STYLE = (
@@ -319,7 +319,8 @@ def roofline(points: Sequence[Mapping[str, Any]], copy_tb_per_s: float, peak_tfl
             colour, shape = COLOURS[point["reader"]], "s" if point["reader"] == "fido" else "o"
             axes.vlines(x, y, min(copy_tb_per_s * x, peak_tflops), color=colour, linewidth=0.8, linestyle=":")
             axes.plot(x, y, shape, color=colour, markersize=6)
-            axes.annotate(str(number), (x, y), (6, -3), textcoords="offset points", fontsize=9, color=colour)
+            side, aligned = ((6, -3), "left") if point["reader"] == "fido" else ((-6, -3), "right")  # the encoders' points are one place
+            axes.annotate(str(number), (x, y), side, textcoords="offset points", fontsize=9, color=colour, ha=aligned)
         for reader in sorted({point["reader"] for point in points}):
             axes.plot([], [], "s" if reader == "fido" else "o", color=COLOURS[reader], label=NAMES[reader])
         _log_where_wide(axes, "x", [left, right], always=True)

@@ -27,6 +27,7 @@ from .verdict import (
     measured_parts,
     ratios_by_length,
     readers_of,
+    readme_plot,
     steadiness,
     summary,
     verdict,

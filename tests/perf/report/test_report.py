@@ -119,8 +119,8 @@ def said_of(folder):
 def test_the_verdict_is_one_sentence_about_where_fid_does_best_and_the_claims_follow(folder_of):
     folder = folder_of(**EVERYTHING)
     assert verdict(read_run(folder)) == (
-        "On AMD EPYC, 2 cores in float32, FiDO answers 2.13 (2.00..2.25) times as many questions/s as FiD at concurrency 4, where FiD answers "
-        "most: 66.0 against 31.0 (10 x 128, answers of 32)."
+        "On AMD EPYC, 2 cores in float32, FiDO answers 2.13 (2.00..2.25) times as many questions/s as FiD at concurrency 4, where "
+        "FiD answers most: 66.0 against 31.0 (10 x 128, answers of 32)."
     )
     text = said_of(folder)
     assert "FiD 31.0 at 4, FiDO 85.0 at 8" in text
