@@ -67,7 +67,7 @@ class Block:
 def blocks_of(page: str, text: str) -> list[Block]:
     found: list[Block] = []
     fences = list(FENCE.finditer(text))
-    for fence, following in zip(fences, [*fences[1:], None], strict=True):
+    for fence, following in zip(fences, [*fences[1:], None], strict=False):
         reason = NOT_RUN.search(text, 0, fence.start())
         output = (
             following[2]
@@ -104,10 +104,8 @@ class Network:
         assert self.bash.stdout and select.select([self.bash.stdout], [], [], timeout_s + 30)[0], "no end"
         return int(self.bash.stdout.readline()), output.read_text(errors="replace")
 
-    def start(self, script: str, log: Path) -> subprocess.Popen | None:
-        (self.site / "server.sh").write_text(script)
-        self._send(f"set -m; bash {self.site}/server.sh > {log} 2>&1 < /dev/null & set +m\n")
-        return None
+    def start(self, command: str, log: Path) -> None:
+        self._send(f"set -m\n{command} > {log} 2>&1 < /dev/null &\nset +m\n")
 
     def _send(self, line: str) -> None:
         assert self.bash.stdin
@@ -142,6 +140,7 @@ def site(tmp_path_factory) -> Path:
     shutil.copy(ROOT / "checkpoints/fid/tokenizer.json", site / "path/to/tokenizer.json")
     lines = (site / "build/corpus/heldout.jsonl").read_text().splitlines()
     (site / "data.jsonl").write_text("\n".join(lines[:20]) + "\n")
+    shutil.copy(ROOT / "examples/passages.json", site)
     (site / "path-bin").mkdir()
     command = site / "path-bin/fido-client"
     command.write_text(f'#!/bin/sh\nexec {site}/.venv/bin/python -m fido_client "$@"\n')
@@ -158,7 +157,8 @@ def served(site) -> Iterator[Network]:
     )
     assert code == 0, output
     log = site / "server.log"
-    network.start("exec make serve STREAM=1", log)
+    log.touch()
+    network.start("make serve STREAM=1", log)
     end = time.monotonic() + 120
     while "\nready" not in log.read_text():
         assert time.monotonic() < end, log.read_text()
@@ -194,8 +194,8 @@ def test_e5_a_block_runs_as_printed(block, site, request):
             pytest.skip(str(error))
         if not (site / HOME).exists():
             (site / HOME).symlink_to(ROOT / HOME)
-    if "convert" in block.text:
-        (site / "path/to/fido").unlink()
+    if "export convert" in block.text:
+        (site / "path/to/fido").unlink()  # it is what the block makes
     if block.needs_server:
         code, output = request.getfixturevalue("served").run(script_of(block))
     else:
@@ -219,4 +219,4 @@ def test_e5_every_block_is_run_or_says_why_not():
         assert not (block.language == "text" and commands), f"{block.page}:{block.line}: commands as text are not run: {block.text}"
         assert block.reason is None or len(block.reason) > 10, f"{block.page}:{block.line}: a reason"
     skipped = {(block.page, block.reason) for block in BLOCKS if block.reason}
-    assert len(RUNNABLE) > 2 * len(skipped) and {page for page, _ in skipped} <= {"gpu.md", "contributing.md", "client.md", "operating.md"}
+    assert len(RUNNABLE) > 20 and {page for page, _ in skipped} <= {"gpu.md", "contributing.md", "client.md", "operating.md"}
