@@ -129,10 +129,10 @@ def _curves(axes: Any, rows: Sequence[Row], across: tuple[str, ...], up: tuple[s
         _explain_hollow(axes)
 
 
-def _legend_below(axes: Any) -> None:
+def _legend_below(axes: Any, columns: int = 9) -> None:
     """One legend for all panels, outside the curves."""
     handles, labels = axes.get_legend_handles_labels()
-    axes.figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    axes.figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
 
 
 def _explain_hollow(axes: Any) -> None:
@@ -190,9 +190,9 @@ def ratio_against_new_tokens(groups: Mapping[str, Sequence[tuple[float, Spread, 
         axes.set(xlabel="new tokens an answer", ylabel="FiDO / FiD, questions/s")
         if any(mark for points in groups.values() for _, _, mark in points):
             _explain_hollow(axes)
-        _legend_below(axes)
+        _legend_below(axes, columns=2)
 
-    return _draw("ratio", paint, height_inches=3.5, width_inches=6)
+    return _draw("ratio", paint, height_inches=3.6, width_inches=5)  # to be read on a phone
 
 
 README_STYLE = (

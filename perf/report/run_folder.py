@@ -266,6 +266,10 @@ class Run:
             return [row for rows in measured for row in rows if row["load"] == load], f"at concurrency {load:g}"
         return [row for rows in measured if (row := best(rows))], "at the best concurrency of each"
 
+    def source(self, name: str) -> str:
+        """The file of the folder that holds NAME.json's content, for a link."""
+        return f"{name}.json" if (self.folder / f"{name}.json").exists() else PACKED
+
     def peers(self) -> list[dict[str, Any]]:
         """The rows of peers.json and of every peers_*.json beside it; none without such a file."""
         return [peer for name, content in self.files.items() if name.startswith("peers") and content for peer in content["peers"]]

@@ -75,8 +75,8 @@ def _machine(run: Run) -> Section:
     ]
     settings = {key: value for key, value in run.files["sweep"]["settings"].items() if key != "workloads"}
     rows += [(f"sweep: {key}", value if isinstance(value, str) else json.dumps(value)) for key, value in settings.items()]
-    workloads = Table(("workload", "what it asks"), list(run.workloads.items()), "sweep.json")
-    return Section("Machine, settings, failures and workloads", [Table(("", ""), rows, "machine.json"), workloads])
+    workloads = Table(("workload", "what it asks"), list(run.workloads.items()), run.source("sweep"))
+    return Section("Machine, settings, failures and workloads", [Table(("", ""), rows, run.source("machine")), workloads])
 
 
 def _sweep_table(run: Run, rows: Sequence[Row], load: str) -> Table:
@@ -192,7 +192,7 @@ def _stages(run: Run) -> Section:
         "difference of larger numbers that were not measured together. The table has the whole chain in process and served.",
     )
     about = f"One question at a time{': ' if sizes else ''}{', '.join(sizes)}{', preset ' + first['preset'] if first['preset'] else ''}."
-    return Section(title, [about, figure, Table(("reader", "part", "ms", "bound, ms", "times bound"), lines, "stages.json")])
+    return Section(title, [about, figure, Table(("reader", "part", "ms", "bound, ms", "times bound"), lines, run.source("stages"))])
 
 
 def _of_bound(measured: Spread | None, bound: float | None) -> tuple[str, str]:
@@ -216,7 +216,7 @@ def _roofline(run: Run) -> Section:
     ]
     head = ("#", "part", "operations/byte", "TFLOP/s", "TB/s", "ms", "bound, ms", "times bound")
     caption = "Numbers are those of the table; the dotted line is what is left up to the roof."
-    return Section("Roofline", [Figure(plots.roofline(points, copy, peak), caption), Table(head, lines, "roofline.json")])
+    return Section("Roofline", [Figure(plots.roofline(points, copy, peak), caption), Table(head, lines, run.source("roofline"))])
 
 
 def _roofline_figures(point: Mapping[str, Any]) -> tuple[float, ...]:
@@ -251,8 +251,8 @@ def _ablation(run: Run) -> Section:
         "note",
     )
     tables = [
-        Table(head, variants, "ablation.json"),
-        Table(("variant", "batch", "step, ms", "bound, ms", "times bound"), steps, "ablation.json"),
+        Table(head, variants, run.source("ablation")),
+        Table(("variant", "batch", "step, ms", "bound, ms", "times bound"), steps, run.source("ablation")),
     ]
     caption = "Time of one decoder step of each variant; the tick is its bound on this machine. K: every K-th decoder layer cross-attends."
     about = f"Preset {ablation['preset']}, {ablation['workload']}."
@@ -302,7 +302,7 @@ def _peers(run: Run) -> Section:
         f"Ours: through Triton at its best concurrency, workload {run.main}; where a peer was asked something else, no ratio is given. "
         "Medians; the rounds of a peer are not those of the sweep, and what a peer excludes is below."
     )
-    return Section("Against other ways to run the same readers", [about, Table(head, lines, "peers.json")] if lines else [])
+    return Section("Against other ways to run the same readers", [about, Table(head, lines, run.source("peers"))] if lines else [])
 
 
 def _excluded(run: Run) -> Section:
@@ -319,7 +319,7 @@ def _excluded(run: Run) -> Section:
 
 def _not_steady(run: Run) -> Section:
     title, lines = "Points that were not steady, and why", [(MODELS[row["model"]], *why) for row, *why in marked_points(run)]
-    table = Table(("model", "workload", "load", "questions/s", "why"), lines, "sweep.json")
+    table = Table(("model", "workload", "load", "questions/s", "why"), lines, run.source("sweep"))
     return Section(title, [steadiness(run), table] if lines else ["None: every point was steady, and none had errors."])
 
 
@@ -376,7 +376,7 @@ def main() -> int:
     parser.add_argument("--pack", action="store_true", help="first put all measurements of a run into run.json, as committed runs are kept")
     arguments = parser.parse_args()
     folders: list[Path] = arguments.folders or sorted(
-        {path.parent for name in (PACKED, "sweep.json") for path in RESULTS.glob(f"*/{name}")}
+        {path.parent for name in (PACKED, run.source("sweep")) for path in RESULTS.glob(f"*/{name}")}
     )
     try:
         if not folders:

@@ -93,9 +93,9 @@ class Network:
         path = f"{site}/path-bin:{os.environ['PATH']}"
         kept = {name: os.environ[name] for name in ("HOME", "TMPDIR", "LANG") if name in os.environ}
         env = {**kept, "PATH": path, "PYTHONPATH": str(site / "clients"), "HF_HUB_OFFLINE": "1"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.site = site
-        self.bash = subprocess.Popen([*unshare, "bash", "-c", "ip link set lo up; exec bash"], cwd=site, env=env, text=True, **pipes)
+        command = [*unshare, "bash", "-c", "ip link set lo up; exec bash"]
+        self.bash = subprocess.Popen(command, cwd=site, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(self, script: str, timeout_s: float = 240) -> tuple[int, str]:
         file, output = self.site / "block.sh", self.site / "block.out"

@@ -57,6 +57,8 @@ def test_f_the_answer_and_its_plot_come_first_and_the_machine_last(run, tmp_path
     answer = re.search(r'<p class="verdict">(.*?)</p>', page, re.DOTALL)
     assert answer and len(re.findall(r"\.(\s|$)", answer[1])) == 1, "one sentence"
     assert page.index('class="verdict"') < page.index("<svg") < page.index("<table")
+    links = set(re.findall(r'<a href="(.*?)">', page))
+    assert links and all((tmp_path / link).is_file() for link in links), links
     titles = re.findall(r"<h2>(.*?)</h2>", page)
     assert titles[0] == "FiDO over FiD" and titles[-1] == "Machine, settings, failures and workloads"
     for last in ("<td>commit</td>", "<td>sweep: failures</td>", "what it asks"):
