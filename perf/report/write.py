@@ -376,7 +376,7 @@ def main() -> int:
     parser.add_argument("--pack", action="store_true", help="first put all measurements of a run into run.json, as committed runs are kept")
     arguments = parser.parse_args()
     folders: list[Path] = arguments.folders or sorted(
-        {path.parent for name in (PACKED, run.source("sweep")) for path in RESULTS.glob(f"*/{name}")}
+        {path.parent for name in (PACKED, "sweep.json") for path in RESULTS.glob(f"*/{name}")}
     )
     try:
         if not folders:
