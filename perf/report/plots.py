@@ -319,10 +319,10 @@ def roofline(points: Sequence[Mapping[str, Any]], copy_tb_per_s: float, peak_tfl
             colour, shape = COLOURS[point["reader"]], "s" if point["reader"] == "fido" else "o"
             axes.vlines(x, y, min(copy_tb_per_s * x, peak_tflops), color=colour, linewidth=0.8, linestyle=":")
             axes.plot(x, y, shape, color=colour, markersize=6)
-            # one reader's on the left and the other's on the right: their encoders are one point; the largest batch above the one before
+            # FiD's on the left and FiDO's on the right, as their encoders are one point; the largest batch lies next to the roof
             last = number == len(points) or points[number]["reader"] != point["reader"]
-            left_of = point["reader"] == "fid"
-            side, aligned = (-6 if left_of else 6, 2 if last else -9), "right" if left_of else "left"
+            on_left = point["reader"] == "fid" and not last
+            side, aligned = (-6 if on_left else 7, -3 if last else -9), "right" if on_left else "left"
             axes.annotate(str(number), (x, y), side, textcoords="offset points", fontsize=9, color=colour, ha=aligned)
         for reader in sorted({point["reader"] for point in points}):
             axes.plot([], [], "s" if reader == "fido" else "o", color=COLOURS[reader], label=NAMES[reader])
