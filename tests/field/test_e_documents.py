@@ -91,7 +91,10 @@ class Network:
         if not shutil.which("ip") or subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
             pytest.skip("no network namespaces here (unshare --net), so the documents' ports may be taken")
         path = f"{site}/path-bin:{os.environ['PATH']}"
-        kept = {name: os.environ[name] for name in ("HOME", "TMPDIR", "LANG") if name in os.environ}
+        # set-up is not to run: it would write into this process's own environment
+        kept = {"PYTHON": "false", "PIP_NO_INDEX": "1"} | {
+            name: os.environ[name] for name in ("HOME", "TMPDIR", "LANG") if name in os.environ
+        }
         env = {**kept, "PATH": path, "PYTHONPATH": str(site / "clients"), "HF_HUB_OFFLINE": "1"}
         self.site = site
         command = [*unshare, "bash", "-c", "ip link set lo up; exec bash"]
@@ -132,8 +135,9 @@ def site(tmp_path_factory) -> Path:
             (site / ".venv" / name).symlink_to(Path(sys.prefix) / name)
     for folder in ("build/demo", "build/corpus"):
         shutil.copytree(ROOT / folder, site / folder)
-    for made in (".venv/.installed", "build/corpus/heldout.jsonl"):
-        (site / made).touch()
+    for marker in set(re.findall(r"\$\(VENV\)/(\.[\w-]+)", (ROOT / "Makefile").read_text())):
+        (site / ".venv" / marker).touch()
+    (site / "build/corpus/heldout.jsonl").touch()
     (site / "path/to").mkdir(parents=True)
     for name, checkpoint in (("checkpoint", "fid"), ("fid", "fid"), ("fido", "fido")):
         (site / "path/to" / name).symlink_to(ROOT / "checkpoints" / checkpoint)
