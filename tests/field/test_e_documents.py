@@ -156,19 +156,21 @@ def site(tmp_path_factory) -> Path:
 def served(site) -> Iterator[Network]:
     """A network in which `make serve` serves the demo readers and one named nq, as the documents' commands made them."""
     network = Network(site)
-    code, output = network.run(
-        "set -e\nmake export READER=nq CHECKPOINT=path/to/checkpoint\nmake export FID=checkpoints/fid FIDO=checkpoints/fido\n"
-    )
-    assert code == 0, output
-    log = site / "server.log"
-    log.touch()
-    network.start("make serve STREAM=1", log)
-    end = time.monotonic() + 120
-    while "\nready" not in log.read_text():
-        assert time.monotonic() < end, log.read_text()
-        time.sleep(0.2)
-    yield network
-    network.close()
+    try:
+        code, output = network.run(
+            "set -e\nmake export READER=nq CHECKPOINT=path/to/checkpoint\nmake export FID=checkpoints/fid FIDO=checkpoints/fido\n"
+        )
+        assert code == 0, output
+        log = site / "server.log"
+        log.touch()
+        network.start("make serve STREAM=1", log)
+        end = time.monotonic() + 120
+        while "\nready" not in log.read_text():
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        yield network
+    finally:
+        network.close()
 
 
 def script_of(block: Block) -> str:
