@@ -26,11 +26,20 @@ table { border-collapse: collapse; font-size: 0.85rem; width: 100%; font-variant
 th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid #e3e3e3; text-align: left; vertical-align: top; overflow-wrap: break-word; }
 th { border-bottom: 2px solid #999; font-weight: 600; }
 th.number, td.number { text-align: right; }
+td.number { white-space: nowrap; }
 tbody tr:hover { background: #fafafa; }
 figure { margin: 1rem 0 0.8rem; }
 figure svg { max-width: 100%; height: auto; display: block; }
 figcaption { font-size: 0.85rem; color: #555; margin-top: 0.2rem; }
 a { color: #00588a; }
+@media (max-width: 600px) {
+  body { margin: 1rem auto 2rem; padding: 0 0.8rem; }
+  h1 { font-size: 1.35rem; }
+  table { width: auto; min-width: 100%; }
+  th, td { padding: 0.25rem 0.4rem; }
+  figure.wide { overflow-x: auto; }
+  figure.wide svg { max-width: none; width: 620px; }
+}
 """
 NUMBER = re.compile(r"-?[\d,]*\.?\d+( \(.*\))?( ?[*†%]+)?$")
 
@@ -107,7 +116,14 @@ def _is_number(cell: Cell) -> bool:
     return isinstance(cell, str) and (not cell or bool(NUMBER.match(cell)))
 
 
+def _without_empty_columns(table: Table) -> Table:
+    """The table without columns in which every cell is empty, such as links to raw files that a packed run does not keep."""
+    kept = [i for i in range(len(table.head)) if any(row[i] for row in table.rows)]
+    return Table([table.head[i] for i in kept], [[row[i] for i in kept] for row in table.rows], table.source)
+
+
 def _html_table(table: Table) -> str:
+    table = _without_empty_columns(table)
     kinds = [' class="number"' if all(_is_number(row[i]) for row in table.rows) else "" for i in range(len(table.head))]
     head = "".join(f"<th{kind}>{html.escape(name)}</th>" for kind, name in zip(kinds, table.head, strict=True))
     rows = ("".join(f"<td{kind}>{_html_cell(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) for row in table.rows)
@@ -122,7 +138,8 @@ def _html_block(block: str | Table | Figure) -> str:
     if isinstance(block, Table):
         return _html_table(block)
     if isinstance(block, Figure):
-        return f"<figure>\n{block.svg}\n<figcaption>{html.escape(block.caption)}</figcaption>\n</figure>"
+        wide = ' class="wide"' if float((re.search(r'width="([\d.]+)', block.svg) or [0, 0])[1]) > 500 else ""  # points
+        return f"<figure{wide}>\n{block.svg}\n<figcaption>{html.escape(block.caption)}</figcaption>\n</figure>"
     return f"<p>{html.escape(block)}</p>"
 
 
@@ -131,7 +148,9 @@ def html_from_sections(title: str, verdict: str, sections: Sequence[Section]) ->
     parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="verdict">{html.escape(verdict)}</p>']
     for section in sections:
         parts += [f"<h2>{html.escape(section.title)}</h2>", *map(_html_block, section.blocks)]
-    head = f'<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n<title>{html.escape(title)}</title>'
+    head = (
+        f'<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>'
+    )
     body = "\n".join(parts)
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n<style>{CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n'
 
@@ -148,6 +167,7 @@ def _markdown_cell(cell: Cell) -> str:
 def _markdown_block(block: str | Table) -> str:
     if isinstance(block, str):
         return _markdown(block)
+    block = _without_empty_columns(block)
     lines = [list(map(_markdown, block.head)), ["---"] * len(block.head), *(list(map(_markdown_cell, row)) for row in block.rows)]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return text + (f"\n\nFrom [{block.source}]({block.source})." if block.source else "")

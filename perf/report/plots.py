@@ -6,7 +6,9 @@ all of them; a hollow mark is a point that was not steady or had errors; thin ba
 
 from __future__ import annotations
 
+import html
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -69,6 +71,13 @@ def _log_where_wide(axes: Any, which: str, values: Sequence[float], always: bool
     return True
 
 
+def _use_height(axes: Any, values: Sequence[float]) -> None:
+    """Limits of y: from 0 where the values reach down to a third of the axis, else around them, so that curves use the height."""
+    least, most = min(values, default=0.0), max(values, default=1.0)
+    room = 0.15 * (most - least) or 0.15 * most or 1.0
+    axes.set_ylim(0 if 0 <= least < most / 3 else least - room, most + room)
+
+
 def _ticks_at(axes: Any, values: Sequence[float]) -> None:
     """Ticks at the measured values only."""
     places = sorted(set(values))
@@ -87,7 +96,7 @@ def _label(row: Row) -> str:
 def _curves(axes: Any, rows: Sequence[Row], across: tuple[str, ...], up: tuple[str, ...], concurrency: bool = False) -> None:
     """A curve for each model, in order of `across`; `concurrency` is written beside each point if wanted."""
     drawn: list[tuple[Spread, Spread]] = []
-    beside = not all(row.streams for row in rows)  # the streaming curve is close to the unary one: label only one of them
+    heights = {(row["reader"], row["load"]): row.questions_per_s["median"] for row in rows}
     for model in sorted({row["model"] for row in rows}):
         mine = [(row, x, y) for row in rows if row["model"] == model and (x := row.over_rounds(*across)) and (y := row.over_rounds(*up))]
         if not mine:
@@ -101,38 +110,43 @@ def _curves(axes: Any, rows: Sequence[Row], across: tuple[str, ...], up: tuple[s
         axes.plot(xs, ys, shape, color=colour, linestyle="--" if first.streams else "-", markersize=6, label=_label(first))
         hollow = [(x["median"], y["median"]) for row, x, y in mine if row.mark]
         axes.plot([x for x, _ in hollow], [y for _, y in hollow], shape, markersize=6, color=colour, markerfacecolor="white")
-        side, aligned = ((5, -12), "left") if first["reader"] == "fid" else ((-5, 6), "right")
-        for row, x, y in mine if concurrency and not (first.streams and beside) else ():
-            point = (x["median"], y["median"])
-            axes.annotate(f"{row['load']:g}", point, side, textcoords="offset points", fontsize=8, color=colour, ha=aligned)
+        for row, x, y in mine if concurrency else ():
+            # above the upper curve and below the lower one, so that no label lies on the other reader's point
+            other = heights.get(("fid" if row["reader"] == "fido" else "fido", row["load"]), 0.0)
+            above = (y["median"], row["reader"]) > (other, "fid" if row["reader"] == "fido" else "fido")
+            side, aligned, point = *(((-5, 6), "right") if above else ((5, -14), "left")), (x["median"], y["median"])
+            axes.annotate(f"{row['load']:g}", point, side, textcoords="offset points", fontsize=9, color=colour, ha=aligned)
         drawn += [(x, y) for _, x, y in mine]
     axes.margins(x=0.08, y=0.12)
     if not _log_where_wide(axes, "x", [x["median"] for x, _ in drawn]):
         axes.set_xlim(left=0)
-    if across[0] == "latency_ms" or not _log_where_wide(axes, "y", [y["median"] for _, y in drawn]):
-        axes.set_ylim(bottom=0)
+    heights_drawn = [end for _, y in drawn for end in (y["min"], y["max"])]
+    if across[0] == "latency_ms" or not _log_where_wide(axes, "y", heights_drawn):
+        _use_height(axes, heights_drawn)
     if across[0] == "passages":
         _ticks_at(axes, [x["median"] for x, _ in drawn])
     if any(row.mark for row in rows):
         _explain_hollow(axes)
 
 
-def _legend_below(axes: Any) -> None:
+def _legend_below(axes: Any, columns: int = 9) -> None:
     """One legend for all panels, outside the curves."""
     handles, labels = axes.get_legend_handles_labels()
-    axes.figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    axes.figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
 
 
 def _explain_hollow(axes: Any) -> None:
-    axes.plot([], [], "o", markeredgecolor="#555555", markerfacecolor="white", label="unstable, or with errors")
+    axes.plot([], [], "o", markeredgecolor="#555555", markerfacecolor="white", label="not steady, or with errors")
 
 
 def throughput_against_latency(name: str, rows: Sequence[Row]) -> str:
     """Closed loop: questions/s against p50 and p99, concurrency beside each point."""
+    # the streaming models' points lie on the unary ones'; they have a table of their own
+    drawn = [row for row in rows if not row.streams] or rows
 
     def paint(*panels: Any) -> None:
         for axes, percent in zip(panels, ("p50", "p99"), strict=True):
-            _curves(axes, rows, ("latency_ms", percent), ("questions_per_s",), concurrency=True)
+            _curves(axes, drawn, ("latency_ms", percent), ("questions_per_s",), concurrency=True)
             axes.set(xlabel=f"{percent} latency, ms", ylabel="questions/s")
         _legend_below(panels[0])
 
@@ -163,19 +177,70 @@ def ratio_against_new_tokens(groups: Mapping[str, Sequence[tuple[float, Spread, 
                 xs, [each["median"] for each in ratios], yerr=_errors(ratios), color="#333333", linestyle=style, label=label, elinewidth=1
             )
             for x, ratio, mark in points:
+                axes.annotate(
+                    significant(ratio["median"]), (x, ratio["median"]), (0, 9), textcoords="offset points", fontsize=9, ha="center"
+                )
                 fill = "white" if mark else "#333333"
                 axes.plot(x, ratio["median"], shape, markersize=6, markeredgecolor="#333333", markerfacecolor=fill, zorder=3)
         axes.axhline(1, color=COLOURS["fid"], linewidth=1, label="as fast as FiD")
         lengths = [x for points in groups.values() for x, _, _ in points]
         _log_where_wide(axes, "x", lengths)
         _ticks_at(axes, lengths)
-        axes.set_ylim(bottom=0)
+        _use_height(axes, [1.0, *(end for points in groups.values() for _, ratio, _ in points for end in (ratio["min"], ratio["max"]))])
         axes.set(xlabel="new tokens an answer", ylabel="FiDO / FiD, questions/s")
         if any(mark for points in groups.values() for _, _, mark in points):
             _explain_hollow(axes)
-        _legend_below(axes)
+        _legend_below(axes, columns=2)
 
-    return _draw("ratio", paint, height_inches=3.6, width_inches=7)
+    return _draw("ratio", paint, height_inches=3.6, width_inches=5)  # to be read on a phone
+
+
+README_STYLE = (
+    "text{font:14px system-ui,sans-serif;fill:#1c1c1c}.small{font-size:12px}.bold{font-weight:600}.page{fill:#fff}.grid{stroke:#e0e0e0}"
+    ".line{stroke:#d55e00;fill:none;stroke-width:2.5}.dot{stroke:#d55e00;fill:#d55e00;stroke-width:2.5}.open{fill:#fff}"
+    ".one{stroke:#0072b2;stroke-width:2}"
+    "@media(prefers-color-scheme:dark){text{fill:#e6e6e6}.page,.open{fill:#16191d}.grid{stroke:#3a3f45}"
+    ".line,.dot{stroke:#ff8c42}.dot{fill:#ff8c42}.dot.open{fill:#16191d}.one{stroke:#56b4e9}}"
+)
+
+
+def readme_ratio(title: str, about: str, points: Sequence[tuple[float, Spread, str]]) -> str:
+    """The ratio against new tokens as a small SVG file, written by hand: the same bytes whatever Matplotlib's version.
+
+    It has its own ground in both colour schemes, so that it can be read on any page.
+    """
+    left, right, top, bottom = 50, 600, 70, 270
+    most = math.ceil(max(ratio["max"] for _, ratio, _ in points)) + 0.5
+    logs = [math.log(x) for x, _, _ in points]
+    xs = [left + 40 + (right - left - 80) * (log - logs[0]) / ((logs[-1] - logs[0]) or 1) for log in logs]
+
+    def y(ratio: float) -> float:
+        return bottom - (bottom - top) * ratio / most
+
+    parts = [
+        f'<text class="bold" x="20" y="28">{html.escape(title)}</text><text class="small" x="20" y="48">{html.escape(about)}</text>',
+        *(f'<path class="grid" d="M{left} {y(n):.1f}H{right}"/>' for n in range(int(most) + 1)),
+        *(f'<text class="small" x="{left - 8}" y="{y(n) + 4:.1f}" text-anchor="end">{n}</text>' for n in range(int(most) + 1)),
+        f'<path class="one" d="M{left} {y(1):.1f}H{right}"/>',
+        f'<text class="small" x="{right}" y="{y(1) + 16:.1f}" text-anchor="end">as FiD</text>',
+        '<path class="line" d="M'
+        + "L".join(f"{x:.1f} {y(ratio['median']):.1f}" for x, (_, ratio, _) in zip(xs, points, strict=True))
+        + '"/>',
+    ]
+    for x, (tokens, ratio, mark) in zip(xs, points, strict=True):
+        height = y(ratio["median"])
+        parts += [
+            f'<circle class="dot{" open" if mark else ""}" cx="{x:.1f}" cy="{height:.1f}" r="5"/>',
+            f'<text class="bold" x="{x:.1f}" y="{height - 12:.1f}" text-anchor="middle">{ratio["median"]:.1f}</text>',
+            f'<text class="small" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{tokens:g}</text>',
+        ]
+    hollow = "; hollow: not steady" if any(mark for _, _, mark in points) else ""
+    parts.append(
+        f'<text class="small" x="{(left + right) / 2:g}" y="{bottom + 38}" text-anchor="middle">new tokens an answer{hollow}</text>'
+    )
+    body = "\n".join(parts)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 620 320" role="img" aria-label="{html.escape(title)}">'
+    return f'{head}\n<style>{README_STYLE}</style>\n<rect class="page" width="620" height="320" rx="8"/>\n{body}\n</svg>\n'
 
 
 def cost_against_passages(name: str, rows: Sequence[Row], where: str) -> str:
@@ -212,17 +277,17 @@ def throughput_bars(workloads: Sequence[str], rows: Sequence[Row], where: str) -
     return _draw("padding", paint, height_inches=3.2, width_inches=7)
 
 
-def stage_bars(readers: Mapping[str, Any]) -> str:
-    """Where one question's time goes: a bar for each reader, split into parts."""
-    names = list(dict.fromkeys(part for reader in readers.values() for part in reader["parts_ms"]))
-    longest = max(sum(part["median"] for part in reader["parts_ms"].values()) for reader in readers.values())
+def stage_bars(readers: Mapping[str, Mapping[str, Spread]]) -> str:
+    """Where one question's time goes: a bar for each reader, split into the parts that were measured, in ms."""
+    names = list(dict.fromkeys(part for parts in readers.values() for part in parts))
+    longest = max(sum(part["median"] for part in parts.values()) for parts in readers.values())
 
     def paint(axes: Any) -> None:
         starts = dict.fromkeys(readers, 0.0)
         for number, part in enumerate(names):
             colour = PARTS[number % len(PARTS)]
-            for place, (reader, stages) in enumerate(readers.items()):
-                width = stages["parts_ms"].get(part, {"median": 0.0})["median"]
+            for place, (reader, parts) in enumerate(readers.items()):
+                width = parts.get(part, {"median": 0.0})["median"]
                 axes.barh(
                     place, width, 0.6, left=starts[reader], color=colour, edgecolor="white", label=None if place else part.replace("_", " ")
                 )
@@ -254,7 +319,11 @@ def roofline(points: Sequence[Mapping[str, Any]], copy_tb_per_s: float, peak_tfl
             colour, shape = COLOURS[point["reader"]], "s" if point["reader"] == "fido" else "o"
             axes.vlines(x, y, min(copy_tb_per_s * x, peak_tflops), color=colour, linewidth=0.8, linestyle=":")
             axes.plot(x, y, shape, color=colour, markersize=6)
-            axes.annotate(str(number), (x, y), (6, -3), textcoords="offset points", fontsize=9, color=colour)
+            # FiD's on the left and FiDO's on the right, as their encoders are one point; the largest batch lies next to the roof
+            last = number == len(points) or points[number]["reader"] != point["reader"]
+            on_left = point["reader"] == "fid" and not last
+            side, aligned = (-6 if on_left else 7, -3 if last else -9), "right" if on_left else "left"
+            axes.annotate(str(number), (x, y), side, textcoords="offset points", fontsize=9, color=colour, ha=aligned)
         for reader in sorted({point["reader"] for point in points}):
             axes.plot([], [], "s" if reader == "fido" else "o", color=COLOURS[reader], label=NAMES[reader])
         _log_where_wide(axes, "x", [left, right], always=True)

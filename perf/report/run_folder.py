@@ -1,7 +1,8 @@
 """Reads and checks a run's folder of measurements, and groups the sweep's rounds.
 
-In: machine.json and sweep.json, and any other files of `SHAPES`. Out: a `Run`, in which missing optional values are None. Ratios are taken
-within a round, where both readers had the same workload, load and machine state.
+In: machine.json and sweep.json, and any other files of `SHAPES`. Out: a `Run`, in which missing optional values are None. A ratio is that
+of the two medians, so that it follows from the numbers beside it; its ends are those of the single rounds, where both readers had the same
+workload, load and machine state.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ class Pair:
     """Both readers at the same workload and load.
 
     Attributes:
-        ratio: FiDO's questions/s over FiD's, within each round that both have.
+        ratio: FiDO's questions/s over FiD's, of the rounds that both have: of the medians, and the least and the most of a round.
         rounds: number of these rounds.
     """
 
@@ -189,8 +190,8 @@ class Pair:
 
 
 def best(rows: Sequence[Row]) -> Row | None:
-    """The row with the highest questions/s, among rows without a mark if there are any."""
-    return max([row for row in rows if not row.mark] or rows, key=lambda row: row.questions_per_s["median"], default=None)
+    """The row with the highest questions/s. One with a mark counts too: a table with a higher number than the best would contradict it."""
+    return max(rows, key=lambda row: row.questions_per_s["median"], default=None)
 
 
 def times_peer(row: Row | None, peer: Mapping[str, Any]) -> float | None:
@@ -203,8 +204,13 @@ def times_peer(row: Row | None, peer: Mapping[str, Any]) -> float | None:
 def pair_from_rows(fid: Row, fido: Row) -> Pair | None:
     """Both rows with their ratio, or None if they share no round in which FiD answered."""
     rates = [{each["round"]: each["questions_per_s"] for each in row.rounds} for row in (fid, fido)]
-    ratios = [rates[1][number] / rate for number, rate in rates[0].items() if rate > 0 and number in rates[1]]
-    return Pair(fid, fido, spread(ratios, 6), len(ratios)) if ratios else None
+    common = [number for number, rate in rates[0].items() if rate > 0 and number in rates[1]]
+    if not common:
+        return None
+    fid_median, fido_median = (spread([rate[number] for number in common], 6)["median"] for rate in rates)
+    ratio = fido_median / fid_median
+    ratios = [ratio, *(rates[1][number] / rates[0][number] for number in common)]
+    return Pair(fid, fido, {"median": round(ratio, 6), "min": round(min(ratios), 6), "max": round(max(ratios), 6)}, len(common))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,13 +222,14 @@ class Run:
 
     @property
     def workloads(self) -> dict[str, str]:
-        """Name -> description; the first is the main workload, which the verdict is about."""
+        """Name -> description."""
         return self.files["sweep"]["settings"]["workloads"]
 
     @property
     def main(self) -> str:
-        """The main workload's name."""
-        return next(iter(self.workloads))
+        """The workload that the verdict is about: the one measured at most concurrencies. Packing may have changed their order."""
+        loads = {name: len({row["load"] for row in self.select(name)}) for name in self.workloads}
+        return max(loads, key=lambda name: loads[name])
 
     @functools.cached_property
     def rows(self) -> list[Row]:
@@ -259,9 +266,13 @@ class Run:
             return [row for rows in measured for row in rows if row["load"] == load], f"at concurrency {load:g}"
         return [row for rows in measured if (row := best(rows))], "at the best concurrency of each"
 
+    def source(self, name: str) -> str:
+        """The file of the folder that holds NAME.json's content, for a link."""
+        return f"{name}.json" if (self.folder / f"{name}.json").exists() else PACKED
+
     def peers(self) -> list[dict[str, Any]]:
-        """The rows of peers.json; none without the file."""
-        return self.files["peers"]["peers"] if self.files["peers"] else []
+        """The rows of peers.json and of every peers_*.json beside it; none without such a file."""
+        return [peer for name, content in self.files.items() if name.startswith("peers") and content for peer in content["peers"]]
 
     def headline(self, workload: str) -> Pair | None:
         """The pair at FiD's best concurrency: among saturated loads the comparison least favourable to FiDO."""
@@ -306,7 +317,7 @@ def pack_run(folder: Path) -> Path:
     """
     paths = [path for path in sorted(folder.glob("*.json")) if path.name not in (PACKED, "summary.json")]
     packed = (_json_of(folder / PACKED) if (folder / PACKED).exists() else {}) | {path.stem: _json_of(path) for path in paths}
-    (folder / PACKED).write_text(json.dumps(packed, separators=(",", ":"), sort_keys=True) + "\n", encoding="utf-8")
+    (folder / PACKED).write_text(json.dumps(packed, separators=(",", ":")) + "\n", encoding="utf-8")
     for path in paths:
         path.unlink()
     return folder / PACKED
@@ -320,7 +331,8 @@ def read_run(folder: Path) -> Run:
     """
     files: dict[str, Any] = {}
     packed = _json_of(folder / PACKED) if (folder / PACKED).exists() else {}
-    for name, shape in SHAPES.items():
+    more = {name for name in (*packed, *(path.stem for path in folder.glob("peers_*.json"))) if name.startswith("peers_")}
+    for name, shape in (SHAPES | dict.fromkeys(sorted(more), SHAPES["peers"])).items():
         path = folder / f"{name}.json"
         if path.exists():  # a fresh measurement goes before a packed one
             content = _json_of(path)

@@ -1,16 +1,19 @@
-"""A run in one paragraph, and in a few numbers.
+"""A run in one sentence, in a few claims, and in a few numbers.
 
-In: a `Run`. Out: the verdict as text, and the summary for JSON.
+In: a `Run`. Out: the verdict and the claims as text, and the summary for JSON.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from . import plots
 from .page import shown, significant, whole
-from .run_folder import NAMES, WORKLOAD_KEYS, Row, Run, best, times_peer
+from .run_folder import NAMES, WORKLOAD_KEYS, ReportError, Row, Run, Spread, best, times_peer
 
+FEW_TURNS = 12  # answers a place in flight in a round; equal answers end together, so a third of fewer is only a few bursts
 MAX_STEP_BATCH = 24  # verdict and summary report the step at the largest measured batch up to this
 
 
@@ -44,23 +47,35 @@ def fastest_peer(run: Run, reader: str) -> Any:
 
 
 def verdict(run: Run) -> str:
-    """The paragraph at the top of the report."""
-    return " ".join([*_verdict_ratio(run), *_verdict_peers(run), *_verdict_bounds(run), *_verdict_marks(run)])
-
-
-def _verdict_ratio(run: Run) -> Iterable[str]:
+    """The answer in one sentence, for the top of the page."""
     where = f"On {machine_name(run)} in {run.files['machine']['precision']}"
     head = run.headline(run.main)
     if not head:
-        yield f"{where}, FiD and FiDO were not measured beside each other in the workload {run.main}."
-        return
-    rounds = f"{head.rounds} round{'s' if head.rounds > 1 else ''}"
-    yield (
-        f"{where}, FiDO answers {shown(head.ratio, head.mark)} times as many questions/s as FiD, both at concurrency "
-        f"{whole(head.fid['load'])}, where FiD does best ({rounds}; workload {run.main}: {run.workloads[run.main]})."
+        return f"{where}, FiD and FiDO were not measured beside each other in the workload {run.main}."
+    return (
+        f"{where}, FiDO answers {shown(head.ratio, head.mark)} times as many questions/s as FiD at concurrency "
+        f"{whole(head.fid['load'])}, where FiD answers most: {_median(head.fido)} against {_median(head.fid)} ({run.workloads[run.main]})."
     )
-    rates = [f"{NAMES[row['reader']]} {shown(row.questions_per_s, row.mark)} at {whole(row['load'])}" for row in bests_of(run, run.main)]
-    yield f"Questions/s, each at its own best concurrency: {', '.join(rates)}."
+
+
+def claims(run: Run) -> list[str]:
+    """What else the run shows, each a sentence or two that stands alone."""
+    return [*_claim_lengths(run), *_claim_bests(run), *_claim_peers(run), *_claim_bounds(run), *_claim_marks(run)]
+
+
+def _median(row: Row) -> str:
+    return significant(row.questions_per_s["median"]) + row.mark
+
+
+def _claim_bests(run: Run) -> Iterable[str]:
+    if rates := [f"{NAMES[row['reader']]} {_median(row)} at {whole(row['load'])}" for row in bests_of(run, run.main)]:
+        yield f"Questions/s, each at its own best concurrency: {', '.join(rates)}."
+
+
+def _claim_lengths(run: Run) -> Iterable[str]:
+    head = run.headline(run.main)
+    if not head:
+        return
     # other lengths of the answer, the same passages: else the ratio would change for another reason
     heads = {name: run.headline(name) for name in run.workloads if "padding" not in name}
     alike = {name: pair for name, pair in heads.items() if pair and all(pair.fid[key] == head.fid[key] for key in WORKLOAD_KEYS[1:])}
@@ -78,17 +93,33 @@ def bests_of(run: Run, workload: str) -> list[Row]:
     return [row for reader in NAMES if (row := best_of(run, reader, workload))]
 
 
-def _verdict_peers(run: Run) -> Iterable[str]:
+def is_compiled(peer: Mapping[str, Any]) -> bool:
+    """Whether a compiler made the peer's kernels for its shapes (`torch.compile`), which its name says."""
+    return "compiled" in peer["name"]
+
+
+def peer_name(peer: Mapping[str, Any]) -> str:
+    """A peer's name, its batch, and whether it was compiled."""
+    batch = f", batch {whole(peer['batch'])}" if peer["batch"] else ""
+    return f"{peer['name']}{batch}{'' if is_compiled(peer) else ' (not compiled)'}"
+
+
+def _claim_peers(run: Run) -> Iterable[str]:
     for row in bests_of(run, run.main):
+        name = NAMES[row["reader"]]
         peer = fastest_peer(run, row["reader"])
-        if peer and (times := times_peer(row, peer)):
+        if not peer:
+            yield f"No peer was measured with {name}."
+        elif times := times_peer(row, peer):
+            measured = [each for each in run.peers() if each["reader"] == row["reader"] and each["questions_per_s"]]
+            missing = "" if any(map(is_compiled, measured)) else " No compiled peer was measured in this run."
             yield (
-                f"{NAMES[row['reader']]} through Triton answers {significant(times)} times as many as its fastest peer, "
-                f"{peer['name']}, at {shown(peer['questions_per_s'])} questions/s."
+                f"{name} through Triton answers {significant(times)} times as many questions/s as the strongest peer measured, "
+                f"{peer_name(peer)}: {_median(row)} against {significant(peer['questions_per_s']['median'])}.{missing}"
             )
 
 
-def _verdict_bounds(run: Run) -> Iterable[str]:
+def _claim_bounds(run: Run) -> Iterable[str]:
     stages = run.files["stages"]
     batch = step_batch(stages)
     steps, encoders = [], []
@@ -103,11 +134,86 @@ def _verdict_bounds(run: Run) -> Iterable[str]:
         yield f"The encoder, given a full call, takes, in times of its bound, {' and '.join(encoders)}."
 
 
-def _verdict_marks(run: Run) -> Iterable[str]:
+def _claim_marks(run: Run) -> Iterable[str]:
     if marked := sum(bool(row.mark) for row in run.rows):
-        yield f"Of {len(run.rows)} points, {marked} were not steady or had errors; they are marked."
+        yield f"Of {len(run.rows)} points, {marked} were not steady or had errors; they are marked, and a table below says why."
     if failures := run.files["sweep"]["settings"].get("failures"):
         yield f"Points that failed and are missing: {len(failures)}."
+
+
+def ratios_by_length(run: Run) -> dict[str, list[tuple[float, Spread, str]]]:
+    """Passages in words -> (new tokens, FiDO over FiD where FiD answers most, mark), where two lengths at least were measured."""
+    groups: dict[str, list[tuple[float, Spread, str]]] = {}
+    for workload in run.workloads:
+        head = run.headline(workload)
+        if head and head.fid["new_tokens"] and "padding" not in workload:
+            group = f"{whole(head.fid['passages'])} passages x {whole(head.fid['passage_tokens'])} tokens"
+            groups.setdefault(group, []).append((head.fid["new_tokens"], head.ratio, head.mark))
+    found = {group: sorted(points, key=lambda point: point[0]) for group, points in groups.items()}
+    return {group: points for group, points in found.items() if len({point[0] for point in points}) > 1}
+
+
+def measured_parts(stage: Mapping[str, Any]) -> dict[str, Spread]:
+    """The parts of a question that were measured. The others were got by subtraction: their share is noise."""
+    return {part: value for part, value in stage["parts_ms"].items() if part not in ("rest_of_chain", "triton")}
+
+
+def readme_plot(run: Run) -> str:
+    """The plot of README.md: FiDO over FiD by length of the answer, of one run.
+
+    Raises:
+        ReportError: the run has not two lengths of the answer over the same passages.
+    """
+    (group, points), *_ = ratios_by_length(run).items() or [("", [])]
+    if not points:
+        raise ReportError(f"{run.folder}: wanted two lengths of the answer for the plot of README.md, got fewer")
+    machine = run.files["machine"]
+    about = f"{machine_name(run)}, {machine['precision']}, {group}, commit {machine['commit']}"
+    return plots.readme_ratio("FiDO over FiD, questions/s through Triton", about, points)
+
+
+def why_marked(row: Row) -> str:
+    """Why a point has its mark, in words: what its own numbers explain, and no more."""
+    reasons = []
+    if errors := sum(each["errors"] for each in row.rounds):
+        reasons.append(f"{whole(errors)} requests failed")
+    if all(each["stable"] for each in row.rounds):
+        return reasons[0]
+    answers = min(each["requests"] for each in row.rounds)
+    if row["mode"] == "request_rate":
+        reasons.append(
+            f"questions come at random times: a third of a round is {answers // 3} of them, and their number alone varies by "
+            f"{100 / math.sqrt(max(1, answers // 3)):.0f} %"
+        )
+    elif answers / row["load"] < FEW_TURNS:
+        reasons.append(f"short: {significant(answers / row['load'])} answers a place in flight, which come in bursts")
+    else:
+        rates = row.questions_per_s
+        reasons.append(f"not known; the rounds differ by {100 * (rates['max'] / rates['min'] - 1):.0f} %" if rates["min"] else "not known")
+    return "; ".join(reasons)
+
+
+def marked_points(run: Run) -> list[tuple[Row, str, str, str, str]]:
+    """Each point with a mark: its row, and in words its workload, load, questions/s and why it has the mark."""
+    unit = {"concurrency": "at once", "request_rate": "a second"}
+    return [
+        (row, row["workload"], f"{whole(row['load'])} {unit[row['mode']]}", shown(row.questions_per_s, row.mark), why_marked(row))
+        for row in run.rows
+        if row.mark
+    ]
+
+
+def steadiness(run: Run) -> str:
+    """How often points were not steady, by how many answers each place in flight gave: the evidence for `why_marked`."""
+    closed = [row for row in run.rows if row["mode"] == "concurrency"]
+    groups: dict[bool, list[Row]] = {True: [], False: []}
+    for row in closed:
+        groups[min(each["requests"] for each in row.rounds) / row["load"] < FEW_TURNS].append(row)
+    counts = [f"{sum('*' in row.mark for row in groups[few])} of {len(groups[few])}" for few in (True, False)]
+    return (
+        f"A point is not steady if a third of its answers came at a rate that differs from the whole by more than 15 %. That was so for "
+        f"{counts[0]} points with fewer than {FEW_TURNS} answers a place in flight, and for {counts[1]} with more."
+    )
 
 
 def summary(run: Run) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """`python -m perf.report FOLDER ...`: the measurements of a run as an HTML page, and as a summary in Markdown and in JSON.
 
 In: a run's folder (`perf.report.run_folder`). Out, into the same folder: report.html (one page with its plots, no external resources),
-summary.md (the same numbers), summary.json. The same input gives the same bytes. Nothing is measured here.
+summary.md (the same numbers), summary.json; for the run that README.md shows, its plot in docs/. The same input gives the same bytes.
+Nothing is measured here.
 Without a folder it reports every folder under perf/results that has a sweep.json. A malformed file gives one line and exit code 1.
 """
 
@@ -17,18 +18,32 @@ from typing import Any
 from . import plots
 from .page import Cell, Figure, Link, Section, Table, html_from_sections, markdown_from_sections, shown, significant, whole
 from .run_folder import NAMES, PACKED, ReportError, Row, Run, Spread, pack_run, read_run, times_peer
-from .verdict import best_of, machine_name, readers_of, summary, verdict
+from .verdict import (
+    best_of,
+    claims,
+    is_compiled,
+    machine_name,
+    marked_points,
+    measured_parts,
+    ratios_by_length,
+    readers_of,
+    readme_plot,
+    steadiness,
+    summary,
+    verdict,
+)
 
 RESULTS = Path("perf/results")
+README_RUN, README_PLOT = "h100", Path("docs/fido_over_fid.svg")
 MISSING = "Not measured in this run."
 MODELS = {f"{reader}{suffix}": name + shown for reader, name in NAMES.items() for suffix, shown in (("", ""), ("_stream", ", streaming"))}
 HOW_TO_READ = (
     "A number is the median of the rounds, with the least and the most of them in brackets where they differ. A round is one process of "
     "perf_analyzer; its raw output is linked where the folder still has it (`make perf RUN=folder` writes it). * marks a point of which "
     "a round was not steady from its start to its end, † one of which a round had errors; they are hollow in the plots; none is left out.",
-    "A ratio is FiDO's questions/s over FiD's, both of the same round, workload and concurrency, and then the median of the rounds. Where "
-    "one ratio has to stand for a workload, it is the one at the concurrency where FiD answers most questions/s. The "
-    "best concurrency is looked for among the points without a mark, if there are any.",
+    "A ratio is FiDO's questions/s over FiD's, both at the same workload and concurrency: the ratio of the medians, and in brackets the "
+    "least and the most of a round. Where one ratio has to stand for a workload, it is the one at the concurrency where FiD answers most "
+    "questions/s, steady or not.",
     "A bound is the time below which this machine cannot do a piece of work: its operations over the machine's rate for a large matrix "
     "product, or the bytes that it has to read and write at least once over its rate for a copy, whichever is longer. Both rates were "
     "measured on the machine, not taken from a data sheet.",
@@ -60,8 +75,8 @@ def _machine(run: Run) -> Section:
     ]
     settings = {key: value for key, value in run.files["sweep"]["settings"].items() if key != "workloads"}
     rows += [(f"sweep: {key}", value if isinstance(value, str) else json.dumps(value)) for key, value in settings.items()]
-    workloads = Table(("workload", "what it asks"), list(run.workloads.items()), "sweep.json")
-    return Section("Machine and settings", [Table(("", ""), rows, "machine.json"), workloads])
+    workloads = Table(("workload", "what it asks"), list(run.workloads.items()), run.source("sweep"))
+    return Section("Machine, settings, failures and workloads", [Table(("", ""), rows, run.source("machine")), workloads])
 
 
 def _sweep_table(run: Run, rows: Sequence[Row], load: str) -> Table:
@@ -81,7 +96,7 @@ def _sweep_table(run: Run, rows: Sequence[Row], load: str) -> Table:
 
 def _sweep(run: Run, title: str, mode: str, load: str, caption: str) -> Section:
     blocks: list[str | Table | Figure] = []
-    for workload, meaning in run.workloads.items():
+    for workload, meaning in sorted(run.workloads.items(), key=lambda each: each[0] != run.main):
         if rows := run.select(workload, mode):
             blocks.append(f"Workload {workload}: {meaning}.")
             if len({row["load"] for row in rows}) > 1:
@@ -118,8 +133,7 @@ def _streaming(run: Run) -> Section:
 
 def _ratios(run: Run) -> Section:
     lines: list[list[Cell]] = []
-    groups: dict[str, list[tuple[float, Spread, str]]] = {}
-    for workload in run.workloads:
+    for workload in sorted(run.workloads, key=lambda name: name != run.main):
         head = run.headline(workload)
         for pair in run.pairs(workload):
             fid = pair.fid
@@ -134,19 +148,14 @@ def _ratios(run: Run) -> Section:
                 str(pair.rounds),
             )
             lines.append([*texts, _raw(run, fid), _raw(run, pair.fido)])
-        if head and head.fid["new_tokens"] and "padding" not in workload:
-            group = f"{whole(head.fid['passages'])} passages x {whole(head.fid['passage_tokens'])} tokens"
-            groups.setdefault(group, []).append((head.fid["new_tokens"], head.ratio, head.mark))
     if not lines:
         return Section("FiDO over FiD", [])
     table = Table(
         ("workload", "new tokens", "concurrency", "FiD, questions/s", "FiDO, questions/s", "FiDO / FiD", "rounds", "FiD, raw", "FiDO, raw"),
         lines,
     )
-    drawn = {
-        group: sorted(points, key=lambda point: point[0]) for group, points in groups.items() if len({point[0] for point in points}) > 1
-    }
-    caption = "Ratio of questions/s in the same round, at the concurrency where FiD does best; bars are least and most of the rounds."
+    drawn = ratios_by_length(run)
+    caption = "Ratio of questions/s at the concurrency where FiD answers most; bars are the least and the most of the rounds."
     return Section("FiDO over FiD", [*([Figure(plots.ratio_against_new_tokens(drawn), caption)] if drawn else []), table])
 
 
@@ -157,7 +166,7 @@ def _stages(run: Run) -> Section:
     lines: list[tuple[str, ...]] = []
     for reader, stage in readers.items():
         name = NAMES[reader]
-        lines += [(name, part.replace("_", " "), shown(value), "", "") for part, value in stage["parts_ms"].items()]
+        lines += [(name, part.replace("_", " "), shown(value), "", "") for part, value in measured_parts(stage).items()]
         for batch, step in sorted((stage["step_ms"] or {}).items(), key=lambda each: int(each[0])):
             lines.append((name, f"a step, batch {batch}", shown(step), *_of_bound(step, (stage["step_bound_ms"] or {}).get(batch))))
         if stage["encoder_ms"]:
@@ -178,11 +187,12 @@ def _stages(run: Run) -> Section:
     first = next(iter(readers.values()))
     sizes = [f"{whole(first[key])} {key.replace('_', ' ')}" for key in ("passages", "passage_tokens", "new_tokens") if first[key]]
     figure = Figure(
-        plots.stage_bars(readers),
-        "Medians of the parts of one question, one after another; the rest of the chain and Triton are what is left over.",
+        plots.stage_bars({reader: measured_parts(stage) for reader, stage in readers.items()}),
+        "Medians of the parts of one question, each measured by itself. What the chain and Triton add is not drawn: it would be a "
+        "difference of larger numbers that were not measured together. The table has the whole chain in process and served.",
     )
     about = f"One question at a time{': ' if sizes else ''}{', '.join(sizes)}{', preset ' + first['preset'] if first['preset'] else ''}."
-    return Section(title, [about, figure, Table(("reader", "part", "ms", "bound, ms", "times bound"), lines, "stages.json")])
+    return Section(title, [about, figure, Table(("reader", "part", "ms", "bound, ms", "times bound"), lines, run.source("stages"))])
 
 
 def _of_bound(measured: Spread | None, bound: float | None) -> tuple[str, str]:
@@ -206,7 +216,7 @@ def _roofline(run: Run) -> Section:
     ]
     head = ("#", "part", "operations/byte", "TFLOP/s", "TB/s", "ms", "bound, ms", "times bound")
     caption = "Numbers are those of the table; the dotted line is what is left up to the roof."
-    return Section("Roofline", [Figure(plots.roofline(points, copy, peak), caption), Table(head, lines, "roofline.json")])
+    return Section("Roofline", [Figure(plots.roofline(points, copy, peak), caption), Table(head, lines, run.source("roofline"))])
 
 
 def _roofline_figures(point: Mapping[str, Any]) -> tuple[float, ...]:
@@ -241,8 +251,8 @@ def _ablation(run: Run) -> Section:
         "note",
     )
     tables = [
-        Table(head, variants, "ablation.json"),
-        Table(("variant", "batch", "step, ms", "bound, ms", "times bound"), steps, "ablation.json"),
+        Table(head, variants, run.source("ablation")),
+        Table(("variant", "batch", "step, ms", "bound, ms", "times bound"), steps, run.source("ablation")),
     ]
     caption = "Time of one decoder step of each variant; the tick is its bound on this machine. K: every K-th decoder layer cross-attends."
     about = f"Preset {ablation['preset']}, {ablation['workload']}."
@@ -285,13 +295,14 @@ def _peers(run: Run) -> Section:
     for peer in run.peers():
         times = times_peer(best_of(run, peer["reader"]), peer)
         rates = (shown(peer["questions_per_s"]), shown(peer["p50_ms"]), shown(times))
-        lines.append((peer["name"], NAMES[peer["reader"]], whole(peer["batch"]), *rates, peer["error"] or ""))
-    head = ("peer", "reader", "batch", "questions/s", "p50, ms", "ours / peer", "error")
+        compiled = "yes" if is_compiled(peer) else "no"
+        lines.append((peer["name"], NAMES[peer["reader"]], compiled, whole(peer["batch"]), *rates, peer["error"] or ""))
+    head = ("peer", "reader", "compiled", "batch", "questions/s", "p50, ms", "ours / peer", "error")
     about = (
         f"Ours: through Triton at its best concurrency, workload {run.main}; where a peer was asked something else, no ratio is given. "
-        "Medians; the rounds of a peer are not those of the sweep."
+        "Medians; the rounds of a peer are not those of the sweep, and what a peer excludes is below."
     )
-    return Section("Against other ways to run the same readers", [about, Table(head, lines, "peers.json")] if lines else [])
+    return Section("Against other ways to run the same readers", [about, Table(head, lines, run.source("peers"))] if lines else [])
 
 
 def _excluded(run: Run) -> Section:
@@ -306,27 +317,35 @@ def _excluded(run: Run) -> Section:
     return Section("What these numbers exclude", [*EXCLUDED, *more])
 
 
+def _not_steady(run: Run) -> Section:
+    title, lines = "Points that were not steady, and why", [(MODELS[row["model"]], *why) for row, *why in marked_points(run)]
+    table = Table(("model", "workload", "load", "questions/s", "why"), lines, run.source("sweep"))
+    return Section(title, [steadiness(run), table] if lines else ["None: every point was steady, and none had errors."])
+
+
 def sections_of(run: Run) -> list[Section]:
-    """The page's sections in order; an empty one says that it was not measured."""
-    concurrency, rate = "Throughput against latency", "Latency against offered rate"
+    """The page's sections in order, the answer's plot first and the machine last; an empty one says that it was not measured."""
     sections = [
-        Section("How to read this", HOW_TO_READ),
-        _machine(run),
+        _ratios(run),
+        Section("What else it shows", claims(run)),
+        _peers(run),
         _sweep(
             run,
-            concurrency,
+            "Throughput against latency",
             "concurrency",
             "concurrency",
             "the number beside a point is its concurrency; bars are the rounds' least and most.",
         ),
         _sweep(
             run,
-            rate,
+            "Latency against offered rate",
             "request_rate",
             "offered, questions/s",
             "questions are sent at a rate, answered or not; bars are the rounds' least and most.",
         ),
-        *(build(run) for build in (_streaming, _ratios, _stages, _roofline, _ablation, _passages, _padding, _peers, _excluded)),
+        *(build(run) for build in (_streaming, _stages, _roofline, _ablation, _passages, _padding, _not_steady, _excluded)),
+        Section("How to read this", HOW_TO_READ),
+        _machine(run),
     ]
     return [section if section.blocks else Section(section.title, [MISSING]) for section in sections]
 
@@ -367,6 +386,9 @@ def main() -> int:
                 pack_run(folder)
             write_report(folder)
             print(folder / "report.html")
+            if folder == RESULTS / README_RUN:
+                README_PLOT.write_text(readme_plot(read_run(folder)), encoding="utf-8")
+                print(README_PLOT)
     except ReportError as error:
         print(f"perf.report: {error}", file=sys.stderr)
         return 1

@@ -228,3 +228,17 @@ def _run(command: list[str], what: str, folder: Path | None = None) -> None:
         raise PerfAnalyzerError(f"perf_analyzer: {what}, which did not work here ({error}); or set PERF_ANALYZER") from error
     if done.returncode:
         raise PerfAnalyzerError(f"perf_analyzer: {what}, which did not work here: {done.stderr.strip()[-300:]}; or set PERF_ANALYZER")
+
+
+def main() -> int:
+    """`python -m perf.served.perf_analyzer ...`: perf_analyzer itself with these arguments, found or installed; returns its exit code."""
+    try:
+        program = find_perf_analyzer()
+    except PerfAnalyzerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return subprocess.run([str(program.binary), *sys.argv[1:]], env=program.environment(), check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,6 +22,7 @@ class Series:
         streaming: questions in flight of the streaming model, one point for each.
         requests: measured at each point, without warm-up and tail; half as many at a request rate.
         alone: measured at concurrency 1, where latencies vary less.
+        turns: answers of each place in flight, at least; points with few of them are not steady, as equal answers end together.
     """
 
     workload: str
@@ -31,6 +32,7 @@ class Series:
     streaming: tuple[int, ...] = ()
     requests: int = 120
     alone: int = 120
+    turns: int = 0
 
     def points(self) -> list[tuple[Mode, float, bool]]:
         """Mode, load and streaming flag of each point."""
@@ -62,11 +64,11 @@ def gpu_plan(passage_length: int) -> tuple[Series, ...]:
     """For base-size readers on a GPU: the paper's workload first, then longer answers, other numbers of passages, ragged passages."""
     full, ragged = exactly(passage_length), Uniform(passage_length // 3, passage_length)
     return (
-        Series("paper", _synthetic(40, full, 32), (1, 16, 64, 128), (80.0,), (16,), requests=256, alone=40),
-        Series("answers_128", _synthetic(40, full, 128), (64,), requests=128),
-        Series("answers_512", _synthetic(40, full, 512), (64,), requests=96),
-        Series("passages_10", _synthetic(10, full, 32), (64,), requests=256),
-        Series("padding", _synthetic(40, ragged, 32), (64,), requests=192),
+        Series("paper", _synthetic(40, full, 32), (1, 16, 64, 128), (80.0,), (16,), requests=256, alone=40, turns=12),
+        Series("answers_128", _synthetic(40, full, 128), (64,), turns=12),
+        Series("answers_512", _synthetic(40, full, 512), (64,), turns=12),
+        Series("passages_10", _synthetic(10, full, 32), (64,), turns=12),
+        Series("padding", _synthetic(40, ragged, 32), (64,), turns=12),
     )
 
 

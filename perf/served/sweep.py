@@ -77,6 +77,8 @@ class Point:
         measured = self.series.requests if self.mode == "concurrency" else self.series.requests // 2
         if self.mode == "concurrency" and self.load == 1:
             measured = min(measured, self.series.alone)
+        elif self.mode == "concurrency":
+            measured = max(measured, self.series.turns * int(self.load))
         return measured + sum(self.skipped)
 
     def arguments(self, scratch: Path) -> list[str]:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from perf.report.verdict import FEW_TURNS
 from perf.served.perf_analyzer import PerfAnalyzer, PerfAnalyzerError, Timeline, find_perf_analyzer, timelines
 from perf.served.plans import PLANS, Series, cpu_plan
 from perf.served.sweep import READERS, Point, main, points_of, poisson_gaps_us, summary_of
@@ -80,6 +81,16 @@ def test_skipped_requests_are_those_in_flight():
     assert Point("fid", series, "concurrency", 16, False, 0).skipped == (16, 16)
     assert Point("fid", series, "concurrency", 1, True, 0).skipped == (4, 1)
     assert Point("fid", series, "request_rate", 50.0, False, 0).skipped == (4, 4)
+
+
+def test_every_place_in_flight_gives_enough_answers_for_a_steady_point():
+    series = Series("a", WORKLOADS["paper"], requests=256, turns=12)
+    counted = [
+        point.requests - sum(point.skipped) for point in (Point("fid", series, "concurrency", load, False, 0) for load in (4, 16, 128))
+    ]
+    assert counted == [256, 256, 1536]
+    loads = [(series, load) for series in PLANS["gpu"](256) for load in series.concurrency if load > 1]
+    assert all(Point("fid", series, "concurrency", load, False, 0).requests >= FEW_TURNS * load for series, load in loads)
 
 
 def test_one_question_at_a_time_takes_fewer_of_them():
