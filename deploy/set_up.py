@@ -21,8 +21,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import List, NoReturn, Optional, Sequence, Tuple
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ((3, 10), (3, 12))  # that NumPy 1.26, which Triton 2.51 needs, has wheels for: from, to
@@ -50,7 +51,7 @@ def main() -> int:
     parser.add_argument("set", choices=list(SETS), nargs="?", default="serve")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="default: .venv")
     arguments = parser.parse_args()
-    files, needed, _ = SETS[arguments.set]
+    needed = SETS[arguments.set][1]
     todo = [name for name in (*needed, arguments.set) if not _is_done(arguments.venv, name)]
     python = arguments.venv / "bin" / "python"
     own_server = bool(os.environ.get("TRITONSERVER"))
@@ -69,10 +70,12 @@ def install(name: str, python: Path, venv: Path, *, own_server: bool) -> None:
     """One set of packages. Its stamp is written last."""
     started, (files, _, _) = time.perf_counter(), SETS[name]
     downloaded, packages = 0.0, 0
-    wanted: List[Sequence[str]] = []
+    wanted: list[Sequence[str]] = []
     if name in ("export", "dev") and TORCH_CPU_INDEX and not _has_gpu() and not _has_package(python, "torch"):
         torch = next(line for line in (ROOT / "requirements-export.txt").read_text().splitlines() if line.startswith("torch=="))
-        megabytes, count = pip(python, ["--no-deps", "--timeout", "5", "--retries", "0", "--index-url", TORCH_CPU_INDEX, torch], may_fail=True)
+        megabytes, count = pip(
+            python, ["--no-deps", "--timeout", "5", "--retries", "0", "--index-url", TORCH_CPU_INDEX, torch], may_fail=True
+        )
         downloaded, packages = downloaded + megabytes, packages + count
     wanted += [["-r", str(ROOT / file)] for file in files]
     if name == "serve" and not own_server:
@@ -83,12 +86,14 @@ def install(name: str, python: Path, venv: Path, *, own_server: bool) -> None:
     if name == "serve":
         compile_guards(venv)
     seconds, on_disk = time.perf_counter() - started, _megabytes_in(venv)
-    print(f"set-up: {name}: {packages} packages, {downloaded:.0f} MB downloaded, {on_disk:.0f} MB in {venv.name}, {seconds:.0f} s", flush=True)
+    print(
+        f"set-up: {name}: {packages} packages, {downloaded:.0f} MB downloaded, {on_disk:.0f} MB in {venv.name}, {seconds:.0f} s", flush=True
+    )
     summary = {"packages": packages, "downloaded_mb": round(downloaded), "on_disk_mb": round(on_disk), "seconds": round(seconds, 1)}
     stamp_of(venv, name).write_text(json.dumps(summary) + "\n")
 
 
-def pip(python: Path, arguments: Sequence[str], *, may_fail: bool = False) -> Tuple[float, int]:
+def pip(python: Path, arguments: Sequence[str], *, may_fail: bool = False) -> tuple[float, int]:
     """Run pip install with a line of progress per package; returns megabytes and packages."""
     command = [str(python), "-m", "pip", "install", "--no-input", "--progress-bar", "off", "--disable-pip-version-check", *arguments]
     megabytes, packages, lines = 0.0, 0, []
@@ -106,7 +111,7 @@ def pip(python: Path, arguments: Sequence[str], *, may_fail: bool = False) -> Tu
     return (0.0, 0) if process.returncode else (megabytes, packages)
 
 
-def _size_of(line: str) -> Optional[Tuple[str, float]]:
+def _size_of(line: str) -> tuple[str, float] | None:
     """Package and megabytes of a line that pip prints for a download."""
     found = SIZE.match(line)
     if found:
@@ -125,8 +130,12 @@ def find_python() -> str:
         path = name and shutil.which(name)
         if not path:
             continue
+        says_version = [path, "-c", "import sys; print(*sys.version_info[:2])"]
         asked = subprocess.run(
-            [path, "-c", "import sys; print(*sys.version_info[:2])"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, universal_newlines=True
+            says_version,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         version = tuple(int(part) for part in asked.stdout.split() if part.isdigit())
         if asked.returncode == 0 and PYTHONS[0] <= version <= PYTHONS[1]:
@@ -144,7 +153,7 @@ def check_platform(*, own_server: bool) -> None:
         return
     advice = "or name a server of your own by TRITONSERVER=path (docs/operating.md)"
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        stop(f"platform: wanted Linux on x86_64, which the server in the wheel is for, got {sys.platform} on {platform.machine()}; {advice}")
+        stop(f"platform: wanted Linux on x86_64, as the wheel's server, got {sys.platform} on {platform.machine()}; {advice}")
     name, version = platform.libc_ver()
     found = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if name != "glibc" or found < GLIBC:
@@ -199,7 +208,7 @@ def _megabytes_in(folder: Path) -> float:
     return sum(os.lstat(os.path.join(at, name)).st_size for at, _, names in os.walk(str(folder)) for name in names) / 1e6
 
 
-def _dotted(version: Tuple[int, ...]) -> str:
+def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 

@@ -119,7 +119,9 @@ def build_reader(
         UserError, ManifestError, EngineError: if a step fails. `directory` stays as it was then.
     """
     if importlib.util.find_spec("torch") is None:
-        return _without_torch(source, directory, engine, fixed=opset is not None or any(value is not None for value in (options or {}).values()))
+        return _without_torch(
+            source, directory, engine, fixed=opset is not None or any(value is not None for value in (options or {}).values())
+        )
     if engine == "auto":
         from export.tensorrt.detect import default_backend
 

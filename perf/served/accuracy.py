@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -25,7 +24,7 @@ from clients.evaluation import Evaluation, Prediction, evaluate
 from clients.examples import Example, read_examples
 from clients.reader_client import ReaderClient
 from examples.demo_readers import ENGINES, REPOSITORY
-from export.checkpoint.files import load_checkpoint
+from export.build import build_reader
 from export.repository import repository_from_engines
 from serving.contract.limits import Limits
 from serving.contract.manifest import Manifest
@@ -61,6 +60,10 @@ class ReaderResult:
 
 def torch_answers(checkpoint: Path, engines: Path, examples: Sequence[Example]) -> list[tuple[str, int]]:
     """Text and number of tokens of the torch reader's greedy answers to the server's prompts."""
+    import torch
+
+    from export.checkpoint.files import load_checkpoint
+
     reader = load_checkpoint(checkpoint).reader
     prompt = PromptEncoder(Tokenizer.from_file(str(engines / "tokenizer.json")), Manifest.load(engines))
     encoded = [prompt.encode(e.question, [c.text for c in e.contexts], [c.title or "" for c in e.contexts]) for e in examples]
@@ -140,8 +143,9 @@ def main() -> int:
     """Measure all demo readers; return exit code 0 if no request failed and every served answer equals the torch reader's."""
     parser = argparse.ArgumentParser(prog="python -m perf.served.accuracy", description=__doc__)
     parser.add_argument("--limit", type=int, help="only the first held-out questions")
-    parser.add_argument("--no-torch", action="store_true", help="skip the comparison with torch")
+    parser.add_argument("--no-torch", action="store_true", help="skip the comparison with torch, as where it is not installed")
     arguments = parser.parse_args()
+    arguments.no_torch |= importlib.util.find_spec("torch") is None
     heldout = list(read_examples(CORPUS / "heldout.jsonl", limit=arguments.limit))
     real = list(read_examples(CORPUS / "real.jsonl"))
     results: dict[str, ReaderResult] = {}
@@ -150,8 +154,7 @@ def main() -> int:
             results[name] = measure(server, name, name, heldout, real, arguments.no_torch)
     # the converted reader is served as `fido` from a repository of its own
     name = "fido_converted"
-    command = [sys.executable, "-m", "export", "onnx", str(CHECKPOINTS / name), str(ENGINES / name)]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    build_reader(str(CHECKPOINTS / name), ENGINES / name, "onnxruntime", Limits())
     with tempfile.TemporaryDirectory() as scratch:
         repository_from_engines(ENGINES / name, Path(scratch), "fido", Limits())
         with TritonServer(models_of(["fido"], stream=False), Path(scratch)) as server:
