@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import shlex
 import signal
 import sys
@@ -356,6 +357,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 after an error of the user, 128 + N after signal N.
     """
     arguments = _parser().parse_args(argv)
+    progress = logging.getLogger("export")
+    if not progress.handlers:  # lines on standard error: some commands print JSON
+        progress.addHandler(logging.StreamHandler())
+        progress.setLevel(logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:

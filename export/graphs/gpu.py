@@ -28,7 +28,7 @@ from serving.contract.tensors import GraphTensors, encoder_tensors
 from .cpu import EncoderGraph
 from .fp16_scaling import DTYPES, measured_scales, rescale, to_half
 from .gemms import DecoderGemms, EncoderGemms, PackedCrossKVGraph
-from .onnx_export import EXTERNAL_DATA_BYTES, OPSET, onnx_from_module, require_fitting_tokenizer
+from .onnx_export import EXTERNAL_DATA_BYTES, OPSET, onnx_from_module, require_fitting_tokenizer, stages
 from .opset17 import TENSORRT_OPSET, to_opset_17
 
 GpuGraph = EncoderGraph | PackedCrossKVGraph
@@ -83,12 +83,15 @@ def export_gpu_reader(
     reader = checkpoint.reader
     _require_kernels(reader.config, whole_encoder=whole_encoder)
     with atomic_directory(directory) as tmp_dir:
+        stage = stages(reader)
+        stage("scales of half precision")
         scales, seconds = measured_scales(reader), {}
         encoder = None if whole_encoder else EncoderGemms(reader, scales["encoder"])
         decoder = DecoderGemms(reader, scales["decoder"])
         sizes = engine_sizes(reader.config)
 
         def write(name: str, graph: GpuGraph, tensors: GraphTensors) -> None:
+            stage(f"{name}.onnx")
             started = time.perf_counter()
             export_half(graph, tensors, tmp_dir / f"{name}.onnx", precision, opset)
             seconds[name] = round(time.perf_counter() - started, 2)
@@ -101,10 +104,12 @@ def export_gpu_reader(
         stacks: list[EncoderGemms | DecoderGemms] = [decoder] if encoder is None else [encoder, decoder]
         kernels = None
         if library is not None and encoder is not None:
+            stage("library kernels of the encoder")
             started = time.perf_counter()
             passages = sample_passages(checkpoint, library)
             kernels = write_encoder_library(encoder.graph, encoder.stack, reader.config.passage_length, tmp_dir, library, passages)
             seconds["encoder_library"] = round(time.perf_counter() - started, 2)
+        stage("weights and GEMMs")
         for stack in stacks:
             for gemm, weight in () if kernels and stack is encoder else stack.gemms():
                 tensors = gemm_tensors(stack.stack, gemm, precision)

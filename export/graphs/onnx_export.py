@@ -33,6 +33,8 @@ from .cpu import CrossKVGraph, DecoderStepGraph, EncoderGraph
 OPSET = 18  # the oldest that torch's exporter writes by itself
 # A protobuf message holds at most 2 GiB. Graphs whose weights come near that keep them in a file next to the graph.
 EXTERNAL_DATA_BYTES = 1_500_000_000
+SLOW_PARAMETERS = 20_000_000  # from here on an export takes a minute or more, and says what it is at
+LOG = logging.getLogger("export")
 # Lengths of the dynamic axes for tracing. They differ, and none is 1, so that the exporter takes none for a constant.
 TRACE_LENGTHS = {"passages": 3, "passage_length": 10, "batch": 2, "past_length": 5, "encoder_sequence_length": 7, "tokens": 6}
 
@@ -128,12 +130,21 @@ def export_reader(checkpoint: Checkpoint, directory: Path, opset: int = OPSET) -
     with atomic_directory(directory) as tmp_dir:
         sizes = engine_sizes(checkpoint.reader.config)
         seconds = {}
+        stage = stages(checkpoint.reader)
         for name, (module_of, tensors_of) in GRAPHS.items():
+            stage(f"{name}.onnx")
             started = time.perf_counter()
             onnx_from_module(module_of(checkpoint.reader), tensors_of(sizes), tmp_dir / f"{name}.onnx", opset)
             seconds[name] = round(time.perf_counter() - started, 2)
         (tmp_dir / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
         return write_manifest(describe_reader(checkpoint, tmp_dir, opset, seconds), tmp_dir)
+
+
+def stages(reader: Reader) -> Callable[[str], None]:
+    """What logs the stage that an export is at; nothing for readers that take seconds."""
+    slow = sum(weight.numel() for weight in reader.parameters()) >= SLOW_PARAMETERS
+    started = time.perf_counter()
+    return lambda what: LOG.log(logging.INFO if slow else logging.DEBUG, "  %4.0f s: %s", time.perf_counter() - started, what)
 
 
 def require_fitting_tokenizer(checkpoint: Checkpoint) -> None:

@@ -132,6 +132,14 @@ def test_e4_set_up_and_export_say_what_they_do(demo):
     assert sum(" exported, onnxruntime float32, " in line for line in lines) == 2
 
 
+@pytest.mark.parametrize(("smallest", "lines"), [(0, ["encoder.onnx", "cross_kv.onnx", "decoder_step.onnx"]), (20_000_000, [])])
+def test_e4_a_long_export_says_the_stage_that_it_is_at(tmp_path, monkeypatch, caplog, smallest, lines):
+    monkeypatch.setattr("export.graphs.onnx_export.SLOW_PARAMETERS", smallest)
+    with caplog.at_level("INFO", logger="export"):
+        build_reader(str(ROOT / "checkpoints" / "fid"), tmp_path / "engines", "onnxruntime", Limits())
+    assert [re.sub(r"^ +\d+ s: ", "", record.getMessage()) for record in caplog.records] == lines
+
+
 def test_e6_guards_that_are_missing_are_named_with_their_risk(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     set_up.compile_guards(tmp_path)
