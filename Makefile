@@ -186,6 +186,9 @@ test: $(DEV) demo-readers $(CORPUS) ## all tests that need no GPU
 stress: $(DEV) demo-readers $(CORPUS) ## faults and fuzz against the real server, about 10 minutes (STRESS_MINUTES=60 soaks)
 	$(PY) -m tests.stress $(if $(STRESS_MINUTES),--minutes $(STRESS_MINUTES))
 
+storm: $(DEV) demo-readers $(CORPUS) ## clients that leave, 20,000 of all kinds, on busy cores, about 25 minutes (STORM="--left 2000")
+	$(PY) -m tests.stress.storm $(STORM)
+
 gpu-test: $(DEV) demo-readers $(CORPUS) ## on a GPU: engines, kernels, decoder and the six served models against fp32 on the CPU
 	$(PY) -m export onnx "$$FID" build/cpu_engines/fid $(FID_FLAGS)
 	$(PY) -m export onnx "$$FIDO" build/cpu_engines/fido $(FIDO_FLAGS)
@@ -203,4 +206,4 @@ clean: ## remove everything that was built, and the environment
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find model_repository -path '*/1/*' ! -name model.py -type f -delete
 
-.PHONY: help setup export demo-readers serve status ask demo evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation test stress gpu-test mutants lint clean
+.PHONY: help setup export demo-readers serve status ask demo evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation test stress storm gpu-test mutants lint clean

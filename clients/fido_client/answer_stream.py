@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
 
 import grpc
 from tritonclient.grpc import InferResult
 from tritonclient.utils import InferenceServerException
 
 from .answer import StreamAssembler, StreamedAnswer, StreamPiece
+from .connection.stop import deadline_exceeded
+from .connection.stream_call import StreamCall
 from .errors import ReaderError
 
 Failure = Callable[[Exception, str, float], ReaderError]
@@ -22,10 +22,11 @@ Failure = Callable[[Exception, str, float], ReaderError]
 class AnswerStream(Iterator[StreamPiece]):
     """A streamed answer: an iterator over its pieces, and after the end, `answer`.
 
-    Closing it, leaving its `with` block, or dropping the last reference before the end cancels the request on the server.
+    Closing it, leaving its `with` block, or dropping the last reference before the end stops the answer on the server. The stream is then
+    read to its end in the background: it is not cancelled, since that may end Triton (connection/stop.py).
     """
 
-    def __init__(self, call: Any, failure: Failure, model: str, *, deadline_s: float, start_s: float) -> None:
+    def __init__(self, call: StreamCall, failure: Failure, model: str, *, deadline_s: float, start_s: float) -> None:
         self._call = call
         self._failure = failure
         self._model = model
@@ -69,9 +70,12 @@ class AnswerStream(Iterator[StreamPiece]):
         return self.answer
 
     def close(self) -> None:
-        """End the stream and cancel an unfinished request on the server. Calling it twice is harmless."""
+        """End the stream and stop an unfinished answer on the server. Returns at once; calling it twice is harmless."""
         self._ended = True
-        self._call.cancel()
+        self._call.leave()
+
+    def __del__(self) -> None:
+        self.close()
 
     def __enter__(self) -> AnswerStream:
         return self
@@ -81,24 +85,17 @@ class AnswerStream(Iterator[StreamPiece]):
 
     def _next_response(self) -> StreamPiece | None:
         try:
-            response = next(self._call)
-        except StopIteration:
-            self._ended = True
-            self._answer = self._assembler.finish()
-            return None
+            response = self._call.next_response()
+        except TimeoutError as error:
+            raise self._failure(deadline_exceeded(), self._model, self._deadline_s) from error
         except grpc.RpcError as error:
-            if not self._assembler.is_complete:
-                raise self._failure(error, self._model, self._deadline_s) from error
-            self._ended = True  # the connection broke after the totals: nothing is missing
-            self._answer = self._assembler.finish()
+            raise self._failure(error, self._model, self._deadline_s) from error
+        if response is None:
+            self._answer, self._ended = self._assembler.finish(), True
             return None
         if response.error_message:
-            self._read_out()
             raise self._failure(InferenceServerException(response.error_message), self._model, self._deadline_s)
-        return self._assembler.feed(InferResult(response.infer_response), time.perf_counter() - self._start_s)
-
-    def _read_out(self) -> None:
-        """Wait for the server to end the stream: Triton 2.51 leaks the request of a stream that is cancelled after its error."""
-        with contextlib.suppress(grpc.RpcError):
-            for _ in self._call:
-                pass
+        piece = self._assembler.feed(InferResult(response.infer_response), time.perf_counter() - self._start_s)
+        if self._assembler.is_complete:  # the stream's end follows later
+            self._answer, self._ended = self._assembler.finish(), True
+        return piece

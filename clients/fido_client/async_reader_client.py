@@ -9,7 +9,6 @@ Cancelling the task that waits for an answer cancels the request on the server. 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
@@ -22,9 +21,11 @@ from tritonclient.grpc import aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
 from .answer import Answer, StreamAssembler, StreamedAnswer, StreamPiece, answer_from_result
+from .connection.async_stream_call import AsyncStreamCall, StreamTasks
 from .connection.diagnosis import Diagnosis
 from .connection.endpoint import Endpoint, grpc_timeout_s
 from .connection.retry import RetryPolicy
+from .connection.stop import deadline_exceeded
 from .errors import ReaderError, RequestRefused, error_from_exception, status_and_message
 from .ordered_window import OrderedWindow
 from .request import Passage, ReaderRequest, infer_inputs_from_tensors, request_from, tensors_from_request
@@ -36,11 +37,12 @@ AsyncFailure = Callable[[Exception, str, float], Awaitable[ReaderError]]
 class AsyncAnswerStream(AsyncIterator[StreamPiece]):
     """A streamed answer: an asynchronous iterator over its pieces, and after the end, `answer`.
 
-    Closing it, or leaving its `async with` block, before the end cancels the request on the server.
+    Closing it, or leaving its `async with` block, before the end stops the answer on the server. As in AnswerStream, the stream is then
+    read to its end in the background.
     """
 
-    def __init__(self, responses: Any, failure: AsyncFailure, model: str, *, deadline_s: float, start_s: float) -> None:
-        self._responses = responses
+    def __init__(self, call: AsyncStreamCall, failure: AsyncFailure, model: str, *, deadline_s: float, start_s: float) -> None:
+        self._call = call
         self._failure = failure
         self._model = model
         self._deadline_s = deadline_s
@@ -83,9 +85,9 @@ class AsyncAnswerStream(AsyncIterator[StreamPiece]):
         return self.answer
 
     async def aclose(self) -> None:
-        """End the stream and cancel an unfinished request on the server. Calling it twice is harmless."""
+        """End the stream and stop an unfinished answer on the server. Returns at once; calling it twice is harmless."""
         self._ended = True
-        self._responses.cancel()
+        self._call.leave()
 
     async def __aenter__(self) -> AsyncAnswerStream:
         return self
@@ -95,27 +97,33 @@ class AsyncAnswerStream(AsyncIterator[StreamPiece]):
 
     async def _next_response(self) -> StreamPiece | None:
         try:
-            result, error = await self._responses.__anext__()
-        except StopAsyncIteration:
-            self._ended = True
-            self._answer = self._assembler.finish()
-            return None
+            response = await self._call.next_response()
+        except TimeoutError as timeout:
+            raise await self._failure(deadline_exceeded(), self._model, self._deadline_s) from timeout
         except grpc.RpcError as rpc_error:
-            if not self._assembler.is_complete:
-                raise await self._failure(rpc_error, self._model, self._deadline_s) from rpc_error
-            self._ended = True  # the connection broke after the totals: nothing is missing
-            self._answer = self._assembler.finish()
+            raise await self._failure(rpc_error, self._model, self._deadline_s) from rpc_error
+        if response is None:
+            self._answer, self._ended = self._assembler.finish(), True
             return None
+        result, error = response
         if error is not None:
-            await self._read_out()
             raise await self._failure(error, self._model, self._deadline_s)
-        return self._assembler.feed(result, time.perf_counter() - self._start_s)
+        piece = self._assembler.feed(result, time.perf_counter() - self._start_s)
+        if self._assembler.is_complete:  # the stream's end follows later
+            self._answer, self._ended = self._assembler.finish(), True
+        return piece
 
-    async def _read_out(self) -> None:
-        """As AnswerStream._read_out."""
-        with contextlib.suppress(grpc.RpcError):
-            async for _ in self._responses:
-                pass
+
+class _Connection:
+    """What one event loop has open."""
+
+    def __init__(self, client: triton_aio.InferenceServerClient) -> None:
+        self.client = client
+        self.streams = StreamTasks()
+
+    async def aclose(self) -> None:
+        await self.streams.aclose()
+        await self.client.close()
 
 
 class AsyncReaderClient:
@@ -142,13 +150,13 @@ class AsyncReaderClient:
         self._retry = RetryPolicy(retries)
         self._diagnosis = Diagnosis(self.endpoint)
         self._lock = threading.Lock()
-        self._opened: dict[asyncio.AbstractEventLoop, triton_aio.InferenceServerClient] = {}
+        self._opened: dict[asyncio.AbstractEventLoop, _Connection] = {}
         self._closed = False
 
     async def is_ready(self, timeout_s: float = 5.0) -> bool:
         """Whether the server responds and the unary model is ready."""
         try:
-            return bool(await self._client().is_model_ready(self.endpoint.model, client_timeout=timeout_s))
+            return bool(await self._connection().client.is_model_ready(self.endpoint.model, client_timeout=timeout_s))
         except InferenceServerException:
             return False
 
@@ -164,7 +172,7 @@ class AsyncReaderClient:
     ) -> Answer:
         """Ask one question and wait for the answer; arguments and errors are those of ReaderClient.answer."""
         start_s = time.perf_counter()
-        client, endpoint, deadline_s = self._client(), self.endpoint, self.endpoint.deadline_s(timeout_s)
+        client, endpoint, deadline_s = self._connection().client, self.endpoint, self.endpoint.deadline_s(timeout_s)
         request = ReaderRequest(question, passages, titles, max_new_tokens, min_new_tokens)
         inputs = infer_inputs_from_tensors(tensors_from_request(request, model=endpoint.model))
         failures = 0
@@ -223,27 +231,26 @@ class AsyncReaderClient:
         The arguments and errors are those of ReaderClient.stream; `timeout_s` applies to the complete answer.
         """
         start_s = time.perf_counter()
-        client, model, deadline_s = self._client(), self.endpoint.streaming_model, self.endpoint.deadline_s(timeout_s)
+        connection, model, deadline_s = self._connection(), self.endpoint.streaming_model, self.endpoint.deadline_s(timeout_s)
         request = ReaderRequest(question, passages, titles, max_new_tokens, min_new_tokens)
         inputs = infer_inputs_from_tensors(tensors_from_request(request, model=model))
 
-        async def one_request() -> AsyncIterator[dict[str, Any]]:
-            # ends after one request, which tells Triton to end the stream after its answer
-            yield {"model_name": model, "inputs": inputs}
-
-        responses = client.stream_infer(one_request(), stream_timeout=grpc_timeout_s(deadline_s))
-        return AsyncAnswerStream(responses, self._failure, model, deadline_s=deadline_s, start_s=start_s)
+        call = AsyncStreamCall(connection.client, connection.streams, model, inputs, deadline_s, start_s)
+        return AsyncAnswerStream(call, self._failure, model, deadline_s=deadline_s, start_s=start_s)
 
     async def aclose(self) -> None:
-        """Close the connections of all event loops and cancel the requests in flight. Calling it twice is harmless."""
+        """Stop the streams, wait for their end, and close the connections of all event loops, which cancels other requests.
+
+        Calling it twice is harmless.
+        """
         self._closed = True
         with self._lock:
             opened, self._opened = self._opened, {}
-        for loop, client in opened.items():
+        for loop, connection in opened.items():
             if loop is asyncio.get_running_loop():
-                await client.close()
+                await connection.aclose()
             elif loop.is_running():  # in another thread
-                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(client.close(), loop))
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(connection.aclose(), loop))
 
     async def __aenter__(self) -> AsyncReaderClient:
         return self
@@ -251,16 +258,17 @@ class AsyncReaderClient:
     async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
         await self.aclose()
 
-    def _client(self) -> triton_aio.InferenceServerClient:
+    def _connection(self) -> _Connection:
         """The running event loop's connection, opened at its first use: gRPC ties a connection to its loop."""
         if self._closed:
             raise RuntimeError("this AsyncReaderClient is closed; make a new one")
         running = asyncio.get_running_loop()
         with self._lock:
-            self._opened = {loop: client for loop, client in self._opened.items() if not loop.is_closed()}
+            self._opened = {loop: connection for loop, connection in self._opened.items() if not loop.is_closed()}
             if running not in self._opened:
                 args = self.endpoint.channel_args()
-                self._opened[running] = triton_aio.InferenceServerClient(self.endpoint.url, creds=self._credentials, channel_args=args)
+                client = triton_aio.InferenceServerClient(self.endpoint.url, creds=self._credentials, channel_args=args)
+                self._opened[running] = _Connection(client)
             return self._opened[running]
 
     async def _failure(self, exception: Exception, model: str, timeout_s: float) -> ReaderError:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Union
 
 import grpc
-from tritonclient.grpc import InferenceServerClient, InferInput, InferResult, service_pb2_grpc
+from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
 from tritonclient.utils import InferenceServerException
 
 from .answer import Answer, StreamedAnswer, StreamPiece, answer_from_result
@@ -27,6 +27,7 @@ from .connection.diagnosis import Diagnosis
 from .connection.endpoint import Endpoint, grpc_timeout_s
 from .connection.retry import RetryPolicy
 from .connection.served_models import TIMEOUT_S, ServedModel, served_model
+from .connection.stream_call import StreamChannel
 from .errors import ReaderError, ReaderTimeout, ReaderUnavailable, RequestRefused, error_from_exception, status_and_message
 from .ordered_window import OrderedWindow
 from .request import (
@@ -121,10 +122,9 @@ class ReaderClient:
         self._diagnosis = Diagnosis(self.endpoint)
         credentials = self.endpoint.credentials()
         self._client = InferenceServerClient(url, creds=credentials, channel_args=self.endpoint.channel_args())
-        # tritonclient allows one stream per client and leaks a thread for each cancelled stream, so streams use the stub directly. gRPC
-        # shares one connection between both channels.
-        self._stream_channel = self.endpoint.channel(credentials)
-        self._stream_stub = service_pb2_grpc.GRPCInferenceServiceStub(self._stream_channel)
+        # tritonclient allows one stream per client and leaks a thread for each cancelled stream, so streams have a channel of their own.
+        # gRPC shares one connection between both channels.
+        self._streams = StreamChannel(self.endpoint)
         self._closed = False
 
     def is_ready(self, timeout_s: float = 5.0) -> bool:
@@ -227,16 +227,14 @@ class ReaderClient:
         model, deadline_s = self.endpoint.streaming_model, self.endpoint.deadline_s(timeout_s)
         request = ReaderRequest(question, passages, titles, max_new_tokens, min_new_tokens)
         message = infer_message_from_tensors(model, tensors_from_request(request, model=model))
-        # The iterator ends after one request, so Triton ends the stream after its answer. Do not send the header triton_grpc_error, which
-        # would give errors their status: in Triton 2.51 an error under it may crash the server (segmentation fault).
-        call = self._stream_stub.ModelStreamInfer(iter([message]), timeout=grpc_timeout_s(deadline_s))
+        call = self._streams.open(message, deadline_s, start_s)
         return AnswerStream(call, self._failure, model, deadline_s=deadline_s, start_s=start_s)
 
     def close(self) -> None:
-        """Close the connection and cancel the requests in flight. Calling it twice is harmless."""
+        """Cancel the requests in flight, stop the streams, and close the connection. Calling it twice is harmless."""
         self._closed = True
         self._client.close()
-        self._stream_channel.close()
+        self._streams.close()
 
     def __enter__(self) -> ReaderClient:
         return self

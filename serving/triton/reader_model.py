@@ -26,12 +26,14 @@ from serving.engines.base import is_fatal
 from serving.engines.load import bytes_per_element, kv_budget, load_decoder, load_packer
 from serving.pipeline.prompt import PromptEncoder
 from serving.pipeline.request import LIVENESS_ID, read_request
-from serving.pipeline.scheduler import DecodeSequence, QueueFullError, Scheduler, SchedulerCounts, SchedulerStoppedError
+from serving.pipeline.scheduler import CancelledError, DecodeSequence, QueueFullError, Scheduler, SchedulerCounts, SchedulerStoppedError
 
 from .encoder_call import EncoderCall
+from .final_flag import FinalFlags
 from .metrics import Metrics
-from .response import Caller, ResponseWriter, StreamWriter, UnaryWriter, send_error
+from .response import FINAL, Caller, ResponseWriter, StreamWriter, UnaryWriter, end_stream_with_error, send_error
 from .shutdown import DRAIN_TIMEOUT_S, arm_watchdog, end_process, exit_soon
+from .stop import MIN_ID_CHARACTERS, EarlyStops, stopped_id
 
 # How often some of the questions in flight are checked for cancellation, and how many: each check costs Triton a message, and every
 # thread here a turn of Python's lock.
@@ -88,8 +90,10 @@ class ReaderModel:
         self._encoding = ThreadPoolExecutor(limits.encode_threads, thread_name_prefix="encode")
         # One thread, so that the parts of a stream leave in order. Not the scheduler's: that one shall step.
         self._responding = ThreadPoolExecutor(1, thread_name_prefix="respond")
+        self._final_flags = FinalFlags(lambda error: pb_utils.Logger.log_warn(f"{self._name}: a stream cannot be ended: {error}"))
         self._stopping = threading.Event()
         self._warned: set[str] = set()
+        self._early_stops = EarlyStops()
         self._in_flight: set[ResponseWriter] = set()
         threading.Thread(target=self._poll_cancellations, name="cancellations", daemon=True).start()
         self._metrics = Metrics(self._name, self._scheduler.counts, lambda: len(self._in_flight), self._kv_bytes)
@@ -103,18 +107,47 @@ class ReaderModel:
                 pb_utils.Logger.log_warn(f"{self._name}: a request could be neither accepted nor refused: {error!r}")
 
     def _accept_or_refuse(self, request: Any) -> None:
-        sender = request.get_response_sender()
+        caller = Caller(request, request.get_response_sender())
+        if (to_stop := stopped_id(caller.id)) is not None:
+            self._stop(to_stop)
+            self._acknowledge(caller)
+            return
         try:
-            writer = self._accept(request, sender)
+            writer = self._accept(request, caller)
         except Exception as error:
-            if request.request_id() != LIVENESS_ID:
+            if caller.id != LIVENESS_ID:
                 self._metrics.refused()
-            send_error(sender, error)
+            self._refuse(caller, error)
             return
         self._in_flight.add(writer)
         self._encoding.submit(self._encode, writer)
 
-    def _accept(self, request: Any, sender: Any) -> ResponseWriter:
+    def _stop(self, request_id: str) -> None:
+        """End the request that has this id, now or when it comes."""
+        if len(request_id) < MIN_ID_CHARACTERS:
+            return
+        callers = [writer.caller for writer in list(self._in_flight) if writer.caller.id == request_id]
+        for caller in callers:
+            caller.stop()
+        if not callers:
+            self._early_stops.add(request_id)
+
+    def _acknowledge(self, caller: Caller) -> None:
+        if self._streams:
+            caller.sender.send(pb_utils.InferenceResponse([]), flags=0)
+            self._final_flags.send_later(caller)
+        else:
+            caller.sender.send(pb_utils.InferenceResponse([]), flags=FINAL)
+
+    def _refuse(self, caller: Caller, error: Exception) -> None:
+        if self._streams:
+            end_stream_with_error(caller, error, self._final_flags.send_later)
+        else:
+            send_error(caller.sender, error, FINAL)
+
+    def _accept(self, request: Any, caller: Caller) -> ResponseWriter:
+        if self._early_stops.take(caller.id):
+            raise CancelledError("stopped by the client")
         arrays = {}
         for spec in READER_TENSORS.inputs:
             tensor = pb_utils.get_input_tensor_by_name(request, spec.name)
@@ -122,11 +155,10 @@ class ReaderModel:
         checked = read_request(arrays, self._limits, json.loads(request.parameters() or "{}"))
         if len(self._in_flight) >= self._limits.max_in_flight:
             raise QueueFullError(f"{self._limits.max_in_flight} questions are in flight and no more may; try again later")
-        kind = StreamWriter if self._streams else UnaryWriter
         outputs = set(request.requested_output_names())
-        return kind(
-            Caller(request, sender, checked.timeout_us, checked.id), checked, self._prompt, outputs, self._responding.submit, self._finished
-        )
+        caller.limit(checked.timeout_us)
+        rest = (caller, checked, self._prompt, outputs, self._responding.submit, self._finished)
+        return StreamWriter(*rest, end_later=self._final_flags.send_later) if self._streams else UnaryWriter(*rest)
 
     def _encode(self, writer: ResponseWriter) -> None:
         """Encode one question and pass it to the scheduler. Runs on an encoding thread."""
@@ -196,6 +228,7 @@ class ReaderModel:
         self._encoder.close()
         self._scheduler.stop()
         self._responding.shutdown()
+        self._final_flags.close()
         self._metrics.close()
         exit_soon(on_gpu=self._on_gpu)
         # Engines and their memory go now: at the process's end a GPU's library may be gone before what needs it.

@@ -25,29 +25,37 @@ class Caller:
     """The client's side of a request: its id, its time limit, and whether it still wants the answer.
 
     Args:
-        request: Triton's.
+        request: Triton's. HTTP generate puts the id among its parameters.
         sender: of its responses.
-        timeout_us: of the request's parameters, where HTTP generate puts the timeout; 0 = none there.
-        request_id: the same of the id.
     """
 
-    def __init__(self, request: Any, sender: Any, timeout_us: int = 0, request_id: str = ""):
-        self.id = request.request_id() or request_id
+    def __init__(self, request: Any, sender: Any):
+        self.id = request.request_id() or _id_among(request.parameters())
         self.sender = sender
         self.arrived_s = time.monotonic()
-        self._timeout_s = (request.timeout() or timeout_us) / 1e6  # 0 = none
-        self._cancelled = False
+        self._timeout_s = request.timeout() / 1e6  # 0 = none
+        self._cancelled = self._stopped = False
         self._polling, self._closed = threading.Lock(), False
+
+    def limit(self, timeout_us: int) -> None:
+        """Set the time limit of the request's parameters, where HTTP generate puts it, unless there is one; 0 = none."""
+        self._timeout_s = self._timeout_s or timeout_us / 1e6
 
     def cancel_reason(self) -> SchedulerError | None:
         """None, or why the answer is no longer wanted."""
         if self._cancelled:
             return CancelledError("cancelled by the client")
+        if self._stopped:
+            return CancelledError("stopped by the client")
         if self._timeout_s and time.monotonic() > self.arrived_s + self._timeout_s:
             return DeadlineExceededError(f"the request's timeout of {self._timeout_s * 1e3:g} ms passed before its answer was complete")
         return None
 
-    def poll_cancelled(self) -> None:
+    def stop(self) -> None:
+        """End the answer at the next step, because its client has asked for that (stop.py)."""
+        self._stopped = True
+
+    def poll_cancelled(self) -> bool:
         """Ask Triton whether the client has cancelled.
 
         Takes 20 to 60 us and then a wait for Python's lock, so the scheduler's thread does not call it.
@@ -55,11 +63,17 @@ class Caller:
         with self._polling:
             if not self._closed and not self._cancelled:
                 self._cancelled = bool(self.sender.is_cancelled())
+            return self._cancelled
 
     def close(self) -> None:
-        """Poll no more. Called before the final response: Triton 2.51 reads freed memory if it is asked after that."""
+        """Poll no more. Called before the final flag: Triton 2.51 reads freed memory if it is asked after that."""
         with self._polling:
             self._closed = True
+
+    def send_final_flag(self) -> None:
+        """End a stream whose last response was sent without the flag."""
+        self.close()
+        self.sender.send(flags=FINAL)
 
 
 @dataclasses.dataclass
@@ -90,7 +104,7 @@ class ResponseWriter:
         prompt: of this reader.
         outputs: names of the outputs that the client asked for.
         submit: runs a call on the responding thread.
-        on_finished: called once, after the final response.
+        on_finished: called once, after the last response. A stream's final flag comes later.
     """
 
     def __init__(
@@ -154,19 +168,18 @@ class ResponseWriter:
         self._log_probs.append(log_prob)
 
     def finish(self, error: Exception | None) -> None:
-        """Send the final response: the answer's totals, or the error. Returns at once."""
+        """Send the last response: the answer's totals, or the error. Returns at once."""
         self._submit(self._finish, error)
 
     def _finish(self, error: Exception | None) -> None:
         self.times.ended = time.monotonic()
         self.outcome = _outcome(error)
-        self.caller.close()
         try:
             if error is None:
-                self._send(self._totals(), FINAL)
+                self._send_totals(self._totals())
             else:
                 self.error = str(error)
-                send_error(self.caller.sender, error)
+                self._send_error(error)
         except Exception as failure:  # the client cannot be informed; its place must be free all the same
             self.outcome, self.error = "failed", f"the response could not be sent: {failure}"
         finally:
@@ -210,6 +223,12 @@ class ResponseWriter:
     def _last_text(self) -> str:
         raise NotImplementedError
 
+    def _send_totals(self, totals: dict[str, np.ndarray]) -> None:
+        raise NotImplementedError
+
+    def _send_error(self, error: Exception) -> None:
+        raise NotImplementedError
+
     def _send(self, outputs: dict[str, np.ndarray], flags: int) -> None:
         tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items() if name in self._outputs]
         self.caller.sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
@@ -221,12 +240,25 @@ class UnaryWriter(ResponseWriter):
     def _last_text(self) -> str:
         return self._prompt.text(self.tokens)
 
+    def _send_totals(self, totals: dict[str, np.ndarray]) -> None:
+        self.caller.close()
+        self._send(totals, FINAL)
+
+    def _send_error(self, error: Exception) -> None:
+        self.caller.close()
+        send_error(self.caller.sender, error, FINAL)
+
 
 class StreamWriter(ResponseWriter):
-    """A response for each part of the answer's text, then one with the rest and the totals."""
+    """A response for each part of the answer's text, then one with the rest and the totals, and later the final flag alone.
 
-    def __init__(self, *args: Any):
+    Args:
+        end_later: sends the caller's final flag, later (final_flag.py).
+    """
+
+    def __init__(self, *args: Any, end_later: Callable[[Caller], None]):
         super().__init__(*args)
+        self._end_later = end_later
         self._detokenizer = IncrementalDetokenizer(self._prompt)
         self._send_failure: Exception | None = None
 
@@ -250,6 +282,23 @@ class StreamWriter(ResponseWriter):
     def _last_text(self) -> str:
         return self._detokenizer.flush()
 
+    def _send_totals(self, totals: dict[str, np.ndarray]) -> None:
+        try:
+            self._send(totals, 0)
+        finally:
+            self._end_later(self.caller)
+
+    def _send_error(self, error: Exception) -> None:
+        end_stream_with_error(self.caller, error, self._end_later)
+
+
+def _id_among(parameters: str) -> str:
+    """The id among a request's parameters, as JSON; empty if there is none. read_request refuses one that is no text."""
+    if '"id"' not in (parameters or ""):
+        return ""
+    found = json.loads(parameters).get("id")
+    return found if isinstance(found, str) else ""
+
 
 def _text(text: str) -> np.ndarray:
     return np.array([text.encode("utf-8")], np.object_)
@@ -263,7 +312,7 @@ def _outcome(error: Exception | None) -> str:
     return "cancelled" if isinstance(error, (CancelledError, DeadlineExceededError)) else "failed"
 
 
-def send_error(sender: Any, error: Exception) -> None:
+def send_error(sender: Any, error: Exception, flags: int) -> None:
     """Answer with an error, under the status that says what a client can do: mend the request, try again later, or neither."""
     codes = pb_utils.TritonError
     code = codes.INTERNAL
@@ -273,4 +322,12 @@ def send_error(sender: Any, error: Exception) -> None:
         code = codes.CANCELLED
     elif isinstance(error, SchedulerError):
         code = codes.UNAVAILABLE
-    sender.send(pb_utils.InferenceResponse(error=codes(str(error), code)), flags=FINAL)
+    sender.send(pb_utils.InferenceResponse(error=codes(str(error), code)), flags=flags)
+
+
+def end_stream_with_error(caller: Caller, error: Exception, end_later: Callable[[Caller], None]) -> None:
+    """Send a stream's error at once, and its final flag later."""
+    try:
+        send_error(caller.sender, error, 0)
+    finally:
+        end_later(caller)

@@ -32,6 +32,14 @@ class SyncFace:
         with ReaderClient(url, **(client or {})) as reader, reader.stream(*args, **kwargs) as stream:
             return list(stream), stream.answer
 
+    def stream_first_piece(self, url: str, *args: Any, leave: bool) -> None:
+        """Read one piece; then leave the stream before the client is closed, or not."""
+        with ReaderClient(url) as reader:
+            stream = reader.stream(*args)
+            next(stream)
+            if leave:
+                stream.close()
+
     def is_ready(self, url: str, model: str) -> bool:
         with ReaderClient(url, model) as reader:
             return reader.is_ready()
@@ -60,6 +68,16 @@ class AsyncFace:
                 return [piece async for piece in stream], stream.answer
 
         return asyncio.run(run())
+
+    def stream_first_piece(self, url: str, *args: Any, leave: bool) -> None:
+        async def run() -> None:
+            async with AsyncReaderClient(url) as reader:
+                stream = reader.stream(*args)
+                await anext(stream)
+                if leave:
+                    await stream.aclose()
+
+        asyncio.run(run())
 
     def is_ready(self, url: str, model: str) -> bool:
         async def run() -> bool:

@@ -33,6 +33,7 @@ class Received:
     tensors: dict[str, list[Any]]
     datatypes: dict[str, str]
     metadata: dict[str, str]
+    id: str = ""
 
     @property
     def question(self) -> str:
@@ -49,6 +50,9 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.models: dict[str, dict[str, int]] | None = None  # readers and their limits; None: the server does not say
         self.received: list[Received] = []
         self.cancelled = threading.Semaphore(0)
+        self.stopped = threading.Semaphore(0)
+        self.knows_stops = True
+        self._ends: dict[str, threading.Event] = {}
         self.streams_read_out = threading.Semaphore(0)
         self.end_of_refused_stream_s = 0.0
         self._lock = threading.Lock()
@@ -76,6 +80,16 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         if not context.add_callback(ended.set) or ended.wait(10):
             self.cancelled.release()
         return WHOLE
+
+    def wait_until_stopped(self, received: Received) -> Any:
+        """For scripts: answers no more until the client has the stream stopped, then ends it as a reader does."""
+        if self._end_of(received.id).wait(10):
+            self.stopped.release()
+        raise Refusal("stopped by the client", None)
+
+    def _end_of(self, stream_id: str) -> threading.Event:
+        with self._lock:
+            return self._ends.setdefault(stream_id, threading.Event())
 
     def ModelReady(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         return service_pb2.ModelReadyResponse(ready=request.name == "fido")
@@ -117,6 +131,10 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelStreamInfer(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
         # like Triton, the stream ends when the client has no more requests and all of them are answered
         for request in requests:
+            if self.knows_stops and request.id.startswith("stop:"):
+                self._end_of(request.id.removeprefix("stop:")).set()
+                yield service_pb2.ModelStreamInferResponse(infer_response=_response(request, {}))
+                continue
             try:
                 for outputs in self.on_stream(self._receive(request, context), context):
                     yield service_pb2.ModelStreamInferResponse(infer_response=_response(request, outputs))
@@ -136,7 +154,7 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):
                 values = np.frombuffer(raw, {"INT32": np.int32}[tensor.datatype]).tolist()
             assert list(tensor.shape) == [len(values)]
             tensors[tensor.name], datatypes[tensor.name] = values, tensor.datatype
-        received = Received(request.model_name, tensors, datatypes, dict(context.invocation_metadata()))
+        received = Received(request.model_name, tensors, datatypes, dict(context.invocation_metadata()), request.id)
         with self._lock:
             self.received.append(received)
         return received

@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from fido_client.reader_client import AsyncReaderClient, ReaderClient, ReaderError, ReaderTimeout, ReaderUnavailable, RequestRefused
+from tests.clients.conftest import SyncFace
 from tests.clients.scripted_server import WHOLE, Refusal, ScriptedServer
 
 TOTALS = WHOLE | {"answer": ""}
@@ -147,12 +148,13 @@ def test_stream_without_totals_is_not_an_answer(server: ScriptedServer, reader: 
 def test_timeout_is_for_the_whole_answer(server: ScriptedServer, reader: Any) -> None:
     def script(received: Any, context: Any) -> Iterator[Any]:
         yield {"answer": "Pa"}
-        yield server.wait_until_cancelled(context)
+        yield server.wait_until_stopped(received)
 
     server.on_stream = script
     with pytest.raises(ReaderTimeout, match=r"fido_stream at .* within 0\.2 s"):
         reader.stream(server.url, "q", ["p"], timeout_s=0.2)
-    assert server.cancelled.acquire(timeout=5)
+    assert server.stopped.acquire(timeout=5)
+    assert server.streams_read_out.acquire(timeout=5)
 
 
 def test_no_server_is_unavailable(reader: Any) -> None:
@@ -168,18 +170,14 @@ def test_bad_request_is_refused_before_a_stream_opens(server: ScriptedServer, re
 
 def _endless(server: ScriptedServer) -> Any:
     def script(received: Any, context: Any) -> Iterator[Any]:
-        ended = threading.Event()
-        # noted from the start: a stream that is cancelled between two responses never asks for the next
-        context.add_callback(ended.set)
-        context.add_callback(lambda: server.cancelled.release())
         yield {"answer": received.question}
-        ended.wait(10)
+        yield server.wait_until_stopped(received)
 
     return script
 
 
 @pytest.mark.parametrize("leave", ["close", "with", "drop"])
-def test_leaving_a_stream_early_cancels_on_the_server(server: ScriptedServer, leave: str) -> None:
+def test_leaving_a_stream_early_stops_it_on_the_server(server: ScriptedServer, leave: str) -> None:
     server.on_stream = _endless(server)
     with ReaderClient(server.url) as client:
         stream = client.stream("q", ["p"])
@@ -193,17 +191,17 @@ def test_leaving_a_stream_early_cancels_on_the_server(server: ScriptedServer, le
                 stream.close()
                 assert list(stream) == []
             del stream
-        assert server.cancelled.acquire(timeout=5)
+        assert server.stopped.acquire(timeout=5)
 
 
-def test_leaving_an_asyncio_stream_early_cancels_on_the_server(server: ScriptedServer) -> None:
+def test_leaving_an_asyncio_stream_early_stops_it_on_the_server(server: ScriptedServer) -> None:
     server.on_stream = _endless(server)
 
     async def run() -> None:
         async with AsyncReaderClient(server.url) as client:
             async with client.stream("q", ["p"]) as stream:
                 await anext(stream)
-            assert await asyncio.to_thread(server.cancelled.acquire, timeout=5)
+            assert await asyncio.to_thread(server.stopped.acquire, timeout=5)
             assert [piece async for piece in stream] == []
 
             stream = client.stream("q", ["p"])
@@ -213,9 +211,62 @@ def test_leaving_an_asyncio_stream_early_cancels_on_the_server(server: ScriptedS
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
-            assert await asyncio.to_thread(server.cancelled.acquire, timeout=5)
+            assert await asyncio.to_thread(server.stopped.acquire, timeout=5)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("ends_first", [True, False], ids=["stream dropped", "client closed"])
+def test_a_stream_left_early_is_read_to_its_end_and_not_cancelled(server: ScriptedServer, reader: Any, ends_first: bool) -> None:
+    def script(received: Any, context: Any) -> Iterator[Any]:
+        yield {"answer": received.question}
+        yield server.wait_until_stopped(received)
+
+    server.on_stream, server.end_of_refused_stream_s = script, 0.3
+    reader.stream_first_piece(server.url, "q", ["p"], leave=ends_first)
+    assert server.stopped.acquire(timeout=5)
+    for _ in ("the stream", "the request that stops it"):
+        assert server.streams_read_out.acquire(timeout=5)
+
+
+def test_the_answer_is_there_at_its_totals_and_the_end_is_read_behind(server: ScriptedServer, reader: Any) -> None:
+    ended = threading.Event()
+
+    def script(received: Any, context: Any) -> Iterator[Any]:
+        yield WHOLE
+        ended.wait(5)
+
+    server.on_stream = script
+    if isinstance(reader, SyncFace):
+        with ReaderClient(server.url) as client, client.stream("q", ["p"]) as stream:
+            assert stream.read_to_end().text == "Paris"
+    else:
+
+        async def run() -> None:
+            async with AsyncReaderClient(server.url) as client:
+                async with client.stream("q", ["p"]) as stream:
+                    assert (await stream.read_to_end()).text == "Paris"
+                assert not server.streams_read_out.acquire(blocking=False)
+                ended.set()
+
+        asyncio.run(run())
+    ended.set()
+    assert server.streams_read_out.acquire(timeout=5)
+    assert len(server.received) == 1  # nothing was stopped
+
+
+def test_a_server_that_knows_no_stops_has_its_streams_cancelled(server: ScriptedServer, reader: Any) -> None:
+    server.knows_stops = False
+
+    def script(received: Any, context: Any) -> Iterator[Any]:
+        if not received.question:
+            raise Refusal("question: wanted text, got an empty string", None)
+        yield {"answer": received.question}
+        yield server.wait_until_cancelled(context)
+
+    server.on_stream = script
+    reader.stream_first_piece(server.url, "q", ["p"], leave=True)
+    assert server.cancelled.acquire(timeout=5)
 
 
 def test_one_client_reads_several_streams_at_once(server: ScriptedServer) -> None:
@@ -232,17 +283,17 @@ def test_one_client_reads_several_streams_at_once(server: ScriptedServer) -> Non
         assert (second.read_to_end().text, first.read_to_end().text) == ("two", "one")
 
 
-def test_cancelled_streams_leave_no_threads_behind(server: ScriptedServer) -> None:
+def test_streams_left_early_leave_no_threads_behind(server: ScriptedServer) -> None:
     server.on_stream = _endless(server)
     with ReaderClient(server.url) as client:
         with client.stream("q", ["p"]) as stream:
             next(stream)
-        assert server.cancelled.acquire(timeout=5)
+        assert server.stopped.acquire(timeout=5)
         before = _client_threads()
         for _ in range(10):
             with client.stream("q", ["p"]) as stream:
                 next(stream)
-            assert server.cancelled.acquire(timeout=5)
+            assert server.stopped.acquire(timeout=5)
         deadline_s = time.monotonic() + 5
         while _client_threads() > before and time.monotonic() < deadline_s:
             time.sleep(0.01)

@@ -6,11 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
+from tritonclient.grpc import service_pb2_grpc
 
-from clients.errors import ReaderError
-from clients.reader_client import ReaderClient
 from export.repository import repository_from_engines
+from fido_client.errors import ReaderError
+from fido_client.reader_client import ReaderClient
+from fido_client.request import ReaderRequest, infer_message_from_tensors, tensors_from_request
 from serving.contract.limits import Limits
 from serving.launcher import environment
 from serving.launcher.environment import STREAM_LOCKS
@@ -29,17 +32,21 @@ def server(engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: py
         yield server
 
 
-def cancel_in_mid_answer(client: ReaderClient) -> None:
-    """Leave a stream after its first response, while more are on their way."""
-    with client.stream("w1", ["w2"], max_new_tokens=TOKENS, min_new_tokens=TOKENS) as responses:
-        next(responses)
+def cancel_in_mid_answer(server: TritonServer) -> None:
+    """Cancel a stream after its first response, while more are on their way. Our client does not cancel, so this is a plain gRPC stub."""
+    request = ReaderRequest("w1", ["w2"], max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+    message = infer_message_from_tensors("fido_stream", tensors_from_request(request))
+    with grpc.insecure_channel(server.grpc_url, [("grpc.enable_http_proxy", 0)]) as channel:
+        call = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(iter([message]), timeout=20)
+        next(call)
+        call.cancel()
 
 
 @pytest.mark.parametrize("server", [STREAM_LOCKS], indirect=True, ids=["with it"])
 def test_streams_are_served_after_others_were_cancelled(server: TritonServer) -> None:
     with ReaderClient(server.grpc_url, "fido_stream", timeout_s=20) as client:
         for _ in range(CANCELLED):
-            cancel_in_mid_answer(client)
+            cancel_in_mid_answer(server)
             assert client.stream("w1", ["w2"], max_new_tokens=4, min_new_tokens=4).read_to_end().tokens == 4
 
 
@@ -48,5 +55,5 @@ def test_triton_still_needs_it(server: TritonServer) -> None:
     """If this fails, Triton has been mended: stream_locks.c can go."""
     with ReaderClient(server.grpc_url, "fido_stream", timeout_s=3) as client, pytest.raises(ReaderError):
         for _ in range(CANCELLED):
-            cancel_in_mid_answer(client)
+            cancel_in_mid_answer(server)
             client.stream("w1", ["w2"], max_new_tokens=4, min_new_tokens=4).read_to_end()

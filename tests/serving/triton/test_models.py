@@ -118,7 +118,8 @@ def test_an_exception_of_is_cancelled_ends_no_other_questions_cancellation(load)
 def test_a_refusal_that_cannot_be_sent_costs_no_other_request_of_the_batch(load):
     module = load("reader_model")
     model = module.ReaderModel()
-    model._name, model._in_flight, model._warned = "fid", set(), set()
+    model._name, model._in_flight, model._warned, model._streams = "fid", set(), set(), False
+    model._early_stops = module.EarlyStops()
     accepted: list[Any] = []
     model._encoding = types.SimpleNamespace(submit=lambda run, writer: accepted.append(writer))
     model._metrics = types.SimpleNamespace(refused=lambda: None)
@@ -139,8 +140,15 @@ def test_a_stream_that_lost_a_part_ends_with_an_error(load):
     response = load("response")
     prompt = types.SimpleNamespace(incomplete_byte_tokens=set(), text=lambda tokens: "".join(map(str, tokens)))
     request, finished = Request({}, "a"), []
+    ended: list[Any] = []
     writer = response.StreamWriter(
-        response.Caller(request, request.sender), None, prompt, {"answer"}, lambda run, *arguments: run(*arguments), finished.append
+        response.Caller(request, request.sender),
+        None,
+        prompt,
+        {"answer"},
+        lambda run, *arguments: run(*arguments),
+        finished.append,
+        end_later=ended.append,
     )
     sent, send = [], request.sender.send
 
@@ -155,7 +163,8 @@ def test_a_stream_that_lost_a_part_ends_with_an_error(load):
         writer.on_token(token, -0.5)
     writer.finish(None)
     parts, (last, flags) = request.sender.responses[:-1], request.sender.responses[-1]
-    assert len(parts) == 1 and last.error().message() == "no room in shared memory" and flags == 1
+    assert len(parts) == 1 and last.error().message() == "no room in shared memory" and flags == 0
+    assert ended == [writer.caller]
     assert writer.outcome == "failed" and finished == [writer]
 
 
@@ -218,7 +227,8 @@ def test_passage_scores_are_shares_of_the_attention(load):
 def test_a_timeout_counts_from_the_protocol_or_from_the_parameters(load, protocol_us, parameter_us):
     response = load("response")
     request = Request({}, timeout_us=protocol_us)
-    caller = response.Caller(request, request.sender, parameter_us)
+    caller = response.Caller(request, request.sender)
+    caller.limit(parameter_us)
     wait_for(lambda: caller.cancel_reason() is not None)
     assert str(caller.cancel_reason()).startswith("the request's timeout of 0.001 ms passed")
 

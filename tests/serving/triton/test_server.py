@@ -20,8 +20,8 @@ import tritonclient.grpc as grpcclient
 from tokenizers import Tokenizer
 from tritonclient.utils import InferenceServerException
 
-from clients.reader_client import ReaderClient, ReaderError
 from export.repository import repository_from_engines
+from fido_client.reader_client import ReaderClient, ReaderError
 from serving.contract.limits import Limits
 from serving.contract.manifest import Manifest
 from serving.launcher.installation import ServerError
