@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", choices=kinds(), default=everything, help=f"any of: {', '.join(kinds())}")
     parser.add_argument("--minutes", type=float, default=30.0, help="stop after so long, whatever is left (default 30)")
     parser.add_argument("--loops", type=int, default=LOOPS_PER_CORE, help=f"busy loops on each core (default {LOOPS_PER_CORE})")
-    parser.add_argument("--repository", type=Path, default=PROJECT / "model_repository")
+    parser.add_argument("--repository", type=Path, default=PROJECT / "build" / "demo" / "model_repository")
     parser.add_argument("--words", action="store_true", help="the repository holds the tests' tiny readers, who know w0, w1, ...")
     arguments = parser.parse_args(argv)
     started = time.monotonic()
