@@ -137,8 +137,8 @@ report: $(DEV) ## HTML page, Markdown summary and summary.json of every run in p
 BASE := build/base
 BASE_SLOTS := --slots 48
 BASE_LIMITS := $(BASE_SLOTS) --encoder-batch 120
-# Two processes of each model, so that their Python code runs in parallel. CUDA's multi-process service lets their kernels overlap too.
-BASE_SERVED := $(BASE_LIMITS) --encoder-instances 2 --reader-instances 2 --encode-threads 16
+# Several processes of each model, so that their Python code runs in parallel. CUDA's multi-process service lets their kernels overlap too.
+BASE_SERVED := $(BASE_LIMITS) --encoder-instances 2 --reader-instances 3 --encode-threads 16
 $(BASE)/%/manifest.json: $(DEV) $(EXPORT_CODE)
 	$(PY) -m export preset base $(BASE)/$*.graphs --gpu $(if $(filter fido,$*),--fido) --tokenizer "$$FID/tokenizer.json"
 	$(PY) -m export engine $(BASE)/$*.graphs $(@D) $(BASE_LIMITS)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fido_client.reader_client import ReaderClient, ReaderError
+from clients.reader_client import ReaderClient, ReaderError
 from serving.contract.limits import Limits
 
 from .asking import Asker, Outcome, ask_http

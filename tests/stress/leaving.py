@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2_grpc
 
-from fido_client.reader_client import AsyncReaderClient, ReaderClient, ReaderError, ReaderTimeout
+from clients.reader_client import AsyncReaderClient, ReaderClient, ReaderError, ReaderTimeout
 from serving.launcher.server import LOOPBACK
 
 from .asking import CHANNEL

@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from clients.examples import read_examples
-from fido_client.request import ReaderRequest, infer_message_from_tensors, tensors_from_request
+from clients.request import ReaderRequest, infer_message_from_tensors, tensors_from_request
 from serving.contract.limits import Limits
 
 READERS = ("fid", "fido")
