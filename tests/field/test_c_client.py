@@ -117,9 +117,9 @@ class TestC7:
 @pytest.mark.slow
 def test_c11_clients_that_leave_in_mid_answer_cost_nobody_else_an_answer():
     """A short storm; `make storm` is the long one, in all kinds."""
-    command = [sys.executable, "-m", "tests.stress.storm", "--left", "200", "--loops", "1", "--seed", "3"]
+    command = [sys.executable, "-m", "tests.stress.storm", "--left", "100", "--loops", "1", "--seed", "3"]
     kinds = ["--kinds", "grpc-first", "client-close"]
     done = subprocess.run([*command, *kinds], cwd=CLIENTS.parent, capture_output=True, text=True, timeout=500, check=False)
     last = (done.stdout.strip().splitlines() or [""])[-1]
     left = re.fullmatch(r"storm: (\d+) left, 0 server deaths, 0 lost, 0 slots still held", last)
-    assert left and int(left[1]) >= 200, done.stdout + done.stderr
+    assert left and int(left[1]) >= 100, done.stdout + done.stderr
