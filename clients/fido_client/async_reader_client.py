@@ -37,8 +37,8 @@ AsyncFailure = Callable[[Exception, str, float], Awaitable[ReaderError]]
 class AsyncAnswerStream(AsyncIterator[StreamPiece]):
     """A streamed answer: an asynchronous iterator over its pieces, and after the end, `answer`.
 
-    Closing it, or leaving its `async with` block, before the end stops the answer on the server. As in AnswerStream, the stream is then
-    read to its end in the background.
+    Closing it, leaving its `async with` block, or dropping it before the end stops the answer on the server. As in AnswerStream, the
+    stream is then read to its end in the background.
     """
 
     def __init__(self, call: AsyncStreamCall, failure: AsyncFailure, model: str, *, deadline_s: float, start_s: float) -> None:
@@ -50,6 +50,11 @@ class AsyncAnswerStream(AsyncIterator[StreamPiece]):
         self._assembler = StreamAssembler(model)
         self._answer: StreamedAnswer | None = None
         self._ended = False
+        self._loop = asyncio.get_running_loop()
+
+    def __del__(self) -> None:
+        if self._loop.is_running():
+            self._loop.call_soon_threadsafe(self._call.leave)
 
     async def __anext__(self) -> StreamPiece:
         """The next piece.

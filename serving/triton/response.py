@@ -173,10 +173,16 @@ class ResponseWriter:
 
     def _finish(self, error: Exception | None) -> None:
         self.times.ended = time.monotonic()
+        totals: dict[str, np.ndarray] = {}
+        if error is None:
+            try:
+                totals = self._totals()
+            except Exception as failure:  # a detokenizer's, for one: the client must have an end
+                error = failure
         self.outcome = _outcome(error)
         try:
             if error is None:
-                self._send_totals(self._totals())
+                self._send_totals(totals)
             else:
                 self.error = str(error)
                 self._send_error(error)

@@ -1,6 +1,7 @@
 """Answers in pieces: over real gRPC, of both clients."""
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from tritonclient.grpc import service_pb2
 
 from fido_client.reader_client import AsyncReaderClient, ReaderClient, ReaderError, ReaderTimeout, ReaderUnavailable, RequestRefused
 from tests.clients.conftest import SyncFace
@@ -302,3 +304,35 @@ def test_streams_left_early_leave_no_threads_behind(server: ScriptedServer) -> N
 
 def _client_threads() -> int:
     return sum(not thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
+
+
+def test_a_stream_that_the_collector_frees_while_another_opens_blocks_nothing(server):
+    client = ReaderClient(server.url)
+    channel, message = client._streams, service_pb2.ModelInferRequest(model_name="fido_stream")
+    dropped = channel.open(message, 60.0, time.perf_counter())
+
+    class Calls(type(channel._calls)):  # the collector may run at any allocation inside `open`
+        def add(self, item: Any) -> None:
+            dropped.leave()
+            super().add(item)
+
+    channel._calls.__class__ = Calls
+    opened = threading.Thread(target=channel.open, args=(message, 60.0, time.perf_counter()), daemon=True)
+    opened.start()
+    opened.join(10)
+    assert not opened.is_alive()
+    client.close()
+
+
+def test_an_asyncio_stream_that_is_dropped_is_stopped(server):
+    async def drop() -> None:
+        async with AsyncReaderClient(server.url) as client:
+            stream = client.stream("q", ["p"])
+            call, left = stream._call, []
+            call.leave = lambda: left.append(True)  # type: ignore[method-assign]
+            del stream
+            gc.collect()
+            await asyncio.sleep(0.05)
+            assert left
+
+    asyncio.run(drop())

@@ -27,7 +27,7 @@ class StreamChannel:
         self._channel = endpoint.channel(endpoint.credentials())
         self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._calls: weakref.WeakSet[StreamCall] = weakref.WeakSet()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a stream that the collector frees inside `open` is left there, by the same thread
         self._running = 0
         self._closing = False
 

@@ -205,6 +205,20 @@ def test_early_stops_are_forgotten_in_time_and_bounded(load, monkeypatch):
     assert not stops.take("1")
 
 
+def test_a_stream_whose_totals_cannot_be_made_ends_with_an_error(load):
+    sender, ends, finished = Sender(), [], []
+    writer = writer_of(load, sender, ends, finished)
+
+    def flush() -> str:
+        raise ValueError("no text")
+
+    writer._detokenizer = types.SimpleNamespace(add=str, flush=flush)
+    writer.finish(None)
+    ((response, flags),) = sender.responses
+    assert response.error().message() == "no text" and flags == 0
+    assert (ends, finished, writer.outcome) == ([writer.caller], [writer], "failed")
+
+
 @pytest.mark.parametrize(
     ("parameters", "found"), [('{"id": "abc"}', "abc"), ('{"id": 7}', ""), ('{"other": "\\"id\\""}', ""), ("", ""), ("{}", "")]
 )
