@@ -134,7 +134,7 @@ def test_ask_that_fails_says_why_and_exits_3(server: ScriptedServer, tmp_path: p
         raise Refusal("question: too long")
 
     server.on_infer = refuse
-    assert main(["ask", "--url", server.url, "--question", "q", "--passages", _passages(tmp_path, "p", "x"), "--json"]) == 3
+    assert main(["ask", "--url", server.url, "--question", "q", "--passages", _passages(tmp_path, "p", "x"), "--json"]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "error: fido at" in captured.err and "question: too long" in captured.err
@@ -156,7 +156,7 @@ def test_ask_that_fails_says_why_and_exits_3(server: ScriptedServer, tmp_path: p
 def test_ask_with_a_bad_passage_file_exits_2(
     server: ScriptedServer, tmp_path: pathlib.Path, capsys: Any, name: str, content: str, message: str
 ) -> None:
-    assert main(["ask", "--url", server.url, "--question", "q", "--passages", _passages(tmp_path, name, content)]) == 2
+    assert main(["ask", "--url", server.url, "--question", "q", "--passages", _passages(tmp_path, name, content)]) == 1
     assert server.received == []
     error = capsys.readouterr().err
     assert re.search(message, error), error
@@ -164,11 +164,11 @@ def test_ask_with_a_bad_passage_file_exits_2(
 
 def test_ask_with_wrong_settings_exits_2(tmp_path: pathlib.Path, capsys: Any) -> None:
     passages = _passages(tmp_path, "p", "x")
-    assert main(["ask", "--question", "q", "--passages", str(tmp_path / "none.txt")]) == 2
+    assert main(["ask", "--question", "q", "--passages", str(tmp_path / "none.txt")]) == 1
     assert "none.txt: No such file" in capsys.readouterr().err
-    assert main(["ask", "--question", "q", "--passages", passages, "--url", "http://x:8000"]) == 2
+    assert main(["ask", "--question", "q", "--passages", passages, "--url", "http://x:8000"]) == 1
     assert "url: wanted host:port" in capsys.readouterr().err
-    assert main(["ask", "--question", "q", "--passages", passages, "--ssl", "--root-certificates", "none.pem"]) == 2
+    assert main(["ask", "--question", "q", "--passages", passages, "--ssl", "--root-certificates", "none.pem"]) == 1
     assert "none.pem: No such file" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["ask", "--question", "q", "--passages", passages, "--max-new-tokens", "0"])
@@ -239,7 +239,7 @@ def test_evaluate_where_all_fail_exits_3_without_scores_or_times(server: Scripte
         raise Refusal("out of slots", grpc.StatusCode.INTERNAL)
 
     server.on_infer = refuse
-    assert main(["evaluate", str(data), "--url", server.url, "--json"]) == 3
+    assert main(["evaluate", str(data), "--url", server.url, "--json"]) == 1
     captured = capsys.readouterr()
     printed = json.loads(captured.out.splitlines()[-1])
     unknown = dict.fromkeys(["em", "f1", "questions_per_s", "p50_ms", "p99_ms"])
@@ -291,7 +291,7 @@ def test_data_without_answers_have_no_exact_match(server: ScriptedServer, tmp_pa
     assert "unknown: the data have no answers" in out
 
 
-def test_evaluate_with_bad_data_or_output_exits_2_before_sending(
+def test_evaluate_with_bad_data_or_output_exits_1_before_sending(
     server: ScriptedServer, data: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
 ) -> None:
     broken, empty = tmp_path / "broken.jsonl", tmp_path / "empty.jsonl"
@@ -304,7 +304,7 @@ def test_evaluate_with_bad_data_or_output_exits_2_before_sending(
         ([str(data), "--predictions", str(tmp_path / "no" / "out.jsonl")], "out.jsonl.partial: No such file"),
         ([str(data), "--timeout-s", "0"], "timeout_s: wanted seconds above 0"),
     ]:
-        assert main(["evaluate", "--url", server.url, *arguments]) == 2
+        assert main(["evaluate", "--url", server.url, *arguments]) == 1
         assert message in capsys.readouterr().err
     assert server.received == []
 

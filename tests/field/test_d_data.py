@@ -124,6 +124,6 @@ class TestD3:
         data.write_text((json.dumps(EXAMPLE) + "\n") * 3)
         server.on_infer = lambda received, context: {"answer": "no totals"}
         done = client("evaluate", str(data), "--url", server.url, "--json")
-        assert done.returncode == 3
+        assert done.returncode == 1
         assert "exact match  unknown: no question was answered" in done.stdout
         assert json.loads(done.stdout.splitlines()[-1])["em"] is None

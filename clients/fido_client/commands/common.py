@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from ..data.json_values import DataFileError
 from ..reader_client import ReaderClient
 
-EXIT_OK, EXIT_SOME_FAILED, EXIT_USAGE, EXIT_ALL_FAILED, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 0, 1, 2, 3, 130, 141
+EXIT_OK, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 0, 130, 141
+EXIT_SOME_FAILED = EXIT_USAGE = EXIT_ALL_FAILED = 1  # as every command of this project; argparse itself ends with 2
 
 
 class UsageError(Exception):

@@ -1,8 +1,8 @@
 """The command fido-client: `ask` asks one question, `evaluate` compares readers on a data set.
 
-Exit codes: 0 every request was answered, 1 a request failed, 2 the command line or a file is wrong (no question was sent), 3 every request
-failed or the server is not available, 130 interrupted, 141 the reader of standard output went away. Answers and results go to standard
-output, progress and errors to standard error. With --json the last line of standard output is JSON.
+Exit codes: 0 every request was answered, 1 a request failed, a file is wrong or the server is not available, 2 an unknown option, 130
+interrupted, 141 the reader of standard output went away. Answers and results go to standard output, progress and errors to standard error.
+With --json the last line of standard output is JSON.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fido-client",
         description="Ask a served FiD or FiDO reader.",
-        epilog="Exit codes: 0 all answered, 1 a request failed, 2 wrong command line or file, 3 every request failed, 130 interrupted.",
+        epilog="Exit codes: 0 all answered, 1 a request or a file failed, or no server, 2 unknown option, 130 interrupted.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
