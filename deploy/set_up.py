@@ -36,13 +36,14 @@ SETS = {
     "dev": (["requirements-dev.txt"], ["serve", "export", "evaluate"], 2500),
 }
 SERVER = "requirements-triton.txt"
+VENV_ADVICE = "on Debian and Ubuntu, install python3-venv"
 # PyTorch's own index of CPU builds, a twentieth as large as the build for CUDA; PyPI where it cannot be reached. Empty: PyPI at once.
 TORCH_CPU_INDEX = os.environ.get("TORCH_CPU_INDEX", "https://download.pytorch.org/whl/cpu")
 # Libraries that tritonserver preloads: they bound its memory, and keep cancelled streams from stopping it.
 PRELOADED = ("heap_trim", "stream_locks")
-SIZE = re.compile(r"^\s*Downloading (\S+?)-\d\S* \(([\d.]+) ([kMG])B\)")
+SIZE = re.compile(r"^\s*(?:Downloading|(Using cached)) (\S+?)-\d(\S*) \(([\d.]+) ([kMG]?)B\)", re.I)
 LOCAL = re.compile(r"^Processing (\S+\.whl)")
-MEGABYTES = {"k": 1e-3, "M": 1.0, "G": 1e3}
+MEGABYTES = {"": 1e-6, "k": 1e-3, "M": 1.0, "G": 1e3}
 
 
 def main() -> int:
@@ -52,18 +53,36 @@ def main() -> int:
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="default: .venv")
     arguments = parser.parse_args()
     needed = SETS[arguments.set][1]
-    todo = [name for name in (*needed, arguments.set) if not _is_done(arguments.venv, name)]
     python = arguments.venv / "bin" / "python"
+    version = version_of(str(python))
+    if version and not PYTHONS[0] <= version <= PYTHONS[1]:
+        stop(
+            f"{arguments.venv}: wanted Python {_dotted(PYTHONS[0])} to {_dotted(PYTHONS[1])}, got {_dotted(version)}; "
+            "remove the folder, or pass VENV=path for another one"
+        )
+    todo = [name for name in (*needed, arguments.set) if not version or not _is_done(arguments.venv, name)]
     own_server = bool(os.environ.get("TRITONSERVER"))
     check_platform(own_server=own_server)
     check_disk(arguments.venv, sum(SETS[name][2] for name in todo))
-    if not python.exists():
-        found = find_python()
-        print(f"set-up: {arguments.venv} with {found}", flush=True)
-        run([found, "-m", "venv", str(arguments.venv)], "on Debian and Ubuntu, install python3-venv")
+    if todo:
+        make_environment(arguments.venv, find_python() if version is None else str(python))
     for name in todo:
         install(name, python, arguments.venv, own_server=own_server)
     return 0
+
+
+def make_environment(venv: Path, interpreter: str) -> None:
+    """Make the environment, or give pip to one that lacks it: one that was stopped half-way, or that uv made."""
+    python = venv / "bin" / "python"
+    if interpreter == str(python):
+        if subprocess.run([interpreter, "-m", "pip", "--version"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
+            print(f"set-up: {venv} has no pip; adding it", flush=True)
+            run([interpreter, "-m", "ensurepip"], f"{VENV_ADVICE}, and remove {venv}")
+        return
+    print(f"set-up: {venv} with {interpreter}", flush=True)
+    # An environment whose Python is gone keeps links to it, which venv follows unless told to begin anew.
+    begin_anew = ["--clear"] if (venv / "pyvenv.cfg").is_file() else []
+    run([interpreter, "-m", "venv", *begin_anew, str(venv)], VENV_ADVICE)
 
 
 def install(name: str, python: Path, venv: Path, *, own_server: bool) -> None:
@@ -105,17 +124,18 @@ def pip(python: Path, arguments: Sequence[str], *, may_fail: bool = False) -> tu
             if size is not None:
                 packages += 1
                 megabytes += size[1]
-                print(f"  {size[0]:32} {size[1]:8.1f} MB", flush=True)
+                print(f"  {size[0]:32} {size[1]:8.1f} MB" if size[1] else f"  {size[0]:32}   cached", flush=True)
     if process.returncode and not may_fail:
         stop("".join(lines[-15:]) + "set-up: pip failed; the lines above say why")
     return (0.0, 0) if process.returncode else (megabytes, packages)
 
 
 def _size_of(line: str) -> tuple[str, float] | None:
-    """Package and megabytes of a line that pip prints for a download."""
+    """Package and downloaded megabytes of a line that pip prints for a wheel; none are downloaded of one in pip's cache."""
     found = SIZE.match(line)
-    if found:
-        return found.group(1), float(found.group(2)) * MEGABYTES[found.group(3)]
+    if found and not found.group(3).endswith(".metadata"):
+        cached, name, _, number, unit = found.groups()
+        return name, 0.0 if cached else float(number) * MEGABYTES[unit]
     local = LOCAL.match(line)
     if local and os.path.isfile(local.group(1)):
         return os.path.basename(local.group(1)).split("-")[0], os.path.getsize(local.group(1)) / 1e6
@@ -130,21 +150,24 @@ def find_python() -> str:
         path = name and shutil.which(name)
         if not path:
             continue
-        says_version = [path, "-c", "import sys; print(*sys.version_info[:2])"]
-        asked = subprocess.run(
-            says_version,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        version = tuple(int(part) for part in asked.stdout.split() if part.isdigit())
-        if asked.returncode == 0 and PYTHONS[0] <= version <= PYTHONS[1]:
+        version = version_of(path)
+        if version and PYTHONS[0] <= version <= PYTHONS[1]:
             return path
-        seen.append(f"{path} {'.'.join(map(str, version)) or '(does not start)'}")
+        seen.append(f"{path} {_dotted(version) if version else '(does not start)'}")
     stop(
         f"Python: wanted {_dotted(PYTHONS[0])} to {_dotted(PYTHONS[1])}, got {', '.join(dict.fromkeys(seen)) or 'none'}; "
         "install one of them (for example `uv python install 3.12`) and pass PYTHON=path"
     )
+
+
+def version_of(python: str) -> tuple[int, ...] | None:
+    """Major and minor version of an interpreter, or None if it does not start."""
+    command = [python, "-c", "import sys; print(*sys.version_info[:2])"]
+    try:
+        asked = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        return None
+    return tuple(int(part) for part in asked.stdout.split() if part.isdigit()) if asked.returncode == 0 else None
 
 
 def check_platform(*, own_server: bool) -> None:

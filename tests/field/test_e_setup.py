@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 from export.build import build_reader
 from export.errors import CheckpointError, UsageError
 from export.graphs import templates
+from serving.__main__ import READY
 from serving.contract.limits import Limits
+from serving.launcher.endpoints import free_ports
 from serving.launcher.environment import missing_guards
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +50,42 @@ def test_e1_without_a_fitting_python_one_line_says_what_was_found(tmp_path, monk
     ) as stopped:
         set_up.find_python()
     assert "\n" not in str(stopped.value)
+
+
+def test_e1_an_environment_of_a_python_without_wheels_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    pythons(tmp_path / "venv" / "bin", python="3 13")
+    monkeypatch.setattr(sys, "argv", ["set_up.py", "serve", "--venv", str(tmp_path / "venv")])
+    with pytest.raises(SystemExit, match=r"^error: \S+/venv: wanted Python 3\.10 to 3\.12, got 3\.13; remove the folder, or pass VENV="):
+        set_up.main()
+
+
+@pytest.mark.parametrize("damage", ["no pip", "its Python is gone"])
+def test_e1_an_environment_that_is_half_made_is_mended(tmp_path, monkeypatch, damage):
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", *(["--without-pip"] if damage == "no pip" else []), str(venv)], check=True)
+    set_up.stamp_of(venv, "serve").write_text("{}")
+    if damage == "its Python is gone":
+        for path in venv.glob("bin/python*"):
+            path.unlink()
+            path.symlink_to(tmp_path / "removed")
+    interpreter = str(venv / "bin" / "python") if set_up.version_of(str(venv / "bin" / "python")) else set_up.find_python()
+    set_up.make_environment(venv, interpreter)
+    subprocess.run([venv / "bin" / "python", "-m", "pip", "--version"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "size"),
+    [
+        ("Downloading numpy-1.26.4-cp311-cp311-manylinux_2_17_x86_64.whl (18.3 MB)", ("numpy", 18.3)),
+        ("  Downloading tqdm-4.67.1-py3-none-any.whl (78 kB)", ("tqdm", 0.078)),
+        ("Using cached numpy-1.26.4-cp311-cp311-manylinux_2_17_x86_64.whl (18.3 MB)", ("numpy", 0.0)),
+        ("  Downloading numpy-1.26.4-cp311-cp311-manylinux_2_17_x86_64.whl.metadata (61 kB)", None),
+        ("Collecting numpy==1.26.4", None),
+    ],
+)
+def test_e4_what_pip_prints_is_counted(line, size):
+    assert set_up._size_of(line) == size
 
 
 @pytest.mark.parametrize(("libc", "named"), [(("glibc", "2.31"), r"glibc 2\.31"), (("", ""), "another C library")])
@@ -97,7 +136,7 @@ def test_e3_without_torch_what_no_template_holds_is_refused(tmp_path, monkeypatc
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> tuple[Path, str]:
-    """`make demo` in a copy of the tree without anything installed."""
+    """`make demo` in a copy of the tree without anything installed, and with nothing in pip's cache."""
     copy = tmp_path_factory.mktemp("clone")
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     for file in filter(None, files):
@@ -105,6 +144,7 @@ def demo(tmp_path_factory) -> tuple[Path, str]:
             (copy / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / file, copy / file)
     env = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH", "MAKEFLAGS", "MAKELEVEL")}
+    env["PIP_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
     env["PATH"] = os.pathsep.join(folder for folder in env["PATH"].split(os.pathsep) if folder != str(Path(sys.prefix, "bin")))
     done = subprocess.run(["make", "demo", f"PYTHON={sys.executable}"], cwd=copy, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -148,3 +188,22 @@ def test_e6_guards_that_are_missing_are_named_with_their_risk(tmp_path, monkeypa
         "without heap_trim: its memory may grow for hours",
         "without stream_locks: a cancelled gRPC stream may stop all streams, until the next restart",
     ]
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_e6_ready_warns_of_missing_guards(demo):
+    copy, _ = demo
+    for library in copy.glob(".venv/lib/lib*.so"):
+        library.unlink()
+    ports = [f"--{kind}-port={port}" for kind, port in zip(("http", "grpc", "metrics"), free_ports(3), strict=True)]
+    command = [copy / ".venv/bin/python", "-m", "serving", "--repository", "build/demo/model_repository", "--readers", "fido", *ports]
+    with subprocess.Popen(command, cwd=copy, stdout=subprocess.PIPE, text=True) as serving:
+        assert serving.stdout
+        printed = []
+        while not printed or (printed[-1] and printed[-1] != f"{READY}\n"):
+            printed.append(serving.stdout.readline())
+        serving.send_signal(signal.SIGINT)
+        serving.communicate()
+    assert [line.split(":")[0] for line in printed[-3:-1]] == ["warning    without heap_trim", "warning    without stream_locks"]
+    assert printed[-1] == f"{READY}\n" and serving.returncode == 0
