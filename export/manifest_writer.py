@@ -115,6 +115,7 @@ def describe_reader(
     encoder: StackSizes | None = None,
     decoder: StackSizes | None = None,
     encoder_library: EncoderLibrary | None = None,
+    cross_kv_precision: str = "float16",
     notes: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """The manifest of exported graphs. Every file in `directory` belongs to it.
@@ -129,6 +130,7 @@ def describe_reader(
         encoder: sizes of the encoder where it is split into GEMMs.
         decoder: sizes of the decoder where it is split into GEMMs.
         encoder_library: the encoder's GEMMs where they are library kernels.
+        cross_kv_precision: of cross-attention's cache on a GPU.
         notes: more provenance.
     """
     config = checkpoint.reader.config
@@ -155,6 +157,7 @@ def describe_reader(
         encoder=encoder,
         decoder=decoder,
         encoder_library=encoder_library,
+        cross_kv_precision=cross_kv_precision,
     )
 
 

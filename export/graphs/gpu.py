@@ -18,11 +18,11 @@ from onnx import helper
 from export.checkpoint.config import ReaderConfig
 from export.checkpoint.files import Checkpoint
 from export.errors import ExportError
-from export.library.encoder import sample_passages, write_encoder_library
+from export.library.encoder import cross_kv_scales, sample_passages, write_encoder_library
 from export.library.options import LibraryOptions
 from export.manifest_writer import atomic_directory, describe_reader, engine_sizes, write_manifest
-from serving.contract.gemms import gemm_tensors, packed_cross_kv_tensors
-from serving.contract.manifest import TOKENIZER_FILE, Manifest
+from serving.contract.gemms import CROSS_KV_SCALES, array_file, gemm_tensors, packed_cross_kv_tensors
+from serving.contract.manifest import FLOAT8, TOKENIZER_FILE, Manifest
 from serving.contract.tensors import GraphTensors, encoder_tensors
 
 from .cpu import EncoderGraph
@@ -102,13 +102,18 @@ def export_gpu_reader(
             write("encoder", graph, encoder_tensors(sizes, "float16"))
         write("cross_kv", PackedCrossKVGraph(reader), packed_cross_kv_tensors(sizes))
         stacks: list[EncoderGemms | DecoderGemms] = [decoder] if encoder is None else [encoder, decoder]
-        kernels = None
+        kernels, cross_kv_precision = None, "float16"
         if library is not None and encoder is not None:
             stage("library kernels of the encoder")
             started = time.perf_counter()
             passages = sample_passages(checkpoint, library)
             kernels = write_encoder_library(encoder.graph, encoder.stack, reader.config.passage_length, tmp_dir, library, passages)
             seconds["encoder_library"] = round(time.perf_counter() - started, 2)
+            if library.precision == FLOAT8 and sizes.num_kv_heads == sizes.num_heads:  # shared keys are few bytes: they stay as they are
+                stage("scales of keys and values")
+                found = cross_kv_scales(encoder.graph, PackedCrossKVGraph(reader), sizes.num_kv_heads, passages)
+                np.save(tmp_dir / array_file("decoder", CROSS_KV_SCALES), found, allow_pickle=False)
+                cross_kv_precision = FLOAT8
         stage("weights and GEMMs")
         for stack in stacks:
             for gemm, weight in () if kernels and stack is encoder else stack.gemms():
@@ -129,6 +134,7 @@ def export_gpu_reader(
             encoder=encoder.stack if encoder else None,
             decoder=decoder.stack,
             encoder_library=kernels,
+            cross_kv_precision=cross_kv_precision,
             notes={"scales": {name: dataclasses.asdict(scale) for name, scale in scales.items()}},
         )
         return write_manifest(manifest, tmp_dir)

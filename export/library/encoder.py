@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from export.checkpoint.files import Checkpoint
 from export.errors import CompileError
 from export.graphs.cpu import EncoderGraph, EncoderGraphLayer
+from export.graphs.gemms import PackedCrossKVGraph
 from export.manifest_writer import PROMPT_TEMPLATE
 from serving.contract.gemms import StackSizes
 from serving.contract.library_kernels import (
@@ -50,6 +51,27 @@ from .tilings import usual_tilings
 # Of e4m3 that other inputs than the sample may need: its precision is the same everywhere but near zero, so that room costs nothing.
 FP8_HEADROOM = 4.0
 SAMPLE_PASSAGES = 64
+
+
+@torch.no_grad()
+def cross_kv_scales(graph: EncoderGraph, cross_kv: PackedCrossKVGraph, num_kv_heads: int, passages: Sequence[Tensor]) -> np.ndarray:
+    """What the decoder's keys and values are divided by before they are rounded to e4m3.
+
+    Args:
+        graph: the encoder in fp32.
+        cross_kv: the projections behind it, in fp32.
+        num_kv_heads: of the decoder.
+        passages: int64[tokens] each.
+
+    Returns:
+        float32[layers with cross-attention, 2, num_kv_heads], of keys and of values.
+    """
+    largest = torch.full((len(cross_kv.projections), 2, num_kv_heads), torch.finfo(torch.float16).tiny)
+    for ids in passages:
+        (hidden,) = graph(ids[None], torch.ones_like(ids[None]))
+        for of_layer, made in zip(largest, cross_kv(hidden), strict=True):
+            of_layer.copy_(torch.maximum(of_layer, made.reshape(len(ids), 2, num_kv_heads, -1).abs().amax((0, 3))))
+    return (largest * FP8_HEADROOM / FP8_LARGEST).numpy()
 
 
 @torch.no_grad()

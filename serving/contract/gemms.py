@@ -32,6 +32,9 @@ MAX_SPLITS, MAX_BLOCKS, MIN_K_PER_SPLIT, BLOCK_COLUMNS = 4, 132, 192, 32
 SPLIT_K_KINDS = ("qkv", "o", "cross_o", "wo")  # the kernels after these can add splits
 
 
+CROSS_KV_SCALES = "cross_kv_scales"  # float32[layers with cross-attention, 2, num_kv_heads] of FP8 keys and values
+
+
 def array_file(stack: StackName, array: str) -> str:
     """File name of an array."""
     return f"{stack}_{array}.npy"

@@ -43,14 +43,24 @@ class KVBudget:
         return f"{self.slots} slots, at most {self.bytes_per_question:,} bytes of keys and values a question, {total:,} in all"
 
 
-def plan(sizes: EngineSizes, limits: Limits, passage_length: int, bytes_per_element: int) -> KVBudget:
+def plan(
+    sizes: EngineSizes, limits: Limits, passage_length: int, bytes_per_element: int, cross_bytes_per_element: int | None = None
+) -> KVBudget:
     """Choose the number of slots: as many as the limits ask for and `kv_cache_bytes` allows.
+
+    Args:
+        sizes: of the reader.
+        limits: of a question, and of memory.
+        passage_length: tokens of a passage at most.
+        bytes_per_element: of a cached number.
+        cross_bytes_per_element: of one that cross-attention reads; None for the same.
 
     Raises:
         LimitsError: if `kv_cache_bytes` does not allow even one slot.
     """
     encoded, generated = cache_capacities(limits, passage_length)
-    needed = encoded * sizes.cross_kv_bytes_per_token(bytes_per_element) + generated * sizes.self_kv_bytes_per_token(bytes_per_element)
+    of_cross = encoded * sizes.cross_kv_bytes_per_token(cross_bytes_per_element or bytes_per_element)
+    needed = of_cross + generated * sizes.self_kv_bytes_per_token(bytes_per_element)
     if not limits.kv_cache_bytes:
         return KVBudget(limits.slots, needed)
     if limits.kv_cache_bytes < needed:
@@ -80,7 +90,9 @@ class GpuMemory:
         return f"{self.total / 1e6:,.0f} MB of GPU memory ({purposes})"
 
 
-def decoder_memory(sizes: EngineSizes, slots: int, capacities: tuple[int, int], weights: int, scratch: int) -> GpuMemory:
+def decoder_memory(
+    sizes: EngineSizes, slots: int, capacities: tuple[int, int], weights: int, scratch: int, cross_bytes: int = FP16_BYTES
+) -> GpuMemory:
     """Device memory of a decoder.
 
     Args:
@@ -89,11 +101,12 @@ def decoder_memory(sizes: EngineSizes, slots: int, capacities: tuple[int, int], 
         capacities: of `cache_capacities`.
         weights: bytes of weights and engines.
         scratch: bytes of activations.
+        cross_bytes: bytes of a number that cross-attention reads.
     """
     encoded, generated = capacities
     return GpuMemory(
         weights,
         scratch,
-        slots * encoded * sizes.cross_kv_bytes_per_token(FP16_BYTES),
+        slots * encoded * sizes.cross_kv_bytes_per_token(cross_bytes),
         slots * generated * sizes.self_kv_bytes_per_token(FP16_BYTES),
     )

@@ -22,6 +22,7 @@ from .tensors import EngineSizes
 FORMAT = 4  # raised whenever serving code of an earlier format would misunderstand a manifest
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
+FLOAT8 = "float8"  # e4m3
 ENGINE_NAMES = ("encoder", "cross_kv", "decoder_step")
 SUFFIXES = {"onnxruntime": ".onnx", "onnxruntime-gpu": ".onnx", "tensorrt": ".plan"}  # of engine files, by backend
 REBUILD = "`make export ENGINE=tensorrt` builds it again"
@@ -139,6 +140,7 @@ class Manifest:
         encoder, decoder: sizes of a stack that consists of GEMMs (gemms.py); None if the stack is one graph.
         build: how compiled engines were built; None if they were not compiled.
         encoder_library: the encoder's GEMMs as library kernels, in place of engines; they run only on GPUs of their architecture.
+        cross_kv_precision: of cross-attention's keys and values on a GPU: "float16", or "float8" (e4m3, with scales in a file).
     """
 
     reader: str
@@ -156,6 +158,7 @@ class Manifest:
     decoder: StackSizes | None = None
     build: EngineBuild | None = None
     encoder_library: EncoderLibrary | None = None
+    cross_kv_precision: str = "float16"
 
     @property
     def on_gpu(self) -> bool:

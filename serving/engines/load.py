@@ -12,7 +12,7 @@ from typing import Any
 
 from serving.contract.kv_memory import KVBudget, cache_capacities, plan
 from serving.contract.limits import Limits
-from serving.contract.manifest import EngineError, Manifest, ManifestError
+from serving.contract.manifest import FLOAT8, EngineError, Manifest, ManifestError
 from serving.contract.profiles import require_covered
 from serving.contract.tensors import GraphTensors
 
@@ -20,7 +20,7 @@ from .base import Decoder, Encoder, Packer
 from .cpu import OnnxDecoder, OnnxEncoder
 from .packing import HostPacker
 
-BYTES_PER_ELEMENT = {"onnxruntime": 4, "onnxruntime-gpu": 2, "tensorrt": 2}  # of a cached key or value
+BYTES_PER_ELEMENT = {"onnxruntime": 4, "onnxruntime-gpu": 2, "tensorrt": 2}  # of a cached key or value, unless it is in FP8
 
 
 def kv_budget(manifest: Manifest, limits: Limits) -> KVBudget:
@@ -30,7 +30,7 @@ def kv_budget(manifest: Manifest, limits: Limits) -> KVBudget:
         LimitsError: if kv_cache_bytes does not allow one slot.
         ManifestError: if the backend is unknown.
     """
-    return plan(manifest.sizes, limits, manifest.prompt.passage_length, bytes_per_element(manifest))
+    return plan(manifest.sizes, limits, manifest.prompt.passage_length, bytes_per_element(manifest), cross_kv_bytes_per_element(manifest))
 
 
 def bytes_per_element(manifest: Manifest) -> int:
@@ -42,6 +42,15 @@ def bytes_per_element(manifest: Manifest) -> int:
     if manifest.engine not in BYTES_PER_ELEMENT:
         raise ManifestError(f"engine: wanted one of {', '.join(BYTES_PER_ELEMENT)}, got {manifest.engine!r}; `make export` makes it again")
     return BYTES_PER_ELEMENT[manifest.engine]
+
+
+def cross_kv_bytes_per_element(manifest: Manifest) -> int:
+    """Bytes of one number that cross-attention reads.
+
+    Raises:
+        ManifestError: if the backend is unknown.
+    """
+    return 1 if manifest.on_gpu and manifest.cross_kv_precision == FLOAT8 else bytes_per_element(manifest)
 
 
 def load_encoder(directory: Path, manifest: Manifest, limits: Limits, device: int = 0) -> Encoder:

@@ -23,7 +23,7 @@ from serving.contract.limits import Limits
 from serving.contract.manifest import TOKENIZER_FILE, Manifest, ManifestError
 from serving.contract.tensors import READER_TENSORS
 from serving.engines.base import is_fatal
-from serving.engines.load import bytes_per_element, kv_budget, load_decoder, load_packer
+from serving.engines.load import cross_kv_bytes_per_element, kv_budget, load_decoder, load_packer
 from serving.pipeline.prompt import PromptEncoder
 from serving.pipeline.request import LIVENESS_ID, read_request
 from serving.pipeline.scheduler import CancelledError, DecodeSequence, QueueFullError, Scheduler, SchedulerCounts, SchedulerStoppedError
@@ -72,7 +72,7 @@ class ReaderModel:
         _require_same_weights(manifest, Manifest.load(repository / f"{reader}_encoder" / version), reader)
         tokenizer = manifest.read(directory, TOKENIZER_FILE).decode("utf-8")
         self._prompt = PromptEncoder(Tokenizer.from_str(tokenizer), manifest)
-        self._kv_bytes_per_token = manifest.sizes.cross_kv_bytes_per_token(bytes_per_element(manifest))
+        self._kv_bytes_per_token = manifest.sizes.cross_kv_bytes_per_token(cross_kv_bytes_per_element(manifest))
         self._on_gpu = manifest.on_gpu
         decoder = load_decoder(directory, manifest, limits, device)
         packer = load_packer(directory, manifest, device)

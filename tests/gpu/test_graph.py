@@ -70,7 +70,7 @@ def step_case(name: str, kv_heads: int) -> Case:
     places = cp.zeros((ROWS, 1), cp.int32)
 
     def run(source: Any) -> None:
-        at = (source, cache, slots, lengths, positions, None, places)
+        at = (source, cache, None, slots, lengths, positions, None, places)
         kernels.cross_attention(*at, partial, softmax, out)
         kernels.attribution(*at, softmax, 0, weights)
 

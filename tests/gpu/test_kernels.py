@@ -11,6 +11,7 @@ cp = pytest.importorskip("cupy")
 
 from serving.contract.tensors import EngineSizes  # noqa: E402
 from serving.engines.gpu.kernels import HeadKernels, StepKernels  # noqa: E402
+from tests.gpu.numpy_fp8 import narrowed, numbers  # noqa: E402
 from tests.serving.engines.numpy_rows import as_splits  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -58,7 +59,10 @@ def reference(sizes: EngineSizes, query: np.ndarray, rows: np.ndarray, bias: np.
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_cross_attention_and_attribution(sizes: EngineSizes, with_bias: bool) -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_cross_attention_and_attribution(sizes: EngineSizes, fp8: bool, with_bias: bool) -> None:
+    if fp8 and sizes.num_kv_heads < sizes.num_heads:
+        pytest.skip("shared keys stay in half precision")
     rng = np.random.default_rng(0)
     heads, d_kv = sizes.num_heads, sizes.d_kv
     cache = normal(rng, SLOTS, CAPACITY, 2 * sizes.num_kv_heads * d_kv).astype(np.float16)
@@ -67,8 +71,26 @@ def test_cross_attention_and_attribution(sizes: EngineSizes, with_bias: bool) ->
     positions = np.array([0, 0, 7, -1, 0], np.int32)
     bias = normal(rng, MAX_RELATIVE_DISTANCE + 1, heads) if with_bias else None
     encoder_positions = rng.integers(0, 30, (SLOTS, CAPACITY)).astype(np.int32)
-    kernels = StepKernels(sizes)
-    arrays = (query, cache, ROW_SLOTS, LENGTHS, positions, bias, encoder_positions)
+    kernels = StepKernels(sizes, cross_fp8=fp8)
+    scales = None
+    if fp8:  # rounded by the kernel, slot by slot; the reference reads what it wrote
+        of_layers = (rng.random((2, 2, heads)) * 0.02 + 0.005).astype(np.float32)
+        halves = np.stack([np.zeros_like(cache), cache])
+        narrow = cp.full((2, SLOTS, CAPACITY, cache.shape[2]), 0x7F, cp.uint8)
+        for row, slot in enumerate(ROW_SLOTS):
+            source = cp.asarray(halves[:, slot])
+            kernels.quantize_cross_kv(source, cp.asarray(of_layers), int(LENGTHS[row]), narrow, int(slot))
+        scales, factors = of_layers[1], of_layers[1].repeat(d_kv, 1).ravel()
+        written = narrow.get()
+        assert (written[:, 3] == 0x7F).all() and (written[:, 2, 513:] == 0x7F).all() and not (written[0, 4] & 0x7F).any()
+        wanted_bytes = narrowed(cache[4].astype(np.float32) / factors)
+        assert (written[1, 4] != wanted_bytes).mean() < 1e-3  # a tie may fall either way: its reciprocal is rounded
+        assert np.abs(numbers(written[1, 4]) - numbers(wanted_bytes)).max() <= 32  # by one step of the largest numbers
+        cache = numbers(written[1]) * factors
+        on_gpu = narrow[1]
+    else:
+        on_gpu = cp.asarray(cache)
+    arrays = (query, on_gpu, scales, ROW_SLOTS, LENGTHS, positions, bias, encoder_positions)
     inputs: Any = tuple(None if a is None else cp.asarray(a) for a in arrays)
     partial = cp.full((BATCH, heads, kernels.max_splits(CAPACITY), d_kv + 2), cp.nan, cp.float32)
     softmax, out = cp.empty((BATCH, heads, 2), cp.float32), cp.full((BATCH, heads * d_kv), cp.nan, cp.float16)
@@ -148,7 +170,7 @@ def test_split_output_of_cross_attention_equals_the_whole(k_splits: int) -> None
             out = cp.full((rows, 12 * sizes.d_kv), cp.nan, cp.float16)
             out = out if count == 1 else out.reshape(count, rows, -1)
             partial = cp.full((rows, 12, kernels.max_splits(capacity), sizes.d_kv + 2), cp.nan, cp.float32)
-            inputs = (query[:rows], cache, slots[:rows], of_rows[:rows], positions[:rows], None, cp.zeros((batch, 1), cp.int32))
+            inputs = (query[:rows], cache, None, slots[:rows], of_rows[:rows], positions[:rows], None, cp.zeros((batch, 1), cp.int32))
             kernels.cross_attention(*inputs, partial, cp.empty((rows, 12, 2), cp.float32), out)
             found.append(out.get())
     np.testing.assert_array_equal(found[1], as_splits(found[0], k_splits))

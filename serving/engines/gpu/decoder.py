@@ -20,6 +20,7 @@ from serving.contract.call_sizes import batch_buckets, bucket_of
 from serving.contract.gemms import (
     BIAS,
     CROSS_BIAS,
+    CROSS_KV_SCALES,
     EMBEDDING,
     HEAD,
     NORMS,
@@ -28,14 +29,15 @@ from serving.contract.gemms import (
     packed_cross_kv_tensors,
     split_k_of,
 )
-from serving.contract.kv_memory import GpuMemory, decoder_memory
-from serving.contract.manifest import EngineError, Manifest
+from serving.contract.kv_memory import FP16_BYTES, GpuMemory, decoder_memory
+from serving.contract.manifest import FLOAT8, EngineError, Manifest
 
 from .cuda_graph import CudaGraph
 from .engine import LoadEngine, Scratch
 from .kernels import HeadKernels, RowKernels, SkinnyGemm, StepKernels
 from .weights import load_arrays, load_gemms, weight_bytes
 
+FP8_CAPABILITY = 89  # the first whose instructions convert e4m3
 TOKENS, POSITIONS, SLOTS, LENGTHS, PENALTY = range(5)  # rows of the state that each step uploads
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2  # cudaMemcpyKind
 
@@ -55,7 +57,7 @@ class GpuDecoder:
 
     Raises:
         ManifestError: if a file is missing or altered.
-        EngineError: if the decoder is one graph, an engine cannot run here, or the memory does not suffice.
+        EngineError: if the decoder is one graph, an engine or FP8 cannot run here, or the memory does not suffice.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, load: LoadEngine, slots: int, capacities: tuple[int, int]):
@@ -77,10 +79,15 @@ class GpuDecoder:
             self._embedding, self._norms, self._self_bias, self._head = arrays[:4]
             self._cross_bias = arrays[4] if len(arrays) > 4 else None
             weights = weight_bytes(self._gemms) + self._cross_kv.weight_bytes + sum(array.nbytes for array in arrays)
-            self._rows, self._kernels = RowKernels(stack), StepKernels(sizes)
+            self._cross_fp8 = manifest.cross_kv_precision == FLOAT8
+            if self._cross_fp8:
+                _require_fp8(directory, self._device)
+                (self._cross_scales,) = load_arrays(directory, manifest, "decoder", [CROSS_KV_SCALES])
+            self._rows, self._kernels = RowKernels(stack), StepKernels(sizes, cross_fp8=self._cross_fp8)
             self._head_kernels = HeadKernels(sizes.d_model_decoder, sizes.vocab_size, manifest.eos_token_id)
             activations = self._allocate_activations()
-            self.memory = decoder_memory(sizes, slots, capacities, weights, scratch.bytes + activations)
+            cross_bytes = 1 if self._cross_fp8 else FP16_BYTES
+            self.memory = decoder_memory(sizes, slots, capacities, weights, scratch.bytes + activations, cross_bytes)
             _require_free(self.memory, slots, allocated=weights + activations)
             self._allocate_caches()
             self._buckets = batch_buckets(slots)
@@ -104,7 +111,11 @@ class GpuDecoder:
         self._softmax = cp.empty((slots, sizes.num_heads, 2), cp.float32)
         self._attribution = cp.zeros((slots, self._encoded), cp.float32)
         self._argmax_scratch = self._head_kernels.scratch(slots)
+        width = 2 * sizes.num_kv_heads * sizes.d_kv
+        # of one question, before they are rounded to FP8
+        self._half_cross_kv = cp.empty((len(sizes.cross_attention_layers) * self._cross_fp8, self._encoded, width), cp.float16)
         buffers = (
+            self._half_cross_kv,
             self._residual,
             self._normed,
             self._attended,
@@ -121,7 +132,9 @@ class GpuDecoder:
         width = 2 * sizes.num_kv_heads * sizes.d_kv
         # zeros, although kernels never read masked or unwritten tokens: a dump of a cache then shows no stray NaN
         self._self_cache = {i: cp.zeros((slots, self._generated, width), cp.float16) for i in range(sizes.num_decoder_layers)}
-        self._cross_cache = {i: cp.zeros((slots, self._encoded, width), cp.float16) for i in sizes.cross_attention_layers}
+        layers = sizes.cross_attention_layers
+        self._cross_caches = cp.zeros((len(layers), slots, self._encoded, width), cp.uint8 if self._cross_fp8 else cp.float16)
+        self._cross_cache = dict(zip(layers, self._cross_caches, strict=True))
         self._encoder_positions = cp.zeros((slots, self._encoded if self._cross_bias is not None else 1), cp.int32)
         self._state = cp.zeros((5, slots), cp.int32)
         self._host_state = cupyx.zeros_pinned((5, slots), np.int32)
@@ -177,7 +190,8 @@ class GpuDecoder:
                 program.append(functools.partial(kernels.self_attention, y, cache, slots, positions, self._self_bias, x))
             elif gemm.kind == "cross_q":
                 x, cache = _as_splits(attended, next_splits), self._cross_cache[gemm.layer]
-                inputs = (y, cache, slots, lengths, positions, self._cross_bias, self._encoder_positions)
+                scales = self._cross_scales[sizes.cross_attention_layers.index(gemm.layer)] if self._cross_fp8 else None
+                inputs = (y, cache, scales, slots, lengths, positions, self._cross_bias, self._encoder_positions)
                 program.append(functools.partial(kernels.cross_attention, *inputs, partial, softmax, x))
                 if first:
                     layer_index = sizes.cross_attention_layers.index(gemm.layer)
@@ -211,8 +225,11 @@ class GpuDecoder:
         row = self._cache_rows[slot]
         self._lengths[row] = length
         with self._device, self._stream:
-            outputs = {f"cross_kv.{layer}": cache[row, :length] for layer, cache in self._cross_cache.items()}
+            written = self._half_cross_kv if self._cross_fp8 else self._cross_caches[:, row]
+            outputs = {f"cross_kv.{layer}": cache[:length] for layer, cache in zip(self._cross_cache, written, strict=True)}
             self._cross_kv.bind({"encoder_hidden_states": hidden}, outputs).enqueue(self._stream)
+            if self._cross_fp8:
+                self._kernels.quantize_cross_kv(self._half_cross_kv, self._cross_scales, length, self._cross_caches, row)
             if self._cross_bias is not None:
                 self._encoder_positions[row, :length] = cp.asarray(encoder_positions)
         self._pending_hidden.append(hidden)
@@ -261,6 +278,15 @@ class GpuDecoder:
 def _as_splits(rows: cp.ndarray, k_splits: int) -> cp.ndarray:
     """The memory of `rows` [rows, columns] in the shape of a split-K GEMM's input: [k_splits, rows, columns / k_splits]."""
     return rows if k_splits == 1 else rows.reshape(k_splits, len(rows), -1)
+
+
+def _require_fp8(directory: Path, device: cp.cuda.Device) -> None:
+    found = int(device.compute_capability)
+    if found < FP8_CAPABILITY:
+        raise EngineError(
+            f"{directory}: FP8 keys and values of cross-attention: wanted a GPU of compute capability {FP8_CAPABILITY / 10} or later, "
+            f"got {found / 10}; export the reader with --encoder-precision float16"
+        )
 
 
 def _require_free(memory: GpuMemory, slots: int, allocated: int) -> None:

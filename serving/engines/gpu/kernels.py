@@ -196,9 +196,12 @@ class StepKernels:
     Shapes below: `cache` float16[slots, capacity, 2 * num_kv_heads * d_kv], a token's keys of all heads and then its values of all heads.
     `slots`, `positions` and `lengths` int32[batch]; a negative position marks an idle row. `bias` float32[max_relative_distance + 1,
     num_heads], row d for a key d tokens before the query, or None. Arrays of split-K GEMMs are as in RowKernels.
+
+    With `cross_fp8` the cache of cross-attention is uint8 of the same shape, e4m3 of keys and values divided by `scales` float32[2,
+    num_kv_heads]; only a reader without shared keys can have it, on a GPU of compute capability 8.9 or later. Without it `scales` is None.
     """
 
-    def __init__(self, sizes: EngineSizes):
+    def __init__(self, sizes: EngineSizes, *, cross_fp8: bool = False):
         self.sizes = sizes
         self._shared_keys = sizes.num_kv_heads < sizes.num_heads
         warp_tokens = keys_at_a_time(sizes.d_kv) // 2  # per warp, in each of two stages
@@ -209,6 +212,7 @@ class StepKernels:
             "WARPS": WARPS,
             "WARP_TOKENS": warp_tokens,
             "ATTRIBUTION_TOKENS": CHUNK,
+            "CROSS_FP8": int(cross_fp8),
         }
         module = compiled(defines, "step_attention.cuh", "self_attention.cu", "cross_attention.cu")
         self._self_attention = module.get_function("self_attention")
@@ -221,6 +225,7 @@ class StepKernels:
             self._cross_attention.max_dynamic_shared_size_bytes = self._shared_bytes
         self._combine_split_kv = module.get_function("combine_split_kv")
         self._attribution = module.get_function("attribution")
+        self._quantize_cross_kv = module.get_function("quantize_cross_kv") if cross_fp8 else None
 
     def max_splits(self, capacity: int) -> int:
         """Largest number of chunks of a cache of `capacity` tokens, for any batch."""
@@ -249,6 +254,7 @@ class StepKernels:
         self,
         query: cp.ndarray,
         cache: cp.ndarray,
+        scales: cp.ndarray | None,
         slots: cp.ndarray,
         lengths: cp.ndarray,
         positions: cp.ndarray,
@@ -272,16 +278,17 @@ class StepKernels:
         splits = -(-capacity // chunk)
         max_relative_distance = 0 if bias is None else len(bias) - 1
         numbers = (cp.int32(max_relative_distance), cp.int32(capacity), cp.int32(chunk))
-        address = cp.uint64(0) if bias is None else bias
-        arguments = (query, cache, slots, lengths, positions, address, encoder_positions, *numbers, partial)
+        address, scales = (cp.uint64(0) if array is None else array for array in (bias, scales))
+        arguments = (query, cache, scales, slots, lengths, positions, address, encoder_positions, *numbers, partial)
         self._cross_attention((splits, self._tiles, batch), (WARPS * 32,), arguments, shared_mem=self._shared_bytes)
-        combine = (partial, lengths, cp.int32(splits), cp.int32(chunk), cp.int32(split_k(out)), out, softmax)
+        combine = (partial, scales, lengths, cp.int32(splits), cp.int32(chunk), cp.int32(split_k(out)), out, softmax)
         self._combine_split_kv((self.sizes.num_heads, batch), (max(32, self.sizes.d_kv),), combine, shared_mem=splits * 4)
 
     def attribution(
         self,
         query: cp.ndarray,
         cache: cp.ndarray,
+        scales: cp.ndarray | None,
         slots: cp.ndarray,
         lengths: cp.ndarray,
         positions: cp.ndarray,
@@ -300,10 +307,25 @@ class StepKernels:
         max_relative_distance = 0 if bias is None else len(bias) - 1
         layer_weight = cp.float32(1 / len(self.sizes.cross_attention_layers))
         numbers = (cp.int32(max_relative_distance), cp.int32(cache.shape[1]))
-        address = cp.uint64(0) if bias is None else bias
+        address, scales = (cp.uint64(0) if array is None else array for array in (bias, scales))
         grid = (-(-cache.shape[1] // CHUNK), len(query))
-        arguments = (query, cache, slots, lengths, positions, address, encoder_positions, *numbers, softmax)
+        arguments = (query, cache, scales, slots, lengths, positions, address, encoder_positions, *numbers, softmax)
         self._attribution(grid, (WARPS * 32,), (*arguments, cp.int32(layer_index == 0), layer_weight, weights))
+
+    def quantize_cross_kv(self, source: cp.ndarray, scales: cp.ndarray, tokens: int, cache: cp.ndarray, row: int) -> None:
+        """Round a question's keys and values to e4m3, in all layers with cross-attention; only with `cross_fp8`.
+
+        Args:
+            source: float16[layers, capacity, 2 * num_kv_heads * d_kv].
+            scales: float32[layers, 2, num_kv_heads].
+            tokens: of the question; rows behind them are not written.
+            cache: uint8[layers, slots, capacity, 2 * num_kv_heads * d_kv].
+            row: the slot.
+        """
+        layers, slots, capacity, width = cache.shape
+        grid = (max(-(-tokens * width // 16 // (4 * THREADS)), 1), layers)
+        arguments = (source, scales, cp.int32(tokens), cp.int32(capacity), cp.uint64(slots * capacity * width), cache[0, row])
+        self._quantize_cross_kv(grid, (THREADS,), arguments)
 
 
 class HeadKernels:

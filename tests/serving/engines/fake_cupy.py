@@ -8,12 +8,13 @@ from __future__ import annotations
 import ctypes
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from serving.contract.gemms import StackSizes
 from serving.contract.tensors import EngineSizes
+from tests.gpu.numpy_fp8 import narrowed, numbers
 from tests.serving.engines.numpy_rows import activate, as_splits, attend_within_passages, norm, whole
 
 
@@ -34,6 +35,8 @@ class Context:
 
     ptr = 0
     id = 0
+    compute_capability = "90"
+    attributes: ClassVar = {"MultiProcessorCount": 132}
 
     def __init__(self, *_: object, **__: object):
         pass
@@ -81,7 +84,7 @@ def modules() -> dict[str, types.ModuleType]:
         CUDARuntimeError=CudaError,
     )
     driver = types.SimpleNamespace(CUDADriverError=CudaError)
-    contents = {name: getattr(np, name) for name in ("float16", "float32", "int32", "uint64")} | {
+    contents = {name: getattr(np, name) for name in ("float16", "float32", "int32", "uint8", "uint64")} | {
         "ndarray": Array,
         "asarray": array,
         "asnumpy": np.asarray,
@@ -152,8 +155,8 @@ class EncoderAttention:
 
 
 class StepKernels:
-    def __init__(self, sizes: EngineSizes):
-        self.sizes = sizes
+    def __init__(self, sizes: EngineSizes, *, cross_fp8: bool = False):
+        self.sizes, self.cross_fp8 = sizes, cross_fp8
 
     def max_splits(self, capacity: int) -> int:
         return 1
@@ -181,21 +184,29 @@ class StepKernels:
         put(out, attended)
 
     def _across(self, row: int, position: int, slot: int, inputs: tuple) -> tuple[np.ndarray, np.ndarray]:
-        query, cache, _, lengths, _, bias, token_positions = inputs
+        query, cache, scales, _, lengths, _, bias, token_positions = inputs
         length = int(lengths[row])
+        rows = cache[slot, :length]
+        assert (rows.dtype == np.uint8) == (scales is not None) == self.cross_fp8
+        if self.cross_fp8:
+            rows = numbers(rows) * scales.repeat(self.sizes.d_kv, 1).ravel()
         row_bias = None if bias is None else bias[(position - token_positions[slot, :length]).clip(0, len(bias) - 1)]
-        return self._attend(query[row], cache[slot, :length], row_bias)
+        return self._attend(query[row], rows, row_bias)
+
+    def quantize_cross_kv(self, source: Array, scales: Array, tokens: int, cache: Array, row: int) -> None:
+        for half, of_layer, narrow in zip(source, scales, cache, strict=True):
+            narrow[row, :tokens] = narrowed(half[:tokens] / of_layer.repeat(self.sizes.d_kv, 1).ravel())
 
     def cross_attention(self, *arguments: Any) -> None:
-        inputs, out = arguments[:7], arguments[9]
+        inputs, out = arguments[:8], arguments[10]
         attended = np.zeros(inputs[0].shape, np.float32)
-        for row, position, slot in self._rows(inputs[4], inputs[2]):
+        for row, position, slot in self._rows(inputs[5], inputs[3]):
             attended[row], _ = self._across(row, position, slot, inputs)
         put(out, attended)
 
     def attribution(self, *arguments: Any) -> None:
-        inputs, layer, weights = arguments[:7], arguments[8], arguments[9]
-        for row, position, slot in self._rows(inputs[4], inputs[2]):
+        inputs, layer, weights = arguments[:8], arguments[9], arguments[10]
+        for row, position, slot in self._rows(inputs[5], inputs[3]):
             if position == 0:
                 _, total = self._across(row, position, slot, inputs)
                 share = total / len(self.sizes.cross_attention_layers)

@@ -1,11 +1,64 @@
 // Cross-attention of a decoder step, split-KV: a block attends to one chunk of a question's keys, combine_split_kv combines the chunks.
 //
 // The kernel has two forms, chosen at compile time. With MHA (KV_HEADS == HEADS) every key is used by one head. With MQA and GQA heads
-// share keys, and tensor cores compute sixteen heads at a time.
+// share keys, and tensor cores compute sixteen heads at a time. MHA's cache may be in e4m3 (CROSS_FP8): half the bytes, which bound its speed.
+// Keys and values are there divided by a scale of their layer and head. The query is multiplied by the keys' scale, the result by the
+// values', so that the loop over tokens does not know of scales.
+namespace {
+
+#if CROSS_FP8
+static_assert(KV_HEADS == HEADS, "only MHA has a cache in e4m3");
+using Cached = unsigned char;
+#else
+using Cached = __half;
+#endif
+constexpr int CROSS_VECTOR = 16 / sizeof(Cached), CROSS_LANES = D_KV / CROSS_VECTOR, CROSS_TOKENS = 32 / CROSS_LANES;
+using CrossVector = Floats<CROSS_VECTOR>;
+
+__device__ uint4 load_cached(const Cached* address) { return *reinterpret_cast<const uint4*>(address); }
+
+__device__ CrossVector widen_cached(const uint4& bits) {
+#if CROSS_FP8
+    CrossVector v;
+    const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < CROSS_VECTOR / 2; ++i) {
+        unsigned halves;
+        const unsigned short two = static_cast<unsigned short>(words[i / 2] >> (16 * (i % 2)));
+        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(two));
+        const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&halves));
+        v.at[2 * i] = pair.x;
+        v.at[2 * i + 1] = pair.y;
+    }
+    return v;
+#else
+    return widen(bits);
+#endif
+}
+
+// As many numbers in half precision as a lane reads of the cache, times a scale.
+__device__ CrossVector load_scaled(const __half* address, float scale) {
+    CrossVector v;
+#pragma unroll
+    for (int i = 0; i < CROSS_VECTOR; i += VECTOR) {
+        const Vector eight = widen(load(address + i));
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) v.at[i + j] = eight.at[j] * scale;
+    }
+    return v;
+}
+
+// Of the keys (kind 0) or values (kind 1) of a head.
+__device__ float scale_of(const float* scales, int kind, int kv_head) { return CROSS_FP8 ? scales[kind * KV_HEADS + kv_head] : 1.f; }
+
+}  // namespace
+
 // Grid (splits, KV_HEADS * HEAD_TILES, batch), block WARPS * 32; with shared keys, dynamic shared memory for two stages of keys and values.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
     const __half* __restrict__ queries,  // [batch][HEADS * D_KV]
-    const __half* __restrict__ cache, const int* __restrict__ slots, const int* __restrict__ lengths,
+    const Cached* __restrict__ cache,
+    const float* __restrict__ scales,  // [2][KV_HEADS] of keys and values, read only if CROSS_FP8
+    const int* __restrict__ slots, const int* __restrict__ lengths,
     const int* __restrict__ positions,
     const float* __restrict__ bias,             // [max_relative_distance + 1][HEADS], or null if the reader has none
     const int* __restrict__ encoder_positions,  // [slots][capacity], read only if there is a bias
@@ -19,28 +72,28 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
     const int* token_positions = encoder_positions + slot * capacity;
     const int position = positions[row];
 #if KV_HEADS == HEADS
-    // MHA: LANES lanes hold a token's key of this head; each key is read once.
+    // MHA: CROSS_LANES lanes hold a token's key of this head; each key is read once.
     __shared__ float shared[WARPS][D_KV + 2];
     grid_dependency_wait(queries, partial);
     if (start >= length) return;
-    const int head = blockIdx.y, part = lane % LANES;
-    const __half* keys = cache + slot * capacity * STRIDE + head * D_KV + part * VECTOR;
-    const Vector query = widen(load(queries + (row * HEADS + head) * D_KV + part * VECTOR));
-    OnlineSoftmax state;
-    for (int base = start + warp * TOKENS; base < end; base += WARPS * TOKENS * UNROLL) {
+    const int head = blockIdx.y, part = lane % CROSS_LANES;
+    const Cached* keys = cache + slot * capacity * STRIDE + head * D_KV + part * CROSS_VECTOR;
+    const CrossVector query = load_scaled(queries + (row * HEADS + head) * D_KV + part * CROSS_VECTOR, scale_of(scales, 0, head));
+    OnlineSoftmax<CROSS_VECTOR> state;
+    for (int base = start + warp * CROSS_TOKENS; base < end; base += WARPS * CROSS_TOKENS * UNROLL) {
         uint4 key_bits[UNROLL], value_bits[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-            const int token = min(base + u * WARPS * TOKENS + lane / LANES, end - 1);
-            const __half* row_of_token = keys + static_cast<size_t>(token) * STRIDE;
-            key_bits[u] = load(row_of_token);
-            value_bits[u] = load(row_of_token + KV_HEADS * D_KV);
+            const int token = min(base + u * WARPS * CROSS_TOKENS + lane / CROSS_LANES, end - 1);
+            const Cached* row_of_token = keys + static_cast<size_t>(token) * STRIDE;
+            key_bits[u] = load_cached(row_of_token);
+            value_bits[u] = load_cached(row_of_token + KV_HEADS * D_KV);
         }
         float scores[UNROLL], largest = state.largest;
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-            const int token = base + u * WARPS * TOKENS + lane / LANES;
-            scores[u] = sum_of_token(dot(query, widen(key_bits[u])));
+            const int token = base + u * WARPS * CROSS_TOKENS + lane / CROSS_LANES;
+            scores[u] = sum_of_token<CROSS_VECTOR>(dot(query, widen_cached(key_bits[u])));
             if (token >= end) scores[u] = MASKED;
             else if (bias != nullptr) {
                 const int distance = min(max(position - token_positions[token], 0), max_relative_distance);
@@ -50,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
         }
         state.rescale(largest);
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) state.add(scores[u], widen(value_bits[u]));
+        for (int u = 0; u < UNROLL; ++u) state.add(scores[u], widen_cached(value_bits[u]));
     }
     const Combined combined = combine_block(state, shared);
     float* out = partial + (static_cast<size_t>(row * HEADS + head) * splits + split) * (D_KV + 2);
@@ -192,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
 // Combines the chunks of cross_attention. `k_splits` is the number of splits of the GEMM that reads `attended`.
 // Grid (HEADS, batch), block max(32, D_KV), dynamic shared memory of one float per split.
 extern "C" __global__ void combine_split_kv(
-    const float* __restrict__ partial, const int* __restrict__ lengths, int splits, int chunk, int k_splits,
+    const float* __restrict__ partial, const float* __restrict__ scales, const int* __restrict__ lengths, int splits, int chunk, int k_splits,
     __half* __restrict__ attended,  // [k_splits][batch][HEADS * D_KV / k_splits]
     float* __restrict__ softmax)    // [batch][HEADS][2]: largest score and sum of weights, for `attribution`
 {
@@ -214,7 +267,7 @@ extern "C" __global__ void combine_split_kv(
     }
     if (d < D_KV) {
         const size_t place = split_offset(row, gridDim.y, head * D_KV + d, HEADS * D_KV, k_splits);
-        attended[place] = __float2half_rn(used == 0 ? 0.f : value / total);
+        attended[place] = __float2half_rn(used == 0 ? 0.f : value / total * scale_of(scales, 1, head / GROUP));
     }
     if (d == 0) {
         softmax[(row * HEADS + head) * 2] = largest;
@@ -228,8 +281,8 @@ extern "C" __global__ void combine_split_kv(
 // rows are skipped.
 // Grid (capacity / ATTRIBUTION_TOKENS rounded up, batch), block WARPS * 32.
 extern "C" __global__ void __launch_bounds__(WARPS * 32) attribution(
-    const __half* __restrict__ queries, const __half* __restrict__ cache, const int* __restrict__ slots, const int* __restrict__ lengths,
-    const int* __restrict__ positions, const float* __restrict__ bias, const int* __restrict__ encoder_positions,
+    const __half* __restrict__ queries, const Cached* __restrict__ cache, const float* __restrict__ scales, const int* __restrict__ slots,
+    const int* __restrict__ lengths, const int* __restrict__ positions, const float* __restrict__ bias, const int* __restrict__ encoder_positions,
     int max_relative_distance, int capacity, const float* __restrict__ softmax, int is_first_layer, float layer_weight,
     float* __restrict__ weights)  // [batch][capacity]
 {
@@ -239,18 +292,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attribution(
     if (positions[row] != 0 || start >= end) return;
     for (int i = threadIdx.x; i < HEADS * D_KV; i += blockDim.x) query[i] = queries[row * HEADS * D_KV + i];
     __syncthreads();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % LANES;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = lane % CROSS_LANES;
     const size_t slot = slots[row];
-    for (int base = start + warp * TOKENS; base < end; base += WARPS * TOKENS) {
-        const int token = base + lane / LANES;
+    for (int base = start + warp * CROSS_TOKENS; base < end; base += WARPS * CROSS_TOKENS) {
+        const int token = base + lane / CROSS_LANES;
         const int read = min(token, end - 1);
-        const __half* keys = cache + (slot * capacity + read) * STRIDE + part * VECTOR;
+        const Cached* keys = cache + (slot * capacity + read) * STRIDE + part * CROSS_VECTOR;
         const int distance = bias == nullptr ? 0 : min(max(-encoder_positions[slot * capacity + read], 0), max_relative_distance);
         float weight = 0.f;
         for (int kv_head = 0; kv_head < KV_HEADS; ++kv_head) {
-            const Vector key = widen(load(keys + kv_head * D_KV));
+            const CrossVector key = widen_cached(load_cached(keys + kv_head * D_KV));
+            const float scale = scale_of(scales, 0, kv_head);
             for (int head = kv_head * GROUP; head < (kv_head + 1) * GROUP; ++head) {
-                float score = sum_of_token(dot(widen(load(query + head * D_KV + part * VECTOR)), key));
+                float score = sum_of_token<CROSS_VECTOR>(dot(load_scaled(query + head * D_KV + part * CROSS_VECTOR, scale), key));
                 if (bias != nullptr) score += bias[distance * HEADS + head];
                 const float* sums = softmax + (row * HEADS + head) * 2;
                 weight += __expf(score - sums[0]) / sums[1];
@@ -262,3 +316,31 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attribution(
         }
     }
 }
+
+#if CROSS_FP8
+// Rounds the keys and values of one question to e4m3, in all layers with cross-attention.
+// Grid (any, layers), any block.
+extern "C" __global__ void quantize_cross_kv(
+    const __half* __restrict__ source,    // [layers][capacity][STRIDE]
+    const float* __restrict__ scales,     // [layers][2][KV_HEADS]
+    int tokens, int capacity, size_t layer_stride,
+    unsigned char* __restrict__ cache)  // [tokens][STRIDE] of the slot in the first layer; `layer_stride` bytes to the next layer
+{
+    source += static_cast<size_t>(blockIdx.y) * capacity * STRIDE;
+    cache += blockIdx.y * layer_stride;
+    const float* of_layer = scales + blockIdx.y * 2 * KV_HEADS;
+    const size_t vectors = static_cast<size_t>(tokens) * (STRIDE / CROSS_VECTOR);
+    for (size_t i = static_cast<size_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < vectors; i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+        const float scale = 1.f / of_layer[i * CROSS_VECTOR % STRIDE / D_KV];
+        const CrossVector v = load_scaled(source + i * CROSS_VECTOR, scale);
+        unsigned words[4] = {};
+#pragma unroll
+        for (int j = 0; j < CROSS_VECTOR / 2; ++j) {
+            unsigned short two;
+            asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(v.at[2 * j + 1]), "f"(v.at[2 * j]));
+            words[j / 2] |= static_cast<unsigned>(two) << (16 * (j % 2));
+        }
+        reinterpret_cast<uint4*>(cache)[i] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+}
+#endif

@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
         store(present, present_key);
         store(present + KV_HEADS * D_KV, present_value);
     }
-    OnlineSoftmax state;
+    OnlineSoftmax<VECTOR> state;
     for (int base = warp * TOKENS; base <= position; base += WARPS * TOKENS * UNROLL) {
         float scores[UNROLL], largest = state.largest;
 #pragma unroll
@@ -60,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) self_attention(
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-            scores[u] += sum_of_token(dot(query, widen(keys[u])));
+            scores[u] += sum_of_token<VECTOR>(dot(query, widen(keys[u])));
             largest = fmaxf(largest, scores[u]);
         }
         state.rescale(largest);

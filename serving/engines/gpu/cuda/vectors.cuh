@@ -8,9 +8,10 @@ namespace {
 constexpr int VECTOR = 8;  // halves in one 16-byte load
 constexpr unsigned ALL = 0xffffffff;
 
-struct Vector {
-    float at[VECTOR];
+template <int N> struct Floats {
+    float at[N];
 };
+using Vector = Floats<VECTOR>;
 
 __device__ uint4 load(const __half* address) { return *reinterpret_cast<const uint4*>(address); }
 __device__ void store(__half* address, const uint4& bits) { *reinterpret_cast<uint4*>(address) = bits; }
