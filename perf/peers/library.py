@@ -53,6 +53,8 @@ class Setting:
         questions: answered at once.
         new_tokens: of every answer.
         call: passages that the encoder gets at a time; divides all.
+        cross: kernels for cross-attention that are tried, of CROSS_ATTENTION.
+        autotune: whether the decoder's compiler times its choices.
     """
 
     questions: int
@@ -62,6 +64,8 @@ class Setting:
     call: int
     rounds: int
     device: str
+    cross: tuple[str, ...] = tuple(CROSS_ATTENTION)
+    autotune: bool = True
 
     @property
     def all_passages(self) -> int:
@@ -129,7 +133,8 @@ class Decoding:
         self.cross, self._new_tokens = cross, setting.new_tokens
         self.decoder = StaticDecoder(reader, setting.questions, setting.passages * setting.passage_length, setting.new_tokens, cross)
         step = self.decoder.step
-        self._step = captured(torch.compile(step, mode="max-autotune-no-cudagraphs", dynamic=False) if compiles else step, setting.device)
+        mode = "max-autotune-no-cudagraphs" if setting.autotune else "default"
+        self._step = captured(torch.compile(step, mode=mode, dynamic=False) if compiles else step, setting.device)
 
     def run(self) -> None:
         """All steps."""
@@ -188,7 +193,7 @@ def measure_decoder(reader: Reader, setting: Setting) -> tuple[Decoding, dict[st
     hidden = hidden.to(setting.device, DECODER_DTYPE)
     found: dict[str, Any] = {}
     fastest: Decoding | None = None
-    for cross in CROSS_ATTENTION:
+    for cross in setting.cross:
         try:
             decoding = Decoding(reader, setting, cross, compiles=True)
             times = []
@@ -256,14 +261,22 @@ def measure_way(
     return found
 
 
-def measure(config_of: Callable[[str], ReaderConfig], ways: list[str], names: list[str], setting: Setting, alone: bool) -> dict[str, Any]:
-    """Every row; one that fails holds `error` instead of its numbers."""
+def measure(
+    config_of: Callable[[str], ReaderConfig],
+    ways: list[str],
+    names: list[str],
+    setting: Setting,
+    alone: bool,
+    after_row: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Every row; one that fails holds `error` instead of its numbers. `after_row` gets what there is after each."""
     result: dict[str, Any] = {"decoders": {}, "ways": {}}
     decodings: dict[str, Decoding] = {}
 
     def keep(kind: str, name: str, numbers: dict[str, Any]) -> None:
         result[kind][name] = numbers
         print(name, numbers, file=sys.stderr, flush=True)
+        after_row(result)
         let_go()
 
     for name in names:
@@ -299,6 +312,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS))
     parser.add_argument("--one-question", action=argparse.BooleanOptionalAction, default=True, help="measure its encoder alone, too")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--cross", nargs="+", choices=list(CROSS_ATTENTION), default=list(CROSS_ATTENTION), help="of the decoder")
+    parser.add_argument("--autotune", action=argparse.BooleanOptionalAction, default=True, help="of the decoder: minutes a reader")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -307,21 +322,21 @@ def main(argv: list[str] | None = None) -> int:
     call = arguments.call or questions * passages
     if questions * passages % call:
         parser.error(f"--call: wanted a divisor of all {questions * passages} passages, got {call}")
-    setting = Setting(questions, passages, arguments.passage_length, arguments.new_tokens, call, arguments.rounds, "cuda")
+    sizes = (questions, passages, arguments.passage_length, arguments.new_tokens, call, arguments.rounds)
+    setting = Setting(*sizes, "cuda", tuple(arguments.cross), arguments.autotune)
     started = time.perf_counter()
 
     def config_of(name: str) -> ReaderConfig:
         return reader_preset(arguments.preset, fido=name == "fido")
 
-    result = measure(config_of, arguments.ways, arguments.readers, setting, arguments.one_question)
-    settings = {
-        **dataclasses.asdict(setting),
-        "preset": arguments.preset,
-        "weights": "random",
-        "seconds": round(time.perf_counter() - started),
-    }
-    versions = {"torch": torch.__version__, "device": torch.cuda.get_device_name()}
-    publish({"summary": summary_of(result), **result, "settings": {**settings, **versions, "machine": describe()}}, arguments.out)
+    versions = {"torch": torch.__version__, "device": torch.cuda.get_device_name(), "machine": describe()}
+
+    def keep(result: dict[str, Any]) -> None:
+        settings = {**dataclasses.asdict(setting), "preset": arguments.preset, "weights": "random"}
+        settings["seconds"] = round(time.perf_counter() - started)
+        publish({"summary": summary_of(result), **result, "settings": {**settings, **versions}}, arguments.out)
+
+    measure(config_of, arguments.ways, arguments.readers, setting, arguments.one_question, keep)
     return 0
 
 

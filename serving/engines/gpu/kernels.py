@@ -225,7 +225,7 @@ class StepKernels:
             self._cross_attention.max_dynamic_shared_size_bytes = self._shared_bytes
         self._combine_split_kv = module.get_function("combine_split_kv")
         self._attribution = module.get_function("attribution")
-        self._quantize_cross_kv = module.get_function("quantize_cross_kv") if cross_fp8 else None
+        self._quantize_cross_kv: Any = module.get_function("quantize_cross_kv") if cross_fp8 else None
 
     def max_splits(self, capacity: int) -> int:
         """Largest number of chunks of a cache of `capacity` tokens, for any batch."""
