@@ -31,7 +31,7 @@ class Rows:
 
 
 def main() -> int:
-    """Run the tests, print a line per row that does not pass, and the count. Makes the demo readers and their corpus, as `make test` does."""
+    """Make the demo readers and their corpus, run the tests, print a line per row that does not pass, and the count."""
     subprocess.run(["make", "demo-readers", "build/corpus/heldout.jsonl"], cwd=Path(__file__).parents[2], check=True)
     rows = Rows()
     pytest.main([str(Path(__file__).parent), *sys.argv[1:]], plugins=[rows])
