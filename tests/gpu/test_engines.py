@@ -25,7 +25,8 @@ STEPS = 12
 # Largest differences that fp16 explains: relative to the largest number of the output, and of a log-probability.
 RELATIVE, LOG_PROB = 1e-2, 2e-2
 FP8_RELATIVE = 1e-1  # of the encoder in FP8
-FP8_LOG_PROB, FP8_EVIDENCE = 2e-1, 5e-2  # of a decoder whose cross-attention reads FP8
+# Of a decoder whose cross-attention reads FP8: forced on beyond the end of an answer it is unsure, so that roundings show.
+FP8_LOG_PROB, FP8_EVIDENCE = 8e-1, 1e-1
 
 
 def report(record_property, what: str, value: float) -> None:

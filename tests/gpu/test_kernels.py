@@ -107,7 +107,7 @@ def test_cross_attention_and_attribution(sizes: EngineSizes, fp8: bool, with_bia
         attended, wanted = reference(sizes, query[row].reshape(heads, d_kv), cache[slot, :length], None if bias is None else bias[distance])
         assert np.abs(out[row] - attended).max() < 2e-3 * np.abs(attended).max()  # what rounding to half leaves
         if positions[row] == 0:
-            np.testing.assert_allclose(weights[row, :length], wanted.sum(0), atol=2e-5, rtol=1e-4)
+            np.testing.assert_allclose(weights[row, :length], wanted.sum(0), atol=2e-5, rtol=1e-2 if fp8 else 1e-4)
         else:
             assert np.isnan(weights[row]).all()
 

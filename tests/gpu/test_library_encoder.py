@@ -28,8 +28,8 @@ from tests.gpu.numpy_fp8 import narrowed, numbers  # noqa: E402
 from tests.serving.engines.numpy_rows import activate  # noqa: E402
 
 pytestmark = pytest.mark.gpu
-# Of the norm: what rounding once explains, in half precision, of sums by FP8's tensor cores, and of e4m3.
-HALF, FAST, NARROW = 5e-4, 2e-3, 3e-2
+# Of the norm: what rounding once explains, in half precision, of sums by FP8's tensor cores, and of e4m3 (at worst 2^-4 / sqrt(3)).
+HALF, FAST, NARROW = 5e-4, 2e-3, 3.7e-2
 
 
 @pytest.fixture(scope="module")

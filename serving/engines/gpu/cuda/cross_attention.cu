@@ -17,25 +17,6 @@ using CrossVector = Floats<CROSS_VECTOR>;
 
 __device__ uint4 load_cached(const Cached* address) { return *reinterpret_cast<const uint4*>(address); }
 
-__device__ CrossVector widen_cached(const uint4& bits) {
-#if CROSS_FP8
-    CrossVector v;
-    const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-    for (int i = 0; i < CROSS_VECTOR / 2; ++i) {
-        unsigned halves;
-        const unsigned short two = static_cast<unsigned short>(words[i / 2] >> (16 * (i % 2)));
-        asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(two));
-        const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&halves));
-        v.at[2 * i] = pair.x;
-        v.at[2 * i + 1] = pair.y;
-    }
-    return v;
-#else
-    return widen(bits);
-#endif
-}
-
 // As many numbers in half precision as a lane reads of the cache, times a scale.
 __device__ CrossVector load_scaled(const __half* address, float scale) {
     CrossVector v;
@@ -47,6 +28,67 @@ __device__ CrossVector load_scaled(const __half* address, float scale) {
     }
     return v;
 }
+
+#if CROSS_FP8
+// Sums of a few products are in half precision: converting every e4m3 number to fp32 would take longer than reading it. The error is a
+// hundredth of e4m3's own. Sums over tokens are in fp32.
+struct Query {
+    __half2 at[CROSS_VECTOR / 2];
+};
+
+// Numbers 2 * i and 2 * i + 1 of sixteen.
+__device__ __half2 two_of(const uint4& bits, int i) {
+    const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
+    const unsigned short two = static_cast<unsigned short>(words[i / 2] >> (16 * (i % 2)));
+    unsigned halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(two));
+    return *reinterpret_cast<const __half2*>(&halves);
+}
+
+__device__ Query load_query(const __half* address, float scale) {
+    const CrossVector scaled = load_scaled(address, scale);
+    Query query;
+#pragma unroll
+    for (int i = 0; i < CROSS_VECTOR / 2; ++i) query.at[i] = __floats2half2_rn(scaled.at[2 * i], scaled.at[2 * i + 1]);
+    return query;
+}
+
+__device__ float score_of(const Query& query, const uint4& key) {
+    __half2 sums[2] = {};
+#pragma unroll
+    for (int i = 0; i < CROSS_VECTOR / 2; ++i) sums[i % 2] = __hfma2(query.at[i], two_of(key, i), sums[i % 2]);
+    const float2 even = __half22float2(sums[0]), odd = __half22float2(sums[1]);
+    return sum_of_token<CROSS_VECTOR>(even.x + even.y + (odd.x + odd.y));
+}
+
+__device__ void add_values(OnlineSoftmax<CROSS_VECTOR>& state, const float (&scores)[UNROLL], const uint4 (&values)[UNROLL]) {
+    __half2 weights[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+        weights[u] = __float2half2_rn(__expf(scores[u] - state.largest));
+        state.total += __low2float(weights[u]);  // the weight that is used
+    }
+#pragma unroll
+    for (int i = 0; i < CROSS_VECTOR / 2; ++i) {
+        __half2 sum = {};
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) sum = __hfma2(weights[u], two_of(values[u], i), sum);
+        state.value.at[2 * i] += __low2float(sum);
+        state.value.at[2 * i + 1] += __high2float(sum);
+    }
+}
+#else
+using Query = CrossVector;
+
+__device__ Query load_query(const __half* address, float scale) { return load_scaled(address, scale); }
+
+__device__ float score_of(const Query& query, const uint4& key) { return sum_of_token<CROSS_VECTOR>(dot(query, widen(key))); }
+
+__device__ void add_values(OnlineSoftmax<CROSS_VECTOR>& state, const float (&scores)[UNROLL], const uint4 (&values)[UNROLL]) {
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) state.add(scores[u], widen(values[u]));
+}
+#endif
 
 // Of the keys (kind 0) or values (kind 1) of a head.
 __device__ float scale_of(const float* scales, int kind, int kv_head) { return CROSS_FP8 ? scales[kind * KV_HEADS + kv_head] : 1.f; }
@@ -78,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
     if (start >= length) return;
     const int head = blockIdx.y, part = lane % CROSS_LANES;
     const Cached* keys = cache + slot * capacity * STRIDE + head * D_KV + part * CROSS_VECTOR;
-    const CrossVector query = load_scaled(queries + (row * HEADS + head) * D_KV + part * CROSS_VECTOR, scale_of(scales, 0, head));
+    const Query query = load_query(queries + (row * HEADS + head) * D_KV + part * CROSS_VECTOR, scale_of(scales, 0, head));
     OnlineSoftmax<CROSS_VECTOR> state;
     for (int base = start + warp * CROSS_TOKENS; base < end; base += WARPS * CROSS_TOKENS * UNROLL) {
         uint4 key_bits[UNROLL], value_bits[UNROLL];
@@ -93,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
             const int token = base + u * WARPS * CROSS_TOKENS + lane / CROSS_LANES;
-            scores[u] = sum_of_token<CROSS_VECTOR>(dot(query, widen_cached(key_bits[u])));
+            scores[u] = score_of(query, key_bits[u]);
             if (token >= end) scores[u] = MASKED;
             else if (bias != nullptr) {
                 const int distance = min(max(position - token_positions[token], 0), max_relative_distance);
@@ -102,8 +144,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
             largest = fmaxf(largest, scores[u]);
         }
         state.rescale(largest);
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) state.add(scores[u], widen_cached(value_bits[u]));
+        add_values(state, scores, value_bits);
     }
     const Combined combined = combine_block(state, shared);
     float* out = partial + (static_cast<size_t>(row * HEADS + head) * splits + split) * (D_KV + 2);
@@ -301,10 +342,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attribution(
         const int distance = bias == nullptr ? 0 : min(max(-encoder_positions[slot * capacity + read], 0), max_relative_distance);
         float weight = 0.f;
         for (int kv_head = 0; kv_head < KV_HEADS; ++kv_head) {
-            const CrossVector key = widen_cached(load_cached(keys + kv_head * D_KV));
+            const uint4 key = load_cached(keys + kv_head * D_KV);
             const float scale = scale_of(scales, 0, kv_head);
             for (int head = kv_head * GROUP; head < (kv_head + 1) * GROUP; ++head) {
-                float score = sum_of_token<CROSS_VECTOR>(dot(load_scaled(query + head * D_KV + part * CROSS_VECTOR, scale), key));
+                float score = score_of(load_query(query + head * D_KV + part * CROSS_VECTOR, scale), key);
                 if (bias != nullptr) score += bias[distance * HEADS + head];
                 const float* sums = softmax + (row * HEADS + head) * 2;
                 weight += __expf(score - sums[0]) / sums[1];
