@@ -76,12 +76,12 @@ def test_cross_attention_and_attribution(sizes: EngineSizes, fp8: bool, with_bia
     if fp8:  # rounded by the kernel, slot by slot; the reference reads what it wrote
         of_layers = (rng.random((2, 2, heads)) * 0.02 + 0.005).astype(np.float32)
         halves = np.stack([np.zeros_like(cache), cache])
-        narrow = cp.full((2, SLOTS, CAPACITY, cache.shape[2]), 0x7F, cp.uint8)
+        narrow = cp.full((2, SLOTS, 2, heads, CAPACITY, d_kv), 0x7F, cp.uint8)
         for row, slot in enumerate(ROW_SLOTS):
             source = cp.asarray(halves[:, slot])
             kernels.quantize_cross_kv(source, cp.asarray(of_layers), int(LENGTHS[row]), narrow, int(slot))
         scales, factors = of_layers[1], of_layers[1].repeat(d_kv, 1).ravel()
-        written = narrow.get()
+        written = narrow.get().transpose(0, 1, 4, 2, 3, 5).reshape(2, SLOTS, CAPACITY, -1)  # token by token
         assert (written[:, 3] == 0x7F).all() and (written[:, 2, 513:] == 0x7F).all() and not (written[0, 4] & 0x7F).any()
         wanted_bytes = narrowed(cache[4].astype(np.float32) / factors)
         assert (written[1, 4] != wanted_bytes).mean() < 1e-3  # a tie may fall either way: its reciprocal is rounded

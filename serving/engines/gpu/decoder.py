@@ -133,7 +133,8 @@ class GpuDecoder:
         # zeros, although kernels never read masked or unwritten tokens: a dump of a cache then shows no stray NaN
         self._self_cache = {i: cp.zeros((slots, self._generated, width), cp.float16) for i in range(sizes.num_decoder_layers)}
         layers = sizes.cross_attention_layers
-        self._cross_caches = cp.zeros((len(layers), slots, self._encoded, width), cp.uint8 if self._cross_fp8 else cp.float16)
+        shape = (2, sizes.num_kv_heads, self._encoded, sizes.d_kv) if self._cross_fp8 else (self._encoded, width)
+        self._cross_caches = cp.zeros((len(layers), slots, *shape), cp.uint8 if self._cross_fp8 else cp.float16)
         self._cross_cache = dict(zip(layers, self._cross_caches, strict=True))
         self._encoder_positions = cp.zeros((slots, self._encoded if self._cross_bias is not None else 1), cp.int32)
         self._state = cp.zeros((5, slots), cp.int32)

@@ -197,8 +197,9 @@ class StepKernels:
     `slots`, `positions` and `lengths` int32[batch]; a negative position marks an idle row. `bias` float32[max_relative_distance + 1,
     num_heads], row d for a key d tokens before the query, or None. Arrays of split-K GEMMs are as in RowKernels.
 
-    With `cross_fp8` the cache of cross-attention is uint8 of the same shape, e4m3 of keys and values divided by `scales` float32[2,
-    num_kv_heads]; only a reader without shared keys can have it, on a GPU of compute capability 8.9 or later. Without it `scales` is None.
+    With `cross_fp8` the cache of cross-attention is uint8[slots, 2, num_kv_heads, capacity, d_kv]: e4m3 of keys and values that were
+    divided by `scales` float32[2, num_kv_heads]. Only a reader without shared keys can have it, on a GPU of compute capability 8.9 or
+    later. Without it `scales` is None.
     """
 
     def __init__(self, sizes: EngineSizes, *, cross_fp8: bool = False):
@@ -273,7 +274,7 @@ class StepKernels:
             softmax: float32[batch, num_heads, 2], written for `attribution`.
             out: float16[batch, num_heads * d_kv], possibly in splits.
         """
-        batch, capacity = len(query), cache.shape[1]
+        batch, capacity = len(query), cache.shape[-2]
         chunk = self.chunk_of(batch, capacity)
         splits = -(-capacity // chunk)
         max_relative_distance = 0 if bias is None else len(bias) - 1
@@ -306,9 +307,9 @@ class StepKernels:
         """
         max_relative_distance = 0 if bias is None else len(bias) - 1
         layer_weight = cp.float32(1 / len(self.sizes.cross_attention_layers))
-        numbers = (cp.int32(max_relative_distance), cp.int32(cache.shape[1]))
+        numbers = (cp.int32(max_relative_distance), cp.int32(cache.shape[-2]))
         address, scales = (cp.uint64(0) if array is None else array for array in (bias, scales))
-        grid = (-(-cache.shape[1] // CHUNK), len(query))
+        grid = (-(-cache.shape[-2] // CHUNK), len(query))
         arguments = (query, cache, scales, slots, lengths, positions, address, encoder_positions, *numbers, softmax)
         self._attribution(grid, (WARPS * 32,), (*arguments, cp.int32(layer_index == 0), layer_weight, weights))
 
@@ -319,10 +320,10 @@ class StepKernels:
             source: float16[layers, capacity, 2 * num_kv_heads * d_kv].
             scales: float32[layers, 2, num_kv_heads].
             tokens: of the question; rows behind them are not written.
-            cache: uint8[layers, slots, capacity, 2 * num_kv_heads * d_kv].
+            cache: uint8[layers, slots, 2, num_kv_heads, capacity, d_kv].
             row: the slot.
         """
-        layers, slots, capacity, width = cache.shape
+        (layers, capacity, width), slots = source.shape, cache.shape[1]
         grid = (max(-(-tokens * width // 16 // (4 * THREADS)), 1), layers)
         arguments = (source, scales, cp.int32(tokens), cp.int32(capacity), cp.uint64(slots * capacity * width), cache[0, row])
         self._quantize_cross_kv(grid, (THREADS,), arguments)

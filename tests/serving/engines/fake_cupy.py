@@ -186,16 +186,18 @@ class StepKernels:
     def _across(self, row: int, position: int, slot: int, inputs: tuple) -> tuple[np.ndarray, np.ndarray]:
         query, cache, scales, _, lengths, _, bias, token_positions = inputs
         length = int(lengths[row])
-        rows = cache[slot, :length]
-        assert (rows.dtype == np.uint8) == (scales is not None) == self.cross_fp8
+        assert (cache.dtype == np.uint8) == (scales is not None) == self.cross_fp8
         if self.cross_fp8:
-            rows = numbers(rows) * scales.repeat(self.sizes.d_kv, 1).ravel()
+            rows = (numbers(cache[slot][:, :, :length]) * scales[:, :, None, None]).transpose(2, 0, 1, 3).reshape(length, -1)
+        else:
+            rows = cache[slot, :length]
         row_bias = None if bias is None else bias[(position - token_positions[slot, :length]).clip(0, len(bias) - 1)]
         return self._attend(query[row], rows, row_bias)
 
     def quantize_cross_kv(self, source: Array, scales: Array, tokens: int, cache: Array, row: int) -> None:
         for half, of_layer, narrow in zip(source, scales, cache, strict=True):
-            narrow[row, :tokens] = narrowed(half[:tokens] / of_layer.repeat(self.sizes.d_kv, 1).ravel())
+            wide = half[:tokens].reshape(tokens, 2, -1, self.sizes.d_kv).transpose(1, 2, 0, 3)
+            narrow[row][:, :, :tokens] = narrowed(wide / of_layer[:, :, None, None])
 
     def cross_attention(self, *arguments: Any) -> None:
         inputs, out = arguments[:8], arguments[10]

@@ -98,7 +98,7 @@ def launch_everything(kernels: Any, kv_heads: int, *, cross_fp8: bool = False) -
     softmax = empty(rows, heads, 2, dtype=np.float32)
     scales = None
     if cross_fp8:
-        caches, scales = empty(2, 1, *cache.shape[1:], dtype=np.uint8), empty(2, kv_heads, dtype=np.float32)
+        caches, scales = empty(2, 1, 2, kv_heads, capacity, 64, dtype=np.uint8), empty(2, kv_heads, dtype=np.float32)
         step.quantize_cross_kv(empty(2, *cache.shape[1:]), empty(2, 2, kv_heads, dtype=np.float32), capacity, caches, 0)
         cache = caches[0]
     inputs = (empty(rows, width), cache, scales, numbers, numbers, numbers, None, numbers)
