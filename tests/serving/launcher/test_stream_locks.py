@@ -54,6 +54,6 @@ def test_streams_are_served_after_others_were_cancelled(server: TritonServer) ->
 def test_triton_still_needs_it(server: TritonServer) -> None:
     """If this fails, Triton has been mended: stream_locks.c can go."""
     with ReaderClient(server.grpc_url, "fido_stream", timeout_s=3) as client, pytest.raises(ReaderError):
-        for _ in range(CANCELLED):
+        for _ in range(10 * CANCELLED):  # on busy cores the first few may come at another moment
             cancel_in_mid_answer(server)
             client.stream("w1", ["w2"], max_new_tokens=4, min_new_tokens=4).read_to_end()
