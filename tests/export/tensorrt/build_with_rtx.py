@@ -33,7 +33,7 @@ def stand_in(version: str) -> types.ModuleType:
             EXPLICIT_BATCH, STRONGLY_TYPED = range(2)
             __members__ = rtx.NetworkDefinitionCreationFlag.__members__  # Polygraphy prints which of them a network has
 
-        class Builder10(rtx.Builder):  # type: ignore[misc]
+        class Builder10(rtx.Builder):
             def create_network(self, flags: int = 0) -> Any:
                 if flags != 1 << Flags10.STRONGLY_TYPED:
                     raise AssertionError(f"TensorRT 10: wanted a strongly typed network and no other flag, got {flags:#b}")
