@@ -194,6 +194,12 @@ gpu-test: $(DEV) demo-readers $(CORPUS) ## on a GPU: engines, kernels, decoder a
 	$(PY) -m export onnx "$$FIDO" build/cpu_engines/fido $(FIDO_FLAGS)
 	$(PY) -m tests.gpu
 
+container-test: $(DEV) ## as root, with podman and debootstrap: build the plain container without a registry, run it, ask it, stop it
+	$(PY) -m pytest -m container tests/deploy
+
+gpu-check: $(EXPORT_READY) $(EVALUATE) $(CORPUS) ## on a GPU: does it serve? card, TensorRT, Triton, engines, parity, questions/s, on one screen
+	@$(PY) -m perf.gpu.check
+
 mutants: $(DEV) ## change the code in one place at a time: do the fast tests notice? about 10 minutes
 	$(PY) -m tests.mutants
 
@@ -206,4 +212,4 @@ clean: ## remove everything that was built, and the environment
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find model_repository -path '*/1/*' ! -name model.py -type f -delete
 
-.PHONY: help setup export demo-readers serve status ask demo evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation test stress storm gpu-test mutants lint clean
+.PHONY: help setup export demo-readers serve status ask demo evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation test stress storm gpu-test gpu-check container-test mutants lint clean

@@ -7,6 +7,7 @@ without its dependencies: we use the server in it and do not import its Python A
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import importlib.metadata
 import importlib.util
 import os
@@ -127,8 +128,14 @@ def require_supported(triton: tuple[int, ...] | None) -> None:
 
 
 def prepared_backends(installation: Installation, scratch: Path) -> Path | None:
-    """A copy of the Python backend under `scratch` with the right stub in it; the wheel itself is not changed."""
+    """A copy of the Python backend under `scratch` with the right stub in it; the wheel itself is not changed.
+
+    Nothing is copied where the right stub lies in the backend already, as in the container.
+    """
     if installation.backends is None or installation.stub is None:
+        return installation.backends
+    in_place = installation.backends / "python" / "triton_python_backend_stub"
+    if in_place.is_file() and filecmp.cmp(in_place, installation.stub, shallow=False):
         return installation.backends
     python = scratch / "backends" / "python"
     shutil.rmtree(python, ignore_errors=True)  # of a start that failed: a program that still runs cannot be overwritten

@@ -1,15 +1,28 @@
-"""Packages of the container: TensorRT's package is found whatever its major version, and CuPy fits the container's CUDA."""
+"""The containers. NVIDIA's: TensorRT's package is found whatever its major version, and CuPy fits the container's CUDA.
+
+The plain one is built without a registry (its base by debootstrap), run as it should be in production, asked and stopped: `make
+container-test`, as root on a machine with podman, buildah, runc and debootstrap.
+"""
 
 from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from export.build import build_reader
+from export.repository import repository_from_engines
+from serving.contract.limits import Limits
+from serving.launcher.endpoints import fetch, free_ports
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "deploy" / "container" / "requirements.py"
@@ -65,3 +78,119 @@ def test_the_command_asks_dpkg(tmp_path: Path):
     assert "tensorrt-cu13==11.0.1.*" in done.stdout.splitlines()
     failed = subprocess.run([sys.executable, SCRIPT, ROOT], env={**env, "CUDA_VERSION": ""}, capture_output=True, text=True, check=False)
     assert failed.returncode == 1 and failed.stderr.startswith("error: CUDA_VERSION") and not failed.stdout
+
+
+TOOLS = ("podman", "buildah", "runc", "debootstrap")
+CONTAINERS_CONF = """
+[containers]
+default_ulimits = ["nofile=20000:20000", "nproc=30000:30000"]
+[engine]
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+"""
+
+
+class Engine:
+    """podman and buildah with a storage of their own."""
+
+    def __init__(self, folder: Path):
+        self._place = ["--root", str(folder / "storage"), "--runroot", str(folder / "run")]
+        (folder / "containers.conf").write_text(CONTAINERS_CONF)
+        self._env = {**os.environ, "CONTAINERS_CONF": str(folder / "containers.conf")}
+
+    def __call__(self, tool: str, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run and return what was printed, both streams in one."""
+        command = [tool, *self._place, *map(str, arguments)]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "check": False, **options}
+        return subprocess.run(command, env=self._env, **options)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """With the image `fido`, built from this tree on a Debian 12 made by debootstrap."""
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if missing:
+        pytest.fail(
+            f"wanted {', '.join(TOOLS)}, {', '.join(missing)} not found: apt-get install --no-install-recommends {' '.join(missing)}"
+        )
+    folder = tmp_path_factory.mktemp("containers")
+    engine, root = Engine(folder), folder / "debian"
+    mirror = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
+    subprocess.run(["debootstrap", "--variant=minbase", "bookworm", root, mirror], check=True, stdout=subprocess.DEVNULL)
+    # behind a proxy that signs anew, pip in the image needs the certificates that it has here
+    if (certificates := os.environ.get("PIP_CERT")) is not None:
+        shutil.copy(certificates, root / "etc" / "pip-ca.pem")
+        (root / "etc" / "pip.conf").write_text("[global]\ncert = /etc/pip-ca.pem\n")
+    with subprocess.Popen(["tar", "-C", root, "-c", "."], stdout=subprocess.PIPE) as tar:
+        imported = engine("podman", "import", "-", "localhost/debian:12", stdin=tar.stdout)
+    assert imported.returncode == 0, imported.stdout
+    shutil.rmtree(root)
+    build = ["build", "--isolation", "chroot", "--network", "host", "--target", "plain", "--build-arg", "PLAIN_IMAGE=localhost/debian:12"]
+    built = engine("buildah", *build, "-f", ROOT / "deploy/container/Dockerfile", "-t", "localhost/fido", ROOT)
+    assert built.returncode == 0, built.stdout[-3000:]
+    yield engine
+    engine("podman", "rm", "--all", "--force")
+    engine("podman", "rmi", "--all", "--force")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    build_reader(str(ROOT / "checkpoints" / "fido"), folder / "engines", "onnxruntime", Limits(), log=lambda _: None)
+    repository_from_engines(folder / "engines", folder / "repository", "fido", Limits())
+    for parent in (folder, *folder.parents[:2]):  # pytest's folders are root's alone, and the server is another user
+        parent.chmod(0o755)
+    return folder / "repository"
+
+
+@pytest.mark.container
+@pytest.mark.timeout(900)
+def test_the_plain_image_serves_as_nobody_special_on_a_read_only_root_and_stops(engine: Engine, models: Path) -> None:
+    from fido_client.reader_client import ReaderClient
+
+    http, grpc, metrics = free_ports(3)
+    hardened = ["--read-only", "--tmpfs", "/tmp", "--shm-size", "256m", "--cap-drop", "all", "--security-opt", "no-new-privileges"]
+    ports = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics, "--stream"]
+    started = engine(
+        "podman", "run", "-d", "--name", "fido", *hardened, "--network", "host", "-v", f"{models}:/models:ro", "localhost/fido", *ports
+    )
+    assert started.returncode == 0, started.stdout
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            fetch(f"http://127.0.0.1:{http}/v2/health/ready", timeout_s=1)
+            break
+        except OSError:
+            time.sleep(0.5)
+    else:
+        pytest.fail(engine("podman", "logs", "fido").stdout)
+    with ReaderClient(f"127.0.0.1:{grpc}", "fido") as reader:
+        assert (
+            reader.answer("what is the capital of France?", ["France: Capital: name: Paris", "Belgium: Capital: Brussels"]).text == "Paris"
+        )
+        assert reader.stream("what is the capital of France?", ["France: Capital: name: Paris"]).read_to_end().text == "Paris"
+    seen = engine(
+        "podman", "exec", "fido", "sh", "-c", "id -u; touch /x /opt/fido/x /models/x; ls /tmp; cat /proc/*/cmdline | tr '\\0' ' '"
+    )
+    assert seen.stdout.startswith("1000\n") and seen.stdout.count("Read-only file system") == 3, seen.stdout
+    # nothing that runs was copied to /tmp, which may be mounted noexec
+    assert "/opt/fido/.venv/lib/python3.11/site-packages/pytriton/tritonserver/backends/python/triton_python_backend_stub" in seen.stdout
+    logs = engine("podman", "logs", "fido").stdout
+    assert "warning" not in logs, logs  # both preloaded libraries are there
+    assert engine("podman", "stop", "--time", "60", "fido").returncode == 0
+    assert engine("podman", "inspect", "fido", "--format", "{{.State.ExitCode}}").stdout.strip() == "0"
+    assert engine("podman", "logs", "fido").stdout.rstrip().endswith("stopped")
+
+
+def test_a_backend_with_the_right_stub_in_place_is_not_copied(tmp_path: Path) -> None:
+    from serving.launcher.installation import Installation, prepared_backends
+
+    python, stub = tmp_path / "backends" / "python", tmp_path / "stub"
+    python.mkdir(parents=True)
+    stub.write_bytes(b"of this Python")
+    wheel = Installation(tmp_path / "tritonserver", tmp_path / "backends", stub)
+    (python / "triton_python_backend_stub").write_bytes(b"of another one")
+    assert prepared_backends(wheel, tmp_path / "scratch") == tmp_path / "scratch" / "backends"
+    (python / "triton_python_backend_stub").write_bytes(b"of this Python")
+    assert prepared_backends(wheel, tmp_path / "other") == tmp_path / "backends" and not (tmp_path / "other").exists()
