@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from clients.examples import Context, Example
 from export.tensorrt import detect
 from perf.gpu import check
 
-EXAMPLES = [Example(f"w{i} w{i + 7}", [Context(f"w{i + 1} w{i + 2} w{i + 3}", "w9")], ["w1"]) for i in range(12)]
+EXAMPLES = [Example(str(i), f"w{i} w{i + 7}", ("w1",), (Context(f"w{i + 1} w{i + 2} w{i + 3}", "w9"),)) for i in range(12)]
 
 
 @pytest.mark.server
@@ -57,8 +58,6 @@ def test_packages_that_do_not_fit_say_what_to_do(packages, said, monkeypatch, ca
     monkeypatch.setattr(check, "importlib", types.SimpleNamespace(import_module=import_module))
     screen = check.Screen()
     assert screen.check("packages", check.packages) == (said.startswith("TensorRT 11"))
-    import re
-
     assert re.search(said, capsys.readouterr().out)
 
 
