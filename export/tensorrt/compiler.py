@@ -26,7 +26,7 @@ from serving.contract.gemms import decoder_gemms, encoder_gemms, gemm_tensors, p
 from serving.contract.limits import Limits
 from serving.contract.manifest import FLOAT8, FP8_CAPABILITY, EngineBuild, EngineError, Manifest, sha256_of_file
 from serving.contract.profiles import Shapes, profile_ranges, profile_shapes
-from serving.contract.tensors import GraphTensors, encoder_tensors
+from serving.contract.tensors import GraphTensors, cross_kv_tensors, decoder_step_tensors, encoder_tensors
 from serving.contract.versions import COMPILERS, compiler_of, version_of
 
 from .detect import BuildTarget, build_target
@@ -70,8 +70,11 @@ def graphs_of(manifest: Manifest) -> dict[str, GraphTensors]:
         EngineError: if the graphs are for a CPU.
     """
     sizes, encoder, decoder = manifest.sizes, manifest.encoder, manifest.decoder
-    if decoder is None:
+    if not manifest.on_gpu:
         raise EngineError("these graphs are for a CPU; export them with --gpu")
+    if decoder is None:
+        specs = {"encoder": encoder_tensors, "cross_kv": cross_kv_tensors, "decoder_step": decoder_step_tensors}
+        return {name: tensors_of(sizes, "float16") for name, tensors_of in specs.items()}
     graphs = {} if encoder else {"encoder": encoder_tensors(sizes, "float16")}
     graphs["cross_kv"] = packed_cross_kv_tensors(sizes)
     if encoder is not None and manifest.encoder_library is None:
