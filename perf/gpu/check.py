@@ -22,7 +22,7 @@ from typing import Any
 from clients.evaluation import Prediction, evaluate
 from clients.examples import Example, read_examples
 from clients.reader_client import ReaderClient
-from export.build import build_reader
+from export.build import GRAPHS, build_reader
 from export.repository import repository_from_engines
 from export.tensorrt.detect import cuda_gpu, default_backend
 from serving.contract.limits import Limits
@@ -89,10 +89,10 @@ def packages() -> str:
     return f"TensorRT {tensorrt.__version__} ({family.state}), CuPy {cupy.__version__} for CUDA {runtime // 1000}.{runtime % 1000 // 10}"
 
 
-def engines(name: str, checkpoint: str, directory: Path, engine: str) -> str:
+def engines(checkpoint: str, directory: Path, engine: str, graphs: str = GRAPHS[0]) -> str:
     """Engines of a demo reader, built for this machine."""
     started = time.perf_counter()
-    manifest = build_reader(checkpoint, directory, engine, Limits(), log=lambda _: None)
+    manifest = build_reader(checkpoint, directory, engine, Limits(), graphs=graphs, log=lambda _: None)
     manifest.verify(directory, tuple(manifest.files))
     megabytes = sum((directory / file).stat().st_size for file in manifest.files) / 1e6
     build = "" if manifest.build is None else f", TensorRT {manifest.build.version} for {manifest.build.gpu}"
@@ -144,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run all checks; 0 if none failed."""
     parser = argparse.ArgumentParser(prog="python -m perf.gpu.check", description=__doc__)
     parser.add_argument("--engine", default="auto", help="default: the fastest that this machine can run")
+    parser.add_argument("--graphs", choices=GRAPHS, default=GRAPHS[0], help="of the engines on the GPU (default: %(default)s)")
     parser.add_argument("--readers", nargs="+", choices=list(READERS), default=list(READERS))
     parser.add_argument("--questions", type=int, default=200, help="held-out questions (default: %(default)s)")
     parser.add_argument("--data", type=Path, default=HELDOUT, help="default: %(default)s")
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     examples = list(read_examples(arguments.data, limit=arguments.questions))
     for name in arguments.readers:
         directory, reference = folder / name, folder / f"{name}.fp32"
-        if not screen.check(f"{name} engines", lambda: engines(name, READERS[name], directory, engine)):  # noqa: B023  called at once
+        if not screen.check(f"{name} engines", lambda: engines(READERS[name], directory, engine, arguments.graphs)):  # noqa: B023  called at once
             continue
         build_reader(READERS[name], reference, "onnxruntime", Limits(), log=lambda _: None)
         wanted = answers(reference, examples)

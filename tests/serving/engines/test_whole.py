@@ -73,7 +73,7 @@ def captured(request: pytest.FixtureRequest, whole: Any, monkeypatch: pytest.Mon
 def test_the_encoder_equals_fp32_and_leaves_padding_zero(name: str, graphs: Any, whole: Any) -> None:
     directory, cpu = graphs[name]
     encoder = whole.WholeEncoder(directory, Manifest.load(directory), loader(directory), LIMITS)
-    batch = [
+    batch: Any = [
         tuple(a[0].numpy().astype(np.int32) for a in random_passages(n, width, seed=n)) for n, width in ((3, 24), (1, 9), (6, 24), (5, 24))
     ]
     batch[2][1][1] = 0  # a passage without a token
