@@ -22,6 +22,8 @@ READER_FLAGS ?=
 LIMITS ?=
 # Engine of the readers: tensorrt, onnxruntime-gpu, onnxruntime, or auto for the fastest that this machine can run.
 ENGINE ?= auto
+# On a GPU: gemms, with our kernels between them, or whole: one engine each for encoder, cross_kv and decoder_step, without our kernels.
+GRAPHS ?= gemms
 # Triton backend of the encoder: python, or tensorrt in NVIDIA's container (deploy/container/).
 TRITON_BACKEND ?= python
 
@@ -82,7 +84,7 @@ BOTH := "fid=$$FID" "fido=$$FIDO"
 flags_of = $(if $(findstring "$(1)=,$(2)),$(if $($(3)),--flags "$(1)=$$$(3)"))
 flags = $(call flags_of,fid,$(1),FID_FLAGS) $(call flags_of,fido,$(1),FIDO_FLAGS) $(call flags_of,$$READER,$(1),READER_FLAGS)
 EXPORT = $(PY) -m export readers
-EXPORT_OPTIONS = --engine $(ENGINE) --triton-backend $(TRITON_BACKEND) $(LIMITS)
+EXPORT_OPTIONS = --engine $(ENGINE) --graphs $(GRAPHS) --triton-backend $(TRITON_BACKEND) $(LIMITS)
 
 export: $(EXPORT_READY) ## checkpoints -> engines -> model repository (READER=name CHECKPOINT=path; FID=path, FIDO=path)
 	@$(EXPORT) $(or $(NAMED),--default $(BOTH)) $(call flags,$(or $(NAMED),$(BOTH))) $(EXPORT_OPTIONS)
@@ -194,6 +196,12 @@ gpu-test: $(DEV) demo-readers $(CORPUS) ## on a GPU: engines, kernels, decoder a
 	$(PY) -m export onnx "$$FIDO" build/cpu_engines/fido $(FIDO_FLAGS)
 	$(PY) -m tests.gpu
 
+container-test: $(DEV) ## as root, with podman and debootstrap: build the plain container without a registry, run it, ask it, stop it
+	$(PY) -m pytest -m container tests/deploy
+
+gpu-check: $(EXPORT_READY) $(EVALUATE) $(CORPUS) ## on a GPU: does it serve? card, TensorRT, Triton, engines, parity, questions/s, on one screen
+	@$(PY) -m perf.gpu.check --graphs $(GRAPHS)
+
 mutants: $(DEV) ## change the code in one place at a time: do the fast tests notice? about 10 minutes
 	$(PY) -m tests.mutants
 
@@ -206,4 +214,4 @@ clean: ## remove everything that was built, and the environment
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find model_repository -path '*/1/*' ! -name model.py -type f -delete
 
-.PHONY: help setup export demo-readers serve status ask demo evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation test stress storm gpu-test mutants lint clean
+.PHONY: help setup export demo-readers serve status ask demo evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation test stress storm gpu-test gpu-check container-test mutants lint clean

@@ -26,8 +26,12 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTHONS = ((3, 10), (3, 12))  # that NumPy 1.26, which Triton 2.51 needs, has wheels for: from, to
-GLIBC = (2, 35)  # of the server inside the wheel
+sys.path.insert(0, str(ROOT))
+from serving.contract import versions  # noqa: E402  needs no package
+
+OWN_SERVER = bool(os.environ.get("TRITONSERVER"))  # then another Triton than the wheel's decides which Python and which NumPy fit
+PYTHONS = (versions.OWN if OWN_SERVER else versions.WHEEL).python
+GLIBC = versions.WHEEL.glibc or versions.Span((0,), None)
 # Requirement files of each set, what it needs before it, and free megabytes of disk.
 SETS = {
     "serve": (["requirements.txt"], [], 700),
@@ -55,13 +59,10 @@ def main() -> int:
     needed = SETS[arguments.set][1]
     python = arguments.venv / "bin" / "python"
     version = version_of(str(python))
-    if version and not PYTHONS[0] <= version <= PYTHONS[1]:
-        stop(
-            f"{arguments.venv}: wanted Python {_dotted(PYTHONS[0])} to {_dotted(PYTHONS[1])}, got {_dotted(version)}; "
-            "remove the folder, or pass VENV=path for another one"
-        )
+    if version and version not in PYTHONS:
+        stop(f"{arguments.venv}: wanted Python {PYTHONS}, got {_dotted(version)}; remove the folder, or pass VENV=path for another one")
     todo = [name for name in (*needed, arguments.set) if not version or not _is_done(arguments.venv, name)]
-    own_server = bool(os.environ.get("TRITONSERVER"))
+    own_server = OWN_SERVER
     check_platform(own_server=own_server)
     check_disk(arguments.venv, sum(SETS[name][2] for name in todo))
     if todo:
@@ -145,17 +146,17 @@ def _size_of(line: str) -> tuple[str, float] | None:
 def find_python() -> str:
     """The first Python that the packages have wheels for: the one that runs this, then those on the PATH."""
     seen = []
-    newest_first = [f"python3.{minor}" for minor in range(PYTHONS[1][1], PYTHONS[0][1] - 1, -1)]
+    newest_first = [f"python3.{minor}" for minor in range((PYTHONS.last or PYTHONS.first)[1], PYTHONS.first[1] - 1, -1)]
     for name in (sys.executable, *newest_first, "python3", "python"):
         path = name and shutil.which(name)
         if not path:
             continue
         version = version_of(path)
-        if version and PYTHONS[0] <= version <= PYTHONS[1]:
+        if version and version in PYTHONS:
             return path
         seen.append(f"{path} {_dotted(version) if version else '(does not start)'}")
     stop(
-        f"Python: wanted {_dotted(PYTHONS[0])} to {_dotted(PYTHONS[1])}, got {', '.join(dict.fromkeys(seen)) or 'none'}; "
+        f"Python: wanted {PYTHONS}, got {', '.join(dict.fromkeys(seen)) or 'none'}; "
         "install one of them (for example `uv python install 3.12`) and pass PYTHON=path"
     )
 
@@ -179,8 +180,8 @@ def check_platform(*, own_server: bool) -> None:
         stop(f"platform: wanted Linux on x86_64, as the wheel's server, got {sys.platform} on {platform.machine()}; {advice}")
     name, version = platform.libc_ver()
     found = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if name != "glibc" or found < GLIBC:
-        stop(f"glibc: wanted {_dotted(GLIBC)} or later (Ubuntu 22.04, Debian 12), got {name or 'another C library'} {version}; {advice}")
+    if name != "glibc" or found not in GLIBC:
+        stop(f"glibc: wanted {GLIBC} (Ubuntu 22.04, Debian 12), got {name or 'another C library'} {version}; {advice}")
 
 
 def check_disk(venv: Path, megabytes: int) -> None:

@@ -16,7 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from export.build import PRECISIONS, TIMING_CACHE, CheckpointOptions, build_reader, export_graphs, random_checkpoint, require_reader_name
+from export.build import (
+    GRAPHS,
+    PRECISIONS,
+    TIMING_CACHE,
+    CheckpointOptions,
+    build_reader,
+    export_graphs,
+    random_checkpoint,
+    require_reader_name,
+)
 from export.checkpoint.config import FIDO_PERIOD
 from export.errors import Interrupted, UsageError, user_errors
 from export.library.options import ARCHITECTURES, AUTO, CROSS_KV_PRECISIONS, LIBRARY_PRECISIONS, LibraryOptions
@@ -71,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--gpu", action="store_true", help="graphs for the GPU: half precision, encoder and decoder step as GEMMs")
         command.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of --gpu (default: %(default)s)")
         _add_whole_encoder(command)
+        _add_graphs(command)
         _add_library(command, ENGINES_OF_ENCODER)
 
     build = commands.add_parser("build", parents=checkpoint, help="checkpoint -> engines of one kind, by the steps onnx and engine")
@@ -122,6 +132,7 @@ def _checkpoint_options() -> argparse.ArgumentParser:
 def _add_build(command: argparse.ArgumentParser) -> None:
     command.add_argument("--engine", choices=ENGINES, default="auto", help="default: the fastest that this machine has")
     command.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="on a GPU (default: %(default)s)")
+    _add_graphs(command)
     _add_tensorrt(command)
     _add_library(command, AUTO)
 
@@ -150,6 +161,11 @@ def _add_tensorrt(command: argparse.ArgumentParser) -> None:
 def _add_whole_encoder(command: argparse.ArgumentParser) -> None:
     help_ = "on a GPU: the encoder as one graph, for Triton's TensorRT backend, instead of its GEMMs"
     command.add_argument("--whole-encoder", action="store_true", help=help_)
+
+
+def _add_graphs(command: argparse.ArgumentParser) -> None:
+    help_ = "on a GPU: GEMMs with our kernels between them, or encoder, cross_kv and decoder_step as one engine each, for any card and any "
+    command.add_argument("--graphs", choices=GRAPHS, default=GRAPHS[0], help=help_ + "TensorRT (default: %(default)s)")
 
 
 def _add_repository(command: argparse.ArgumentParser) -> None:
@@ -202,6 +218,7 @@ def _readers(arguments: argparse.Namespace) -> int:
         arguments.repository,
         arguments.engine,
         native,
+        arguments.graphs,
         _limits(arguments),
         arguments.precision,
         arguments.timing_cache,
@@ -258,6 +275,7 @@ def _graphs(checkpoint: Checkpoint, arguments: argparse.Namespace) -> Manifest:
         precision=arguments.precision,
         opset=arguments.opset,
         whole_encoder=arguments.whole_encoder,
+        graphs=arguments.graphs,
         library=_library(arguments),
     )
 
@@ -272,6 +290,7 @@ def _build(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         opset=arguments.opset,
         whole_encoder=arguments.whole_encoder,
+        graphs=arguments.graphs,
         library=_library(arguments),
         timing_cache=arguments.timing_cache,
         jobs=arguments.jobs,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 TIMING_CACHE = Path("build/tensorrt-timing.cache")
 PRECISIONS = ("float16", "bfloat16")
+GRAPHS = ("gemms", "whole")  # of a reader for a GPU
 
 
 def require_reader_name(name: str) -> str:
@@ -57,6 +58,7 @@ def export_graphs(
     precision: str = "float16",
     opset: int | None = None,
     whole_encoder: bool = False,
+    graphs: str = GRAPHS[0],
     library: LibraryOptions | None = None,
 ) -> Manifest:
     """Write the ONNX graphs of a reader.
@@ -68,6 +70,7 @@ def export_graphs(
         precision: "float16" or "bfloat16"; for a GPU only.
         opset: None for the default: 18 for the CPU, 17 for a GPU, the newest that TensorRT 8.6 reads.
         whole_encoder: the encoder as one graph instead of its GEMMs; for a GPU only.
+        graphs: for a GPU, "gemms" with our kernels between them, or "whole": encoder, cross_kv and decoder_step as one graph each.
         library: the encoder's GEMMs as library kernels instead of engines, and what is in FP8; for a GPU only.
 
     Raises:
@@ -77,8 +80,9 @@ def export_graphs(
     if gpu:
         from export.graphs.gpu import TENSORRT_OPSET, export_gpu_reader
 
-        resolved = (library or LibraryOptions()).resolved()
-        return export_gpu_reader(checkpoint, directory, precision, opset or TENSORRT_OPSET, whole_encoder=whole_encoder, library=resolved)
+        resolved, opset = (library or LibraryOptions()).resolved(), opset or TENSORRT_OPSET
+        whole = graphs == "whole"
+        return export_gpu_reader(checkpoint, directory, precision, opset, whole_encoder=whole_encoder, whole=whole, library=resolved)
     from export.graphs.onnx_export import OPSET, export_reader
 
     return export_reader(checkpoint, directory, opset or OPSET)
@@ -94,6 +98,7 @@ def build_reader(
     precision: str = "float16",
     opset: int | None = None,
     whole_encoder: bool = False,
+    graphs: str = GRAPHS[0],
     library: LibraryOptions | None = None,
     timing_cache: Path = TIMING_CACHE,
     jobs: int = 1,
@@ -110,6 +115,7 @@ def build_reader(
         precision: on a GPU.
         opset: as in `export_graphs`.
         whole_encoder: on a GPU, the encoder as one graph, for Triton's TensorRT backend.
+        graphs: as in `export_graphs`.
         library: on a GPU, the encoder's GEMMs as library kernels instead of engines.
         timing_cache: as in `build_engines`.
         jobs: processes that build TensorRT engines.
@@ -130,15 +136,16 @@ def build_reader(
 
     checkpoint = load_checkpoint(source, **(options or {}))
     gpu, compiled = engine != "onnxruntime", engine == "tensorrt"
-    graphs = directory.with_name(f"{directory.name}.graphs") if compiled else directory
+    onnx = directory.with_name(f"{directory.name}.graphs") if compiled else directory
+    native = whole_encoder and gpu
     manifest = export_graphs(
-        checkpoint, graphs, gpu=gpu, precision=precision, opset=opset, whole_encoder=whole_encoder and gpu, library=library
+        checkpoint, onnx, gpu=gpu, precision=precision, opset=opset, whole_encoder=native, graphs=graphs, library=library
     )
     if not compiled:
         return manifest
     from export.tensorrt.compiler import build_engines
 
-    return build_engines(graphs, directory, limits, timing_cache, jobs, log)
+    return build_engines(onnx, directory, limits, timing_cache, jobs, log)
 
 
 def _without_torch(source: str, directory: Path, engine: str, *, fixed: bool) -> Manifest:

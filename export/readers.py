@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from export.build import TIMING_CACHE, CheckpointOptions, build_reader
+from export.build import GRAPHS, TIMING_CACHE, CheckpointOptions, build_reader
 from export.library.options import AUTO, LibraryOptions
 from export.tensorrt.detect import cuda_gpu
 from serving.contract.limits import Limits
@@ -37,6 +37,7 @@ class Settings:
         repository: the model repository.
         engine: as in `build_reader`, "auto" included.
         native_encoder: the encoder is served by Triton's own TensorRT backend.
+        graphs: on a GPU, as in `build_reader`.
         limits: written into the configurations; TensorRT engines are built for them.
         precision: on a GPU.
         jobs: processes that build TensorRT engines.
@@ -47,6 +48,7 @@ class Settings:
     repository: Path
     engine: str = "auto"
     native_encoder: bool = False
+    graphs: str = GRAPHS[0]
     limits: Limits = dataclasses.field(default_factory=Limits)
     precision: str = "float16"
     timing_cache: Path = TIMING_CACHE
@@ -90,6 +92,7 @@ def update_reader(
             options=options,
             precision=settings.precision,
             whole_encoder=settings.native_encoder,
+            graphs=settings.graphs,
             library=settings.library,
             timing_cache=settings.timing_cache,
             jobs=settings.jobs,
@@ -133,6 +136,7 @@ def _engine_inputs(checkpoint: str, settings: Settings, options: CheckpointOptio
         "engine": settings.engine,
         "precision": settings.precision,
         "native_encoder": settings.native_encoder,
+        "graphs": settings.graphs,
         "library": [settings.library.architecture, settings.library.precision, settings.library.cross_kv],
         "samples": _states(_files(settings.library.samples)) if settings.library.samples else None,
         "code": _code_hash(),

@@ -197,7 +197,8 @@ def _require_fitting_encoder(engines: Path, manifest: Manifest, *, native_encode
         raise ManifestError(
             f"{engines}: wanted TensorRT engines for Triton's tensorrt backend, got {manifest.engine}; `make export ENGINE=tensorrt`"
         )
-    if native_encoder != (manifest.on_gpu and manifest.encoder is None):
+    # of whole graphs, either backend can serve the encoder
+    if native_encoder != (manifest.on_gpu and manifest.encoder is None) and not manifest.is_whole:
         wanted, flag = ("one graph", "with") if native_encoder else ("its GEMMs", "without")
         raise ManifestError(
             f"{engines}: wanted the encoder as {wanted}; export {flag} --whole-encoder (`make export TRITON_BACKEND=...` does)"

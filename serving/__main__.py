@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from serving.contract.versions import SAFE_FROM, dotted
 from serving.launcher.endpoints import LOOPBACK, fetch
 from serving.launcher.installation import PROJECT, ServerError
 from serving.launcher.repository import STREAM, chosen_readers, models_of, reader_table, served_reader
@@ -79,6 +80,8 @@ def announce(server: TritonServer, readers: Sequence[str]) -> None:
     print(f"metrics    {server.metrics_url}")
     print(f"log        {server.log}")
     print(f"requests   {server.request_log}")
+    if server.triton is not None and server.triton < SAFE_FROM and server.address != LOOPBACK:
+        print(f"warning    Triton {dotted(server.triton)} on {server.address}: some requests end it (docs/operating.md, Which server)")
     for line in server.missing_guards:
         print(f"warning    {line} (no C compiler at `make setup`?)")
     print(READY, flush=True)

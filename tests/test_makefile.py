@@ -57,7 +57,7 @@ def exported(calls: list[list[str]]) -> list[str]:
 def test_one_process_exports_both_demo_readers(make):
     calls = make("export")
     assert len(calls) == 1 and calls[0][3] == "--default" and exported(calls) == ["fid=checkpoints/fid", "fido=checkpoints/fido"]
-    assert calls[0][-4:] == ["--engine", "auto", "--triton-backend", "python"]
+    assert calls[0][-6:] == ["--engine", "auto", "--graphs", "gemms", "--triton-backend", "python"]
 
 
 @pytest.mark.parametrize(

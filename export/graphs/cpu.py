@@ -95,6 +95,16 @@ class BiasTable(nn.Module):
         return functional.embedding(index, self.table)
 
 
+def _penalty(dtype: torch.dtype) -> float:
+    """What is added to a masked score. The largest fp16 number is 65,504: a larger penalty would be infinite, and 0 * infinity is NaN."""
+    return -3e4 if dtype == torch.float16 else MASKED
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last axis, in fp32: a question has thousands of keys."""
+    return torch.softmax(scores, dim=-1) if scores.dtype == torch.float32 else torch.softmax(scores.float(), dim=-1).to(scores.dtype)
+
+
 class EncoderGraphLayer(nn.Module):
     """EncoderLayer with fused projections."""
 
@@ -135,9 +145,7 @@ class EncoderGraph(nn.Module):
         positions = torch.arange(input_ids.shape[1], dtype=torch.int32, device=input_ids.device)
         position_bias = self.bias(positions[None, :] - positions[:, None]).permute(2, 0, 1)[None]
         x = functional.embedding(input_ids, self.embedding)
-        # The largest fp16 number is 65,504. A larger penalty would be infinite, and 0 * infinity is NaN.
-        penalty = -3e4 if x.dtype == torch.float16 else MASKED
-        bias = position_bias + (1 - attention_mask[:, None, None, :]).to(x.dtype) * penalty
+        bias = position_bias + (1 - attention_mask[:, None, None, :]).to(x.dtype) * _penalty(x.dtype)
         for layer in self.layers:
             x = layer(x, bias)
         return self.final_norm(x)
@@ -197,7 +205,7 @@ class DecoderStepLayer(nn.Module):
         query = qkv[:, :queries].view(batch, self.kv_heads, self.group, self.d_kv)
         key, value = qkv[:, queries:].view(batch, 2, self.kv_heads, 1, self.d_kv).unbind(1)
         scores = torch.cat([torch.matmul(query, past_key.transpose(-1, -2)), (query * key).sum(-1, keepdim=True)], dim=-1)
-        weights = torch.softmax(scores + bias, dim=-1)
+        weights = _softmax(scores + bias)
         mixed = torch.matmul(weights[..., :-1], past_value) + weights[..., -1:] * value
         return self.o(mixed.reshape(batch, queries)), key[:, :, 0], value[:, :, 0]
 
@@ -215,7 +223,7 @@ class DecoderStepLayer(nn.Module):
         """
         batch = x.shape[0]
         query = self.cross_q(x).view(batch, self.kv_heads, self.group, self.d_kv)
-        weights = torch.softmax(torch.matmul(query, key.transpose(-1, -2)) + bias, dim=-1)
+        weights = _softmax(torch.matmul(query, key.transpose(-1, -2)) + bias)
         mixed = torch.matmul(weights, value).reshape(batch, self.kv_heads * self.group * self.d_kv)
         return self.cross_o(mixed), weights.sum(dim=(1, 2))
 
@@ -259,10 +267,10 @@ class DecoderStepGraph(nn.Module):
         cached = torch.arange(past[0].shape[2], dtype=torch.int32, device=x.device)
         behind = torch.cat([positions[:, None] - cached[None, :], torch.zeros_like(positions)[:, None]], dim=1)
         unwritten = torch.cat([cached[None, :] >= positions[:, None], torch.zeros_like(positions, dtype=torch.bool)[:, None]], dim=1)
-        self_bias = self._grouped(self.bias(behind)) + unwritten[:, None, None, :].to(dtype) * MASKED
+        self_bias = self._grouped(self.bias(behind)) + unwritten[:, None, None, :].to(dtype) * _penalty(dtype)
 
         keys = torch.arange(cross[0].shape[2], dtype=torch.int32, device=x.device)
-        cross_bias = (keys[None, :] >= encoder_lengths[:, None])[:, None, None, :].to(dtype) * MASKED
+        cross_bias = (keys[None, :] >= encoder_lengths[:, None])[:, None, None, :].to(dtype) * _penalty(dtype)
         if self.cross_bias is not None and encoder_positions is not None:
             cross_bias = cross_bias + self._grouped(self.cross_bias(positions[:, None] - encoder_positions))
 

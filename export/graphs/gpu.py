@@ -23,15 +23,15 @@ from export.library.options import LibraryOptions
 from export.manifest_writer import atomic_directory, describe_reader, engine_sizes, write_manifest
 from serving.contract.gemms import CROSS_KV_SCALES, array_file, gemm_tensors, packed_cross_kv_tensors
 from serving.contract.manifest import FLOAT8, TOKENIZER_FILE, Manifest
-from serving.contract.tensors import GraphTensors, encoder_tensors
+from serving.contract.tensors import GraphTensors, cross_kv_tensors, decoder_step_tensors, encoder_tensors
 
-from .cpu import EncoderGraph
+from .cpu import CrossKVGraph, DecoderStepGraph, EncoderGraph
 from .fp16_scaling import DTYPES, measured_scales, rescale, to_half
 from .gemms import DecoderGemms, EncoderGemms, PackedCrossKVGraph
 from .onnx_export import EXTERNAL_DATA_BYTES, OPSET, onnx_from_module, require_fitting_tokenizer, stages
 from .opset17 import TENSORRT_OPSET, to_opset_17
 
-GpuGraph = EncoderGraph | PackedCrossKVGraph
+GpuGraph = EncoderGraph | PackedCrossKVGraph | CrossKVGraph | DecoderStepGraph
 ONNX_TYPES = {
     "float16": onnx.TensorProto.FLOAT16,
     "bfloat16": onnx.TensorProto.BFLOAT16,
@@ -40,16 +40,16 @@ HEAD_WIDTHS = (16, 32, 64, 128)  # of the attention kernels, which want whole ti
 
 
 class Fp16Io(torch.nn.Module):
-    """A graph whose half-precision outputs are float16, whatever type it computes in."""
+    """A graph whose half-precision inputs and outputs are float16, whatever type it computes in."""
 
-    def __init__(self, graph: GpuGraph, tensors: GraphTensors):
+    def __init__(self, graph: GpuGraph, tensors: GraphTensors, dtype: torch.dtype):
         super().__init__()
-        self.inner = graph
+        self.inner, self.dtype = graph, dtype
         self.is_half = [spec.dtype == "float16" for spec in tensors.outputs]
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The tensors of the graph's own forward."""
-        outputs = self.inner(*tensors)
+        outputs = self.inner(*(x.to(self.dtype) if x.dtype == torch.float16 else x for x in tensors))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return tuple(y.to(torch.float16) if half else y for y, half in zip(outputs, self.is_half, strict=True))
 
@@ -62,6 +62,7 @@ def export_gpu_reader(
     opset: int = TENSORRT_OPSET,
     *,
     whole_encoder: bool = False,
+    whole: bool = False,
     library: LibraryOptions | None = None,
 ) -> Manifest:
     """Write the graphs, tokenizer.json, the kernels' arrays and manifest.json: all of them or none.
@@ -72,6 +73,7 @@ def export_gpu_reader(
         precision: "float16", or "bfloat16" for engines that support it (TensorRT 10 and later).
         opset: 17 for TensorRT 8.6; 18 and later as torch's exporter writes them.
         whole_encoder: the encoder as one graph, for Triton's TensorRT backend, instead of its GEMMs.
+        whole: encoder, cross_kv and decoder_step as one graph each: no kernel of ours runs between or within them.
         library: the encoder's GEMMs as library kernels instead of engines (not of a whole encoder), and what is in FP8; resolved.
 
     Raises:
@@ -81,6 +83,10 @@ def export_gpu_reader(
     """
     require_fitting_tokenizer(checkpoint)
     reader = checkpoint.reader
+    if whole:
+        if library is not None and library.cross_kv == FLOAT8:
+            raise ExportError("keys and values of cross-attention in float8: whole graphs have none; export with GRAPHS=gemms")
+        return _export_whole(checkpoint, directory, precision, opset)
     _require_kernels(reader.config, whole_encoder=whole_encoder)
     library = library or LibraryOptions()
     narrow_encoder = library.compiles and library.precision == FLOAT8 and not whole_encoder
@@ -143,6 +149,32 @@ def export_gpu_reader(
         return write_manifest(manifest, tmp_dir)
 
 
+def _export_whole(checkpoint: Checkpoint, directory: Path, precision: str, opset: int) -> Manifest:
+    """`export_gpu_reader` with whole graphs."""
+    reader, sizes, seconds = checkpoint.reader, engine_sizes(checkpoint.reader.config), {}
+    with atomic_directory(directory) as tmp_dir:
+        stage = stages(reader)
+        stage("scales of half precision")
+        scales = measured_scales(reader)
+        encoder, decoder = EncoderGraph(reader), DecoderStepGraph(reader)
+        rescale(encoder, scales["encoder"])
+        rescale(decoder, scales["decoder"])
+        graphs: dict[str, tuple[GpuGraph, GraphTensors]] = {
+            "encoder": (encoder, encoder_tensors(sizes, "float16")),
+            "cross_kv": (CrossKVGraph(reader), cross_kv_tensors(sizes, "float16")),
+            "decoder_step": (decoder, decoder_step_tensors(sizes, "float16")),
+        }
+        for name, (graph, tensors) in graphs.items():
+            stage(f"{name}.onnx")
+            started = time.perf_counter()
+            export_half(graph, tensors, tmp_dir / f"{name}.onnx", precision, opset)
+            seconds[name] = round(time.perf_counter() - started, 2)
+        (tmp_dir / TOKENIZER_FILE).write_text(checkpoint.tokenizer_json, encoding="utf-8")
+        notes = {"scales": {name: dataclasses.asdict(scale) for name, scale in scales.items()}}
+        manifest = describe_reader(checkpoint, tmp_dir, opset, seconds, engine="onnxruntime-gpu", precision=precision, notes=notes)
+        return write_manifest(manifest, tmp_dir)
+
+
 def _require_kernels(config: ReaderConfig, *, whole_encoder: bool) -> None:
     faults = []
     stacks = {"decoder": config.decoder} | ({} if whole_encoder else {"encoder": config.encoder})
@@ -153,7 +185,7 @@ def _require_kernels(config: ReaderConfig, *, whole_encoder: bool) -> None:
             if getattr(stack, size) % 8:
                 faults.append(f"{size} of the {name}: wanted a multiple of 8, got {getattr(stack, size)}")
     if faults:
-        raise ExportError("the GPU kernels do not support this reader's sizes; serve it with ENGINE=onnxruntime:\n  " + "\n  ".join(faults))
+        raise ExportError("the GPU kernels do not support this reader's sizes; export it with GRAPHS=whole:\n  " + "\n  ".join(faults))
 
 
 def _cross_kv_precision(config: ReaderConfig, wanted: str | None, *, narrow_encoder: bool) -> str:
@@ -170,7 +202,7 @@ def _cross_kv_precision(config: ReaderConfig, wanted: str | None, *, narrow_enco
 def export_half(graph: GpuGraph, tensors: GraphTensors, path: Path, precision: str, opset: int) -> None:
     """Cast one graph to `precision` and export it; opset 17 is reached by rewriting 18."""
     to_half(graph, DTYPES[precision])
-    onnx_from_module(graph if precision == "float16" else Fp16Io(graph, tensors), tensors, path, max(opset, OPSET))
+    onnx_from_module(graph if precision == "float16" else Fp16Io(graph, tensors, DTYPES[precision]), tensors, path, max(opset, OPSET))
     if opset < OPSET:
         model = onnx.load(str(path))
         to_opset_17(model)

@@ -26,12 +26,12 @@ from serving.contract.gemms import decoder_gemms, encoder_gemms, gemm_tensors, p
 from serving.contract.limits import Limits
 from serving.contract.manifest import FLOAT8, FP8_CAPABILITY, EngineBuild, EngineError, Manifest, sha256_of_file
 from serving.contract.profiles import Shapes, profile_ranges, profile_shapes
-from serving.contract.tensors import GraphTensors, encoder_tensors
+from serving.contract.tensors import GraphTensors, cross_kv_tensors, decoder_step_tensors, encoder_tensors
+from serving.contract.versions import COMPILERS, compiler_of, version_of
 
 from .detect import BuildTarget, build_target
 from .plan_cache import PlanCache, file_lock, fingerprint
 
-STRONGLY_TYPED_FROM = 10
 # TensorRT times each kernel so often and takes the mean. Its default of 1 chooses as well on a quiet GPU; 8 cost a few seconds a reader.
 TIMINGS = 8
 
@@ -70,8 +70,11 @@ def graphs_of(manifest: Manifest) -> dict[str, GraphTensors]:
         EngineError: if the graphs are for a CPU.
     """
     sizes, encoder, decoder = manifest.sizes, manifest.encoder, manifest.decoder
-    if decoder is None:
+    if not manifest.on_gpu:
         raise EngineError("these graphs are for a CPU; export them with --gpu")
+    if decoder is None:
+        specs = {"encoder": encoder_tensors, "cross_kv": cross_kv_tensors, "decoder_step": decoder_step_tensors}
+        return {name: tensors_of(sizes, "float16") for name, tensors_of in specs.items()}
     graphs = {} if encoder else {"encoder": encoder_tensors(sizes, "float16")}
     graphs["cross_kv"] = packed_cross_kv_tensors(sizes)
     if encoder is not None and manifest.encoder_library is None:
@@ -200,12 +203,12 @@ class Compiler:
         timing_cache: file of the timings; None keeps them in memory only.
 
     Raises:
-        EngineError: if this TensorRT does not have the precision.
+        EngineError: if this TensorRT is too old, or does not have the precision.
     """
 
     def __init__(self, precision: str, timing_cache: Path | None = None):
         trt = self._trt = _tensorrt()
-        self._strongly_typed = trt.__name__ != "tensorrt" or int(trt.__version__.split(".")[0]) >= STRONGLY_TYPED_FROM
+        self._strongly_typed = is_strongly_typed(trt.__version__) if trt.__name__ == "tensorrt" else True
         self._timing_cache = timing_cache
         self._timings = b""
         if timing_cache is not None and timing_cache.exists() and self._strongly_typed:
@@ -213,7 +216,8 @@ class Compiler:
         # layer names and shapes stay readable in the engine, for perf/gpu/profile.py; this costs no time
         self.options: dict[str, Any] = {"profiling_verbosity": trt.ProfilingVerbosity.DETAILED}
         if not self._strongly_typed:
-            if precision != "float16":
+            family = compiler_of(trt.__version__)
+            if family is None or precision not in family.precisions:
                 raise EngineError(f"precision {precision} needs TensorRT 10 or later, here is {trt.__version__}; export float16")
             # the plugin libraries of this version need cuBLAS 12 and cuDNN 8; TensorRT's own kernels do without
             own = [trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS]
@@ -276,6 +280,18 @@ class Compiler:
         with file_lock(self._timing_cache.with_name(f"{self._timing_cache.name}.lock")):
             saved = self._timing_cache.read_bytes() if self._timing_cache.exists() else b""
             write_atomically(self._timing_cache, merged_timings(self._trt, saved, self._timings) if saved else self._timings)
+
+
+def is_strongly_typed(version: str) -> bool:
+    """Whether a TensorRT takes the types of the graph. One that is newer than all we know is taken to do so.
+
+    Raises:
+        EngineError: if it is older than all we know, or between them.
+    """
+    family = compiler_of(version)
+    if family is None and version_of(version) < COMPILERS[-1].tensorrt.first:
+        raise EngineError(f"TensorRT: wanted {', '.join(str(known.tensorrt) for known in COMPILERS)}, got {version}; see docs/gpu.md")
+    return family is None or family.typing == "strong"
 
 
 def merged_timings(trt: Any, saved: bytes, new: bytes) -> bytes:

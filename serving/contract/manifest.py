@@ -166,6 +166,11 @@ class Manifest:
         """Whether the engines run on a GPU."""
         return self.engine != "onnxruntime"
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether encoder, cross_kv and decoder_step are one GPU engine each."""
+        return self.on_gpu and self.decoder is None and self.engine_file("decoder_step") in self.files
+
     def engine_file(self, name: str) -> str:
         """File name of the engine called `name`."""
         return name + SUFFIXES[self.engine]

@@ -6,14 +6,22 @@ import math
 from collections.abc import Mapping, Sequence
 
 from .call_sizes import encoder_batch, encoder_tokens
+from .kv_memory import cache_capacities
 from .limits import Limits, LimitsError
 from .tensors import GraphTensors
 
 AxisRange = tuple[int, int, int]  # min, opt, max length of a dynamic axis
 Shapes = tuple[tuple[int, ...], ...]  # min, opt, max shape of an input
+OPT_PAST = 32  # generated tokens that a whole decoder step is fastest for
 SKINNY_ROWS = 32  # rows of a decoder step up to which a GEMM takes about the same time
 # The limits that determine how long a dynamic axis may become.
-LIMITS_OF_AXES = {"tokens": "max_passages or encoder_batch", "encoder_sequence_length": "max_passages", "batch": "slots"}
+LIMITS_OF_AXES = {
+    "tokens": "max_passages or encoder_batch",
+    "passages": "max_passages or encoder_batch",
+    "encoder_sequence_length": "max_passages",
+    "past_length": "max_new_tokens",
+    "batch": "slots",
+}
 
 
 def profile_ranges(name: str, limits: Limits, passage_length: int) -> list[dict[str, AxisRange]]:
@@ -27,6 +35,10 @@ def profile_ranges(name: str, limits: Limits, passage_length: int) -> list[dict[
     if name == "cross_kv":
         tokens = limits.max_passages * passage_length
         return [{"encoder_sequence_length": (1, tokens, tokens)}]
+    if name == "decoder_step":  # the whole step as one engine; caches are as long as the running questions need
+        encoded, generated = cache_capacities(limits, passage_length)
+        lengths = {"past_length": (1, min(generated, OPT_PAST), generated), "encoder_sequence_length": (1, encoded, encoded)}
+        return [{"batch": (1, rows, rows), **lengths} for rows in sorted({min(limits.slots, SKINNY_ROWS), limits.slots})]
     # GEMMs of a decoder step: kernels that are fastest for many rows are slow for few, so few rows have a profile of their own
     return [{"batch": (1, rows, rows)} for rows in sorted({min(limits.slots, SKINNY_ROWS), limits.slots})]
 

@@ -69,6 +69,10 @@ def load_encoder(directory: Path, manifest: Manifest, limits: Limits, device: in
     if not manifest.on_gpu:
         return OnnxEncoder(directory, manifest, limits.intra_op_threads)
     load = gpu_loader(directory, manifest, limits, device)
+    if manifest.is_whole:
+        from .whole import WholeEncoder
+
+        return WholeEncoder(directory, manifest, load, limits)
     from .gpu.encoder import GpuEncoder
 
     return GpuEncoder(directory, manifest, load, limits)
@@ -98,9 +102,14 @@ def load_decoder(directory: Path, manifest: Manifest, limits: Limits, device: in
     if not manifest.on_gpu:
         return OnnxDecoder(directory, manifest, slots, limits.intra_op_threads)
     load = gpu_loader(directory, manifest, dataclasses.replace(limits, slots=slots), device)
+    capacities = cache_capacities(limits, manifest.prompt.passage_length)
+    if manifest.is_whole:
+        from .whole import WholeDecoder
+
+        return WholeDecoder(directory, manifest, load, slots, capacities)
     from .gpu.decoder import GpuDecoder
 
-    return GpuDecoder(directory, manifest, load, slots, cache_capacities(limits, manifest.prompt.passage_length))
+    return GpuDecoder(directory, manifest, load, slots, capacities)
 
 
 def gpu_loader(directory: Path, manifest: Manifest, limits: Limits, device: int) -> Any:

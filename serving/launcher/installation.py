@@ -7,13 +7,17 @@ without its dependencies: we use the server in it and do not import its Python A
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import sys
 import sysconfig
 from pathlib import Path
+
+from serving.contract.versions import NUMPY_1, WHEEL, dotted, version_of
 
 CONTAINER_SERVER = Path("/opt/tritonserver/bin/tritonserver")
 PROJECT = Path(__file__).resolve().parents[2]
@@ -32,12 +36,14 @@ class Installation:
         backends: folder of its backends; None is the one that it was built with.
         stub: program of the Python backend for this Python; None if the backend has its own.
         libraries: folders for LD_LIBRARY_PATH.
+        triton: version of the server; None if only the running server can tell.
     """
 
     binary: Path
     backends: Path | None = None
     stub: Path | None = None
     libraries: tuple[Path, ...] = ()
+    triton: tuple[int, ...] | None = None
 
 
 def find_installation() -> Installation:
@@ -49,9 +55,9 @@ def find_installation() -> Installation:
     if path := os.environ.get("TRITONSERVER"):
         if not os.access(path, os.X_OK):
             raise ServerError(f"TRITONSERVER={path}: wanted an executable file")
-        return Installation(Path(path))
+        return _installed_as_a_tree(Path(path))
     if CONTAINER_SERVER.is_file():
-        return Installation(CONTAINER_SERVER)
+        return _installed_as_a_tree(CONTAINER_SERVER)
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
         raise ServerError("no tritonserver: neither $TRITONSERVER, nor NVIDIA's container, nor the nvidia-pytriton wheel (`make setup`)")
@@ -66,23 +72,70 @@ def find_installation() -> Installation:
     folders = [folder, folder / str(sysconfig.get_config_var("MULTIARCH") or "")]
     if not any((f / library).is_file() for f in folders):
         raise ServerError(f"{library}: wanted in {folder} by the Python backend, not found; install it (Debian: libpython3.x)")
-    return Installation(server / "bin" / "tritonserver", server / "backends", stub, (package.parent / "nvidia_pytriton.libs", *folders))
+    libraries = (package.parent / "nvidia_pytriton.libs", *folders)
+    return Installation(server / "bin" / "tritonserver", server / "backends", stub, libraries, WHEEL.triton.first)
 
 
-def require_numpy_1() -> None:
-    """Refuse NumPy 2: with it, Triton 2.51's Python backend returns empty outputs, and text inputs end the process without an error.
+def _installed_as_a_tree(binary: Path) -> Installation:
+    """A server in the layout of NVIDIA's builds: ROOT/bin/tritonserver, ROOT/backends, ROOT/TRITON_VERSION.
+
+    Without backends beside it, the server looks where it was built to look.
+    """
+    root = binary.resolve().parent.parent
+    backends = root / "backends"
+    if not (backends / "python").is_dir():
+        return Installation(binary)
+    _require_stub_of_this_python(backends / "python" / "triton_python_backend_stub")
+    try:
+        triton = version_of((root / "TRITON_VERSION").read_text(encoding="utf-8")) or None
+    except OSError:
+        triton = None
+    return Installation(binary, backends, triton=triton)
+
+
+def _require_stub_of_this_python(stub: Path) -> None:
+    """Refuse a Python backend that was built for another Python: its models would import packages of this one, and die of it."""
+    try:
+        linked = re.search(rb"libpython(3\.\d+)\.so", stub.read_bytes())
+    except OSError:
+        return  # the server says what is missing
+    here = "{}.{}".format(*sys.version_info[:2])
+    if linked and linked.group(1).decode() != here:
+        raise ServerError(
+            f"{stub}: built for Python {linked.group(1).decode()}, this is {here}; "
+            f"make an environment with that Python (`make setup PYTHON=python{linked.group(1).decode()} VENV=path`)"
+        )
+
+
+def require_supported(triton: tuple[int, ...] | None) -> None:
+    """Refuse a server that is too old, and a NumPy that it does not work with.
+
+    Args:
+        triton: its version. Nothing is known, and nothing refused, if None: the launcher asks again once the server runs.
 
     Raises:
-        ServerError: if another major version is installed.
+        ServerError: naming both versions.
     """
-    version = importlib.metadata.version("numpy")
-    if version.split(".")[0] != "1":
-        raise ServerError(f"numpy: wanted 1.26, got {version}, with which Triton 2.51's Python backend returns empty outputs; `make setup`")
+    if triton is None:
+        return
+    if triton < WHEEL.triton.first:
+        raise ServerError(
+            f"Triton: wanted {dotted(WHEEL.triton.first)} or later, got {dotted(triton)}; use NVIDIA's container or the wheel"
+        )
+    numpy = importlib.metadata.version("numpy")
+    if NUMPY_1.needed(triton) and version_of(numpy) not in WHEEL.numpy:
+        raise ServerError(f"numpy: wanted {WHEEL.numpy} for Triton {dotted(triton)}, got {numpy}: {NUMPY_1.fault}; `make setup`")
 
 
 def prepared_backends(installation: Installation, scratch: Path) -> Path | None:
-    """A copy of the Python backend under `scratch` with the right stub in it; the wheel itself is not changed."""
+    """A copy of the Python backend under `scratch` with the right stub in it; the wheel itself is not changed.
+
+    Nothing is copied where the right stub lies in the backend already, as in the container.
+    """
     if installation.backends is None or installation.stub is None:
+        return installation.backends
+    in_place = installation.backends / "python" / "triton_python_backend_stub"
+    if in_place.is_file() and filecmp.cmp(in_place, installation.stub, shallow=False):
         return installation.backends
     python = scratch / "backends" / "python"
     shutil.rmtree(python, ignore_errors=True)  # of a start that failed: a program that still runs cannot be overwritten

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 import subprocess
 import time
@@ -13,11 +15,12 @@ from pathlib import Path
 from types import TracebackType
 
 from serving.contract.manifest import MANIFEST_FILE, Manifest, ManifestError
+from serving.contract.versions import version_of
 
 from .cleanup import SHM, SHM_PREFIX, Workspace, remove_leftovers
 from .endpoints import LOOPBACK, PortError, fetch, free_ports, require_free_ports
 from .environment import SERVER_ALONE, environment, missing_guards, preloadable
-from .installation import PROJECT, ServerError, find_installation, prepared_backends, require_numpy_1
+from .installation import PROJECT, ServerError, find_installation, prepared_backends, require_supported
 from .log import REQUEST_LOG, LogPump
 from .processes import GuardedProcess, model_processes
 from .repository import has_python_process, models_of
@@ -65,6 +68,7 @@ class TritonServer:
         self._start_timeout_s, self._drain_timeout_s, self._extra = start_timeout_s, drain_timeout_s, tuple(extra)
         self._workspace = Workspace()
         self.log = log or self._workspace.scratch / "tritonserver.log"
+        self.triton: tuple[int, ...] | None = None  # version, once it is known
         self.missing_guards: list[str] = []  # one line for each preloaded library that the server runs without
         self._running: GuardedProcess | None = None
         self._pump: LogPump | None = None
@@ -124,9 +128,10 @@ class TritonServer:
         self.stop()
 
     def _start(self) -> None:
-        require_numpy_1()
         remove_leftovers()
         installation = find_installation()
+        require_supported(installation.triton)
+        self.triton = installation.triton
         scratch = self._workspace.scratch
         chosen = self._chosen_repository(scratch)
         require_free_ports(self.address, (self.http_port, self.grpc_port, self.metrics_port))
@@ -195,8 +200,16 @@ class TritonServer:
                 time.sleep(READY_POLL_S)
             else:
                 self._processes = set(self.model_processes())
+                self._require_supported()
                 return
         raise ServerError(f"tritonserver was not ready after {self._start_timeout_s:.0f} s:\n{self._pump.excerpt()}")
+
+    def _require_supported(self) -> None:
+        """Ask the server for its version if no file has told it."""
+        if self.triton is None:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                self.triton = version_of(str(json.loads(fetch(f"{self.http_url}/v2", timeout_s=5))["version"])) or None
+            require_supported(self.triton)
 
     def model_processes(self) -> dict[str, int]:
         """Process ids: of tritonserver under that name, of each Python model under MODEL, of its second process under "MODEL 2"."""

@@ -15,6 +15,7 @@ import torch
 from export import __main__ as command_line
 from export.checkpoint.files import save_reader
 from export.checkpoint.hugging_face import NotT5Error
+from serving.contract.manifest import Manifest
 from tests.conftest import FIDO, random_reader
 
 
@@ -27,6 +28,17 @@ def checkpoint(tmp_path: Path, tokenizer_json: str) -> Path:
     (tmp_path / "tokenizer.json").write_text(tokenizer_json)
     save_reader(tmp_path / "checkpoint", random_reader(FIDO), tmp_path / "tokenizer.json", torch.float32)
     return tmp_path / "checkpoint"
+
+
+def test_a_reader_whose_heads_the_kernels_do_not_have_is_exported_as_whole_graphs(checkpoint: Path, tmp_path: Path) -> None:
+    refused = run("build", str(checkpoint), str(tmp_path / "out"), "--engine", "onnxruntime-gpu")
+    assert refused.returncode == 1 and "d_kv of the decoder" in refused.stderr and "GRAPHS=whole" in refused.stderr
+    served = ["readers", f"r={checkpoint}", "--engines", str(tmp_path / "engines"), "--repository", str(tmp_path / "models")]
+    done = run(*served, "--engine", "onnxruntime-gpu", "--graphs", "whole")
+    assert done.returncode == 0, done.stderr
+    manifest = Manifest.load(tmp_path / "engines" / "r")
+    assert manifest.is_whole and (manifest.engine, manifest.precision) == ("onnxruntime-gpu", "float16")
+    assert (tmp_path / "models" / "r" / "1" / "decoder_step.onnx").is_file()
 
 
 @pytest.mark.parametrize(

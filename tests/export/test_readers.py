@@ -84,6 +84,7 @@ def test_the_second_run_does_nothing(update):
     [
         {"engine": "onnxruntime"},
         {"precision": "bfloat16"},
+        {"graphs": "whole"},
         {"native_encoder": False, "options": {"append_eos": True}},
         {"options": {"tokenizer": "elsewhere"}},
         {"options": {"passage_length": 250}},

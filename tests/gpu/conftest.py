@@ -46,6 +46,8 @@ def limits_of(engines: Path) -> Limits:
     built = Manifest.load(engines)
     if built.build is None:  # ONNX Runtime takes any shape
         return Limits(slots=8)
+    if built.is_whole:
+        return Limits(slots=max(profile["positions"][2][0] for profile in built.build.profiles["decoder_step.plan"]))
     profiles = built.build.profiles["decoder.qkv.plan"]
     return Limits(slots=max(profile["x"][2][-2] for profile in profiles))
 

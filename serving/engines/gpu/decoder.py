@@ -87,7 +87,7 @@ class GpuDecoder:
             activations = self._allocate_activations()
             cross_bytes = 1 if self._cross_fp8 else FP16_BYTES
             self.memory = decoder_memory(sizes, slots, capacities, weights, scratch.bytes + activations, cross_bytes)
-            _require_free(self.memory, slots, allocated=weights + activations)
+            require_free(self.memory, slots, allocated=weights + activations)
             self._allocate_caches()
             self._buckets = batch_buckets(slots)
             variants = [(bucket, first) for bucket in self._buckets for first in (False, True)]
@@ -289,7 +289,8 @@ def _require_fp8(directory: Path, device: cp.cuda.Device) -> None:
         )
 
 
-def _require_free(memory: GpuMemory, slots: int, allocated: int) -> None:
+def require_free(memory: GpuMemory, slots: int, allocated: int) -> None:
+    """Raise EngineError unless the GPU has room for what is not yet allocated."""
     free, total = cp.cuda.runtime.memGetInfo()
     needed = memory.total - allocated
     if needed > free:

@@ -21,6 +21,9 @@ from serving.contract.tensors import GraphTensors
 from .device import build_target
 from .engine import Scratch
 
+# TensorRT's names of types; an array of another type would be read as if it had this one.
+TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32"}
+
 
 @functools.cache
 def _runtime() -> Any:
@@ -74,6 +77,12 @@ class TensorRTEngine:
         wanted = [spec.name for spec in (*tensors.inputs, *tensors.outputs)]
         if sorted(found) != sorted(wanted):
             raise EngineError(f"{path}: wanted tensors {wanted}, got {found}; {REBUILD}")
+        types = {name: TYPES.get(self._engine.get_tensor_dtype(name).name, "another type") for name in found}
+        other = [f"{spec.name}: {types[spec.name]}" for spec in (*tensors.inputs, *tensors.outputs) if types[spec.name] != spec.dtype]
+        if other:
+            raise EngineError(
+                f"{path}: wanted {', '.join(map(str, (*tensors.inputs, *tensors.outputs)))}, got {', '.join(other)}; {REBUILD}"
+            )
         self._inputs = [spec.name for spec in tensors.inputs]
         self.weight_bytes = len(plan)
         self._scratch = scratch

@@ -197,6 +197,18 @@ def test_a_failed_write_leaves_the_former_timings(tmp_path: Path, monkeypatch: p
     assert cache.read_bytes() == b""
 
 
+def test_types_of_the_graph_hold_from_tensorrt_10_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [compiler.is_strongly_typed(version) for version in ("8.6.0", "10.0.1", "11.4.0.106", "12.0.0")] == [False, True, True, True]
+    for version in ("8.5.3", "9.3.0"):
+        with pytest.raises(EngineError, match=f"TensorRT: wanted 8.6, 10, 11, got {version}; see docs/gpu.md"):
+            compiler.is_strongly_typed(version)
+    verbosity = types.SimpleNamespace(DETAILED=2)
+    old = types.SimpleNamespace(__name__="tensorrt", __version__="8.6.0", ProfilingVerbosity=verbosity)
+    monkeypatch.setattr(compiler, "_tensorrt", lambda: old)
+    with pytest.raises(EngineError, match=r"precision bfloat16 needs TensorRT 10 or later, here is 8\.6\.0; export float16"):
+        compiler.Compiler("bfloat16")
+
+
 def test_a_failed_build_leaves_nothing(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detect, "cuda_gpu", lambda: None)
     with pytest.raises(EngineError, match="TensorRT engines cannot be built here"):

@@ -1,6 +1,7 @@
 """As much of TensorRT 8.6, 10 and 11 as the runtime uses, each with the attributes of its version only.
 
-A plan is JSON: the names of its tensors, and the bytes of its activations. test_tensorrt.py compares version 11 with the real package.
+A plan is JSON: the names and types of its tensors, and the bytes of its activations.
+test_tensorrt.py compares version 11 with the real package.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import types
 from typing import Any
 
 VERSIONS = ("8.6.0", "10.13.0", "11.4.0")
+TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int32": "INT32"}  # as TensorRT calls them
 
 
-def plan(tensors: list[str], memory: int = 0) -> bytes:
-    return json.dumps({"tensors": tensors, "memory": memory}).encode()
+def plan(tensors: list[str], memory: int = 0, **types: str) -> bytes:
+    """`types`: of the tensors that are not fp16."""
+    return json.dumps({"tensors": tensors, "memory": memory, "types": types}).encode()
 
 
 class Context:
@@ -64,6 +67,9 @@ class Engine:
 
     def get_tensor_name(self, index: int) -> str:
         return str(self._content["tensors"][index])
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return types.SimpleNamespace(name=self._content["types"].get(name, "HALF"))
 
     def _new(self, context: Context) -> Context:
         self.contexts.append(context)

@@ -350,7 +350,9 @@ def tensorrt_reader(graphs: Path, directory: Path, limits: Limits) -> tuple[Path
             profile_shapes(tensors, ranges) for ranges in profile_ranges(name, limits, manifest.prompt.passage_length)
         ]
         specs = (*tensors.inputs, *tensors.outputs)
-        (directory / f"{name}.plan").write_bytes(fake_tensorrt.plan([spec.name for spec in specs], 64))
+        (directory / f"{name}.plan").write_bytes(
+            fake_tensorrt.plan([spec.name for spec in specs], 64, **{s.name: fake_tensorrt.TYPES[s.dtype] for s in specs})
+        )
     files = {file.name: sha256_of_file(file) for file in directory.iterdir()}
     build = EngineBuild("NVIDIA H200", "9.0", "11.4.0", profiles, {})
     return directory, dataclasses.replace(manifest, engine="tensorrt", files=files, build=build)

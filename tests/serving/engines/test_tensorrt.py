@@ -152,6 +152,13 @@ def test_an_engine_with_other_tensors_is_refused(load: Any, manifest: Manifest, 
         load(with_plan(manifest, tmp_path, fake_tensorrt.plan(["x", "y"])))
 
 
+@pytest.mark.parametrize(("name", "dtype", "said"), [("x", "FLOAT", "x: float32"), ("y", "BF16", "y: bfloat16"), ("y", "FP4", "another")])
+def test_an_engine_whose_tensors_have_other_types_is_refused(name, dtype, said, load: Any, manifest: Manifest, tmp_path: Path) -> None:
+    """TensorRT takes addresses: it would read fp16 bits as fp32."""
+    with pytest.raises(EngineError, match=rf"{FILE}: wanted x: float16\[batch, 8\], .*, got .*{said}"):
+        load(with_plan(manifest, tmp_path, fake_tensorrt.plan(["x", "weight", "y"], **{name: dtype})))
+
+
 def test_shapes_beyond_all_profiles_are_refused(load: Any, manifest: Manifest) -> None:
     with pytest.raises(EngineError, match=r"no profile covers the shapes .*13, 8.*largest are .*12, 8"):
         load(manifest).bind(*arrays(13))
@@ -181,10 +188,12 @@ def test_limits_beyond_the_profiles_are_refused_at_load(trt: Any, runtime: Any, 
         gpu_loader(tmp_path, manifest, Limits(slots=13), 0)(NAME, TENSORS, scratch)
 
 
-def test_the_stand_in_for_version_11_has_nothing_that_the_real_one_lacks() -> None:
+def test_the_stand_in_for_version_11_has_nothing_that_the_real_one_lacks(runtime: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = pytest.importorskip("tensorrt_rtx_bindings")  # TensorRT-RTX has the interface of TensorRT 11, and needs no GPU to import
     for ours, theirs in ((fake_tensorrt.Engine11, real.ICudaEngine), (fake_tensorrt.Context10, real.IExecutionContext)):
         assert {name for name in dir(ours) if not name.startswith("_")} <= set(dir(theirs))
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.module("11.4.0"))
+    assert set(runtime("tensorrt").TYPES) <= set(real.DataType.__members__)
     assert hasattr(real.ExecutionContextAllocationStrategy, "USER_MANAGED") and hasattr(real.Logger, "WARNING")
     assert not hasattr(real.ICudaEngine, "device_memory_size")
     assert not hasattr(real.ICudaEngine, "create_execution_context_without_device_memory")

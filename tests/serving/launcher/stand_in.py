@@ -25,6 +25,8 @@ class Ready(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
+        if self.path == "/v2":
+            self.wfile.write(globals().get("v2", "").encode())
 
     def log_message(self, *_):
         pass

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from serving.launcher import log
+from serving.launcher import installation, log
 from serving.launcher.endpoints import PortError, free_ports
-from serving.launcher.installation import ServerError
+from serving.launcher.installation import ServerError, find_installation
 from serving.launcher.server import START_ATTEMPTS, TritonServer
 from tests.serving.launcher.stand_in import ends_within, install_stand_in, write_models
 
@@ -101,6 +102,64 @@ def test_a_port_that_another_server_takes_at_the_last_moment_is_named(tmp_path, 
         monkeypatch.setattr(server, "_start", start_and_lose_the_port)
         with pytest.raises(PortError, match=f"--grpc-port {ports[1]}: another process listens"):
             server.__enter__()
+
+
+def installed_as_a_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str = "", version: str = "2.71.0\n") -> Path:
+    """A stand-in in the layout of NVIDIA's builds, whose binary is reached by a link."""
+    root = tmp_path / "opt"
+    (root / "bin").mkdir(parents=True)
+    stub = root / "backends" / "python" / "triton_python_backend_stub"
+    stub.parent.mkdir(parents=True)
+    stub.write_bytes(b"\x7fELF..libpython3.%d.so.1.0\0" % sys.version_info[1])
+    if version:
+        (root / "TRITON_VERSION").write_text(version)
+    install_stand_in(root / "bin", monkeypatch, before)
+    (tmp_path / "link").symlink_to(root / "bin" / "tritonserver")
+    monkeypatch.setenv("TRITONSERVER", str(tmp_path / "link"))
+    return root
+
+
+def test_a_server_given_by_path_has_its_backends_beside_it(tmp_path, monkeypatch):
+    root = installed_as_a_tree(tmp_path, monkeypatch, f"open({str(tmp_path / 'arguments')!r}, 'w').write(chr(10).join(sys.argv))")
+    with TritonServer(["fid"], write_models(tmp_path / "repository", fid="python")) as server:
+        assert f"--backend-directory={root / 'backends'}" in (tmp_path / "arguments").read_text().splitlines()
+        assert server.triton == (2, 71, 0)
+
+
+def test_a_server_without_backends_beside_it_looks_where_it_was_built_to(tmp_path, monkeypatch):
+    install_stand_in(tmp_path, monkeypatch)
+    assert find_installation().backends is None
+
+
+def test_a_backend_of_another_python_is_refused(tmp_path, monkeypatch):
+    root = installed_as_a_tree(tmp_path, monkeypatch)
+    (root / "backends/python/triton_python_backend_stub").write_bytes(b"libpython3.99.so.1.0\0")
+    with pytest.raises(ServerError, match=r"triton_python_backend_stub: built for Python 3\.99, this is 3\.\d+; .*PYTHON=python3\.99"):
+        find_installation()
+
+
+@pytest.mark.parametrize("file", ["2.51.0\n", ""], ids=["a file says it", "only the running server says it"])
+def test_numpy_2_is_refused_for_an_old_server_whoever_tells_its_version(tmp_path, monkeypatch, file):
+    starts = tmp_path / "starts"
+    before = f"""open({str(starts)!r}, 'a').write('x'); v2 = '{{"version": "2.51.0"}}'"""
+    installed_as_a_tree(tmp_path, monkeypatch, before, file)
+    monkeypatch.setattr(installation.importlib.metadata, "version", lambda _: "2.4.0")
+    with pytest.raises(ServerError, match=r"numpy: wanted 1\.26 for Triton 2\.51\.0, got 2\.4\.0"):
+        TritonServer(["fid"], write_models(tmp_path / "repository", fid="python")).__enter__()
+    assert starts.exists() != bool(file)
+
+
+def test_an_old_server_that_others_can_reach_is_warned_of(tmp_path, monkeypatch, capsys):
+    from serving import __main__ as command
+
+    monkeypatch.setattr(command, "reader_table", lambda _: [])
+    for triton, address, warned in (((2, 51), "0.0.0.0", True), ((2, 51), "127.0.0.1", False), ((2, 71, 0), "0.0.0.0", False)):
+        server = TritonServer([], tmp_path, address=address)
+        server.triton = triton
+        monkeypatch.setattr(command, "served_reader", lambda *_: None)
+        command.announce(server, ["fid"])
+        server.stop()
+        assert ("warning    Triton 2.51 on 0.0.0.0: some requests end it" in capsys.readouterr().out) == warned
 
 
 def test_the_library_path_with_a_blank_reaches_the_server_whole(tmp_path, monkeypatch):

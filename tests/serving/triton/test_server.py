@@ -24,7 +24,7 @@ from export.repository import repository_from_engines
 from fido_client.reader_client import ReaderClient, ReaderError
 from serving.contract.limits import Limits
 from serving.contract.manifest import Manifest
-from serving.launcher.installation import ServerError
+from serving.launcher.installation import ServerError, find_installation, prepared_backends
 from serving.launcher.server import SHM, TritonServer, models_of, tls_arguments
 from serving.pipeline.prompt import PASSAGES_PER_CHUNK, PromptEncoder
 
@@ -280,6 +280,19 @@ def test_stopping_leaves_no_process_and_no_shared_memory(repository):
         assert list(SHM.glob(f"{server.shm_prefix}*"))
     assert not [pid for pid in processes.values() if Path(f"/proc/{pid}").exists()]
     assert not list(SHM.glob(f"{server.shm_prefix}*"))
+
+
+def test_a_server_given_by_path_serves_from_the_backends_beside_it(repository, cases, tmp_path, monkeypatch):
+    """The wheel's server laid out as NVIDIA's builds are. No file says its version: the running server does."""
+    wheel = find_installation()
+    shutil.copytree(prepared_backends(wheel, tmp_path / "prepared"), tmp_path / "opt" / "backends")
+    (tmp_path / "opt" / "bin").mkdir()
+    shutil.copy(wheel.binary, tmp_path / "opt" / "bin")
+    monkeypatch.setenv("TRITONSERVER", str(tmp_path / "opt" / "bin" / "tritonserver"))
+    monkeypatch.setenv("LD_LIBRARY_PATH", os.pathsep.join(map(str, wheel.libraries)))
+    with TritonServer(models_of(["fid"], stream=False), repository) as server, ReaderClient(server.grpc_url, "fid") as client:
+        assert server.triton == (2, 51, 0)
+        cases["fid"][0].check(cases["fid"][0].ask(client))
 
 
 def test_grpc_over_tls_answers_who_trusts_its_certificate_and_nobody_in_the_clear(repository):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from export.repository import READERS, model_names, reader_config
+from serving.contract import versions
 from serving.contract.limits import Limits
 from serving.contract.tensors import READER_TENSORS
 from serving.launcher import installation
@@ -28,9 +29,71 @@ assert len(SERVING) > 20, "the tests below would look at nothing"
 
 
 def test_numpy_2_returns_empty_outputs_and_is_refused(monkeypatch):
+    """Up to Triton 2.52; 2.71 was seen to work with NumPy 2.4."""
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.1.0")
-    with pytest.raises(ServerError, match=r"numpy: wanted 1.26, got 2.1.0"):
-        installation.require_numpy_1()
+    for triton in ((2, 51), (2, 52, 0)):
+        with pytest.raises(ServerError, match=rf"numpy: wanted 1.26 for Triton {versions.dotted(triton)}, got 2.1.0: .*empty outputs"):
+            installation.require_supported(triton)
+    installation.require_supported((2, 71, 0))
+    installation.require_supported(None)
+    with pytest.raises(ServerError, match=r"Triton: wanted 2\.51 or later, got 2\.50\.0"):
+        installation.require_supported((2, 50, 0))
+
+
+def test_every_work_around_names_what_retires_it():
+    for work_around in versions.WORK_AROUNDS:
+        file, separator, name = work_around.retired_by.partition("::")
+        if separator:
+            assert f"\ndef {name}(" in (ROOT / file).read_text(), work_around
+        else:
+            target, module, setting = re.fullmatch(r"make (\w+), with (\w+) = \S+ in (\S+)", work_around.retired_by).group(1, 3, 2)
+            assert f"\n{target}: " in (ROOT / "Makefile").read_text() and f"\n{setting} = " in (ROOT / module).read_text()
+    needed_by = {triton: [w.name for w in versions.WORK_AROUNDS if w.needed(triton)] for triton in ((2, 51, 0), (2, 71, 0), None)}
+    assert needed_by[2, 51, 0] == needed_by[None] and set(needed_by[None]) - set(needed_by[2, 71, 0]) == {versions.NUMPY_1.name}
+
+
+def test_the_documentation_has_the_tables_of_versions():
+    operating, gpu, reliability = ((ROOT / "docs" / page).read_text() for page in ("operating.md", "gpu.md", "reliability.md"))
+    assert versions.platform_table() in operating and versions.compiler_table() in gpu and versions.work_around_table() in reliability
+    assert f"`{versions.CONTAINER_TAGS.split()[0]}`" in operating
+
+
+def test_requirements_and_package_agree_with_the_table_of_versions():
+    """The pins are for the wheel's Python versions, and others for those that only a server of the user's own has."""
+    first, last = versions.OWN.python.first, versions.OWN.python.last
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'requires-python = ">={versions.dotted(first)},<3.{last[1] + 1}"' in project
+    pins = dict(re.findall(r"^numpy==(\S+); python_version (\S+ \S+)$", (ROOT / "requirements.txt").read_text(), re.M))
+    by_python = {python.replace('"', ""): versions.version_of(pin) for pin, python in pins.items()}
+    beyond = f"3.{versions.WHEEL.python.last[1] + 1}"
+    assert by_python[f"< {beyond}"] in versions.WHEEL.numpy
+    assert by_python[f">= {beyond}"] in versions.OWN.numpy and by_python[f">= {beyond}"] not in versions.WHEEL.numpy
+    wheel = re.search(r"^nvidia-pytriton==(\S+)$", (ROOT / "requirements-triton.txt").read_text(), re.M)
+    assert wheel and wheel[1] == "0.7.0", "another wheel: its Triton's version goes into versions.WHEEL"
+
+
+@pytest.mark.parametrize(
+    ("span", "inside", "outside"),
+    [
+        (versions.Span((2, 51), (2, 51)), ["2.51", "2.51.9"], ["2.50.9", "2.52"]),
+        (versions.Span((1, 26), (2,)), ["1.26.4", "2.0", "2.5.5"], ["1.25", "3.0"]),
+        (versions.Span((2, 53), None), ["2.53", "3"], ["2.52.9"]),
+    ],
+)
+def test_a_span_holds_all_patches_of_its_last_version(span, inside, outside):
+    assert [text for text in (*inside, *outside) if versions.version_of(text) in span] == inside
+
+
+def test_tensorrt_families_are_found_by_version():
+    assert [
+        c and versions.dotted(c.tensorrt.first) for c in map(versions.compiler_of, ("8.6.0", "8.5", "10.14.1.48", "11.4.0", "12.0"))
+    ] == [
+        "8.6",
+        None,
+        "10",
+        "11",
+        None,
+    ]
 
 
 def test_bls_to_a_decoupled_model_corrupts_memory_so_the_encoder_is_not_one():
