@@ -23,7 +23,9 @@ FORMAT = 4  # raised whenever serving code of an earlier format would misunderst
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 ENGINE_NAMES = ("encoder", "cross_kv", "decoder_step")
-SUFFIXES = {"onnxruntime": ".onnx", "onnxruntime-gpu": ".onnx", "tensorrt": ".plan"}  # of engine files, by backend
+SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".onnx", "onnxruntime-gpu": ".onnx", "tensorrt": ".plan"}  # of engine files, by backend
+CPU_ENGINES = ("onnxruntime", "openvino")
+BF16_FLAGS = ("avx512_bf16", "amx_bf16")  # of /proc/cpuinfo: instructions that multiply bf16; without both it is emulated, slower than fp32
 REBUILD = "`make export ENGINE=tensorrt` builds it again"
 
 
@@ -131,8 +133,9 @@ class Manifest:
 
     Attributes:
         reader: "fid" or "fido".
-        engine: the backend that runs the engines: "onnxruntime" (CPU), "onnxruntime-gpu" or "tensorrt".
-        precision: dtype of weights and activations: "float32", "float16" or "bfloat16". Hidden states of GPU engines are float16 always.
+        engine: the backend that runs the engines: "onnxruntime" or "openvino" (CPU), "onnxruntime-gpu" or "tensorrt".
+        precision: dtype of weights and activations: "float32", "float16" or "bfloat16". Hidden states of GPU engines are float16 always,
+            those of CPU engines float32. The graphs of OpenVINO are float32 in both of its precisions.
         files: name -> SHA-256 of every file of the reader.
         weights_sha256: of the checkpoint's weights; engines of one checkpoint have the same.
         provenance: source, versions, opset; for people, not read by serving.
@@ -160,7 +163,7 @@ class Manifest:
     @property
     def on_gpu(self) -> bool:
         """Whether the engines run on a GPU."""
-        return self.engine != "onnxruntime"
+        return self.engine not in CPU_ENGINES
 
     def engine_file(self, name: str) -> str:
         """File name of the engine called `name`."""
@@ -263,6 +266,28 @@ class Manifest:
     def _altered(self, file: str, found: str) -> list[str]:
         wanted = self.files[file]
         return [] if found == wanted else [f"{file}: SHA-256 wanted {wanted[:16]}..., got {found[:16]}..."]
+
+
+def require_bf16(what: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> None:
+    """Refuse bf16 on a CPU that would emulate it.
+
+    Args:
+        what: needs bf16, for the message.
+        cpuinfo: the kernel's description of the processor.
+
+    Raises:
+        EngineError: if the CPU has none of BF16_FLAGS, or does not say.
+    """
+    try:
+        fields = dict(line.partition(":")[::2] for line in cpuinfo.read_text(encoding="utf-8").split("\n\n")[0].splitlines())
+    except OSError:
+        fields = {}
+    found = {name.strip(): value.strip() for name, value in fields.items()}
+    if not {*BF16_FLAGS} & {*found.get("flags", "").split()}:
+        raise EngineError(
+            f"{what}: bf16: wanted a CPU with {' or '.join(BF16_FLAGS)}, got {found.get('model name', 'an unknown CPU')} without them, which "
+            "would emulate it, slower than fp32; `make export PRECISION=fp32` makes engines for every CPU"
+        )
 
 
 def _unreadable(file: str, error: OSError) -> str:
