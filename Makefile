@@ -20,8 +20,10 @@ FIDO_FLAGS ?=
 READER_FLAGS ?=
 # Bounds of the served models, as `python -m export readers --help` lists them.
 LIMITS ?=
-# Engine of the readers: tensorrt, onnxruntime-gpu, onnxruntime, or auto for the fastest that this machine can run.
+# Engine of the readers: tensorrt, onnxruntime-gpu, openvino, onnxruntime, or auto for the fastest that this machine can run.
 ENGINE ?= auto
+# Precision of the engine: fp32 or bf16 (openvino) on a CPU, fp16 or bf16 on a GPU; empty: fp32 on a CPU, fp16 on a GPU.
+PRECISION ?=
 # Triton backend of the encoder: python, or tensorrt in NVIDIA's container (deploy/container/).
 TRITON_BACKEND ?= python
 
@@ -57,7 +59,7 @@ help: ## list the targets
 # ---- Set-up: a task installs what it needs (deploy/set_up.py) ----
 
 FOR ?= serve
-setup: $(VENV)/.$(FOR) ## make .venv for a task: FOR=serve (no torch), export, evaluate or dev (everything)
+setup: $(VENV)/.$(FOR) ## make .venv for a task: FOR=serve (no torch), export, evaluate, openvino or dev (everything)
 
 SERVE := $(VENV)/.serve
 EXPORT_READY := $(VENV)/.export
@@ -70,6 +72,8 @@ $(EXPORT_READY): requirements-export.txt $(SERVE)
 	$(SET_UP) export
 $(EVALUATE): requirements-evaluate.txt $(SERVE)
 	$(SET_UP) evaluate
+$(VENV)/.openvino: requirements-openvino.txt $(SERVE)
+	$(SET_UP) openvino
 $(DEV): requirements-dev.txt $(EXPORT_READY) $(EVALUATE)
 	$(SET_UP) dev
 
@@ -82,7 +86,7 @@ BOTH := "fid=$$FID" "fido=$$FIDO"
 flags_of = $(if $(findstring "$(1)=,$(2)),$(if $($(3)),--flags "$(1)=$$$(3)"))
 flags = $(call flags_of,fid,$(1),FID_FLAGS) $(call flags_of,fido,$(1),FIDO_FLAGS) $(call flags_of,$$READER,$(1),READER_FLAGS)
 EXPORT = $(PY) -m export readers
-EXPORT_OPTIONS = --engine $(ENGINE) --triton-backend $(TRITON_BACKEND) $(LIMITS)
+EXPORT_OPTIONS = --engine $(ENGINE) $(if $(PRECISION),--precision $(PRECISION)) --triton-backend $(TRITON_BACKEND) $(LIMITS)
 
 export: $(EXPORT_READY) ## checkpoints -> engines -> model repository (READER=name CHECKPOINT=path; FID=path, FIDO=path)
 	@$(EXPORT) $(or $(NAMED),--default $(BOTH)) $(call flags,$(or $(NAMED),$(BOTH))) $(EXPORT_OPTIONS)

@@ -25,7 +25,8 @@ TOKENIZER_FILE = "tokenizer.json"
 ENGINE_NAMES = ("encoder", "cross_kv", "decoder_step")
 SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".onnx", "onnxruntime-gpu": ".onnx", "tensorrt": ".plan"}  # of engine files, by backend
 CPU_ENGINES = ("onnxruntime", "openvino")
-BF16_FLAGS = ("avx512_bf16", "amx_bf16")  # of /proc/cpuinfo: instructions that multiply bf16; without both it is emulated, slower than fp32
+CPU_INFO = Path("/proc/cpuinfo")
+BF16_FLAGS = ("avx512_bf16", "amx_bf16")  # of CPU_INFO: instructions that multiply bf16; without both it is emulated, slower than fp32
 REBUILD = "`make export ENGINE=tensorrt` builds it again"
 
 
@@ -268,7 +269,7 @@ class Manifest:
         return [] if found == wanted else [f"{file}: SHA-256 wanted {wanted[:16]}..., got {found[:16]}..."]
 
 
-def require_bf16(what: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> None:
+def require_bf16(what: str, cpuinfo: Path = CPU_INFO) -> None:
     """Refuse bf16 on a CPU that would emulate it.
 
     Args:
@@ -278,16 +279,25 @@ def require_bf16(what: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> None:
     Raises:
         EngineError: if the CPU has none of BF16_FLAGS, or does not say.
     """
-    try:
-        fields = dict(line.partition(":")[::2] for line in cpuinfo.read_text(encoding="utf-8").split("\n\n")[0].splitlines())
-    except OSError:
-        fields = {}
-    found = {name.strip(): value.strip() for name, value in fields.items()}
-    if not {*BF16_FLAGS} & {*found.get("flags", "").split()}:
+    if not {*BF16_FLAGS} & {*_cpu(cpuinfo).get("flags", "").split()}:
         raise EngineError(
-            f"{what}: bf16: wanted a CPU with {' or '.join(BF16_FLAGS)}, got {found.get('model name', 'an unknown CPU')} without them, which "
-            "would emulate it, slower than fp32; `make export PRECISION=fp32` makes engines for every CPU"
+            f"{what}: bf16: wanted a CPU with {' or '.join(BF16_FLAGS)}, got {cpu_name(cpuinfo)} without them, which would emulate it, "
+            "slower than fp32; `make export PRECISION=fp32` makes engines for every CPU"
         )
+
+
+def cpu_name(cpuinfo: Path = CPU_INFO) -> str:
+    """What the first processor calls itself, as "AMD EPYC 9004"."""
+    return _cpu(cpuinfo).get("model name", "an unknown CPU")
+
+
+def _cpu(cpuinfo: Path) -> dict[str, str]:
+    """The fields of the first processor; none where the system does not say."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def _unreadable(file: str, error: OSError) -> str:

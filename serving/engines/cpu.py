@@ -63,7 +63,9 @@ class OnnxSession:
             raise
         except Exception as error:  # onnxruntime's exceptions have no common base class
             raise EngineError(f"{directory / file}: ONNX Runtime cannot load it: {error}") from error
-        require_tensors(directory / file, tensors, [i.name for i in self._session.get_inputs()], [o.name for o in self._session.get_outputs()])
+        require_tensors(
+            directory / file, tensors, [i.name for i in self._session.get_inputs()], [o.name for o in self._session.get_outputs()]
+        )
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """As Session.run."""

@@ -1,7 +1,7 @@
 """Loads the engines of a reader: on the CPU or a GPU, as its manifest says.
 
-In: the engines' directory, its manifest, the limits. Out: an Encoder, a Packer, a Decoder. CuPy, TensorRT and OpenVINO are imported only for
-a reader that uses them.
+In: the engines' directory, its manifest, the limits. Out: an Encoder, a Packer, a Decoder. CuPy, TensorRT and OpenVINO are imported only
+for a reader that uses them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The exported graphs against the module, in ONNX Runtime and in OpenVINO: cached step = full pass, packed = padded, batch of n = n of one."""
+"""The exported graphs against the module, in ONNX Runtime and OpenVINO: cached step = full pass, packed = padded, batch of n = n of one."""
 
 from __future__ import annotations
 
