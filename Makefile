@@ -22,8 +22,10 @@ READER_FLAGS ?=
 LIMITS ?=
 # Engine of the readers: tensorrt, onnxruntime-gpu, openvino, onnxruntime, or auto for the fastest that this machine can run.
 ENGINE ?= auto
-# Precision of the engine: fp32 or bf16 (openvino) on a CPU, fp16 or bf16 on a GPU; empty: fp32 on a CPU, fp16 on a GPU.
+# Precision of the engine: fp32, bf16 or int8 (both openvino) on a CPU, fp16 or bf16 on a GPU; empty: fp32 on a CPU, fp16 on a GPU.
 PRECISION ?=
+# Questions and passages, JSON lines, that int8 is calibrated on.
+SAMPLES ?=
 # Triton backend of the encoder: python, or tensorrt in NVIDIA's container (deploy/container/).
 TRITON_BACKEND ?= python
 
@@ -44,7 +46,7 @@ STRESS_MINUTES ?=
 
 # ---- Typed values reach the shell through the environment: "$$NAME" is safe with spaces, quotes and dollars ----
 
-TYPED := FID FIDO READER CHECKPOINT FID_FLAGS FIDO_FLAGS READER_FLAGS MODEL QUESTION PASSAGES RUN
+TYPED := FID FIDO READER CHECKPOINT FID_FLAGS FIDO_FLAGS READER_FLAGS SAMPLES MODEL QUESTION PASSAGES RUN
 # `value` keeps make from expanding a dollar. The origin is "command line" or "environment" where the user typed the value.
 $(foreach name,$(TYPED),$(eval ORIGIN_$(name) := $$(origin $(name)))$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
 is_typed = $(filter command environment,$(ORIGIN_$(1)))
@@ -86,7 +88,7 @@ BOTH := "fid=$$FID" "fido=$$FIDO"
 flags_of = $(if $(findstring "$(1)=,$(2)),$(if $($(3)),--flags "$(1)=$$$(3)"))
 flags = $(call flags_of,fid,$(1),FID_FLAGS) $(call flags_of,fido,$(1),FIDO_FLAGS) $(call flags_of,$$READER,$(1),READER_FLAGS)
 EXPORT = $(PY) -m export readers
-EXPORT_OPTIONS = --engine $(ENGINE) $(if $(PRECISION),--precision $(PRECISION)) --triton-backend $(TRITON_BACKEND) $(LIMITS)
+EXPORT_OPTIONS = --engine $(ENGINE) $(if $(PRECISION),--precision $(PRECISION)) $(if $(SAMPLES),--samples "$$SAMPLES") --triton-backend $(TRITON_BACKEND) $(LIMITS)
 
 export: $(EXPORT_READY) ## checkpoints -> engines -> model repository (READER=name CHECKPOINT=path; FID=path, FIDO=path)
 	@$(EXPORT) $(or $(NAMED),--default $(BOTH)) $(call flags,$(or $(NAMED),$(BOTH))) $(EXPORT_OPTIONS)

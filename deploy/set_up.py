@@ -34,7 +34,7 @@ SETS = {
     "serve": (["requirements.txt"], [], 700),
     "export": (["requirements-export.txt"], ["serve"], 2500),
     "evaluate": (["requirements-evaluate.txt"], ["serve"], 300),
-    "openvino": (["requirements-openvino.txt"], ["serve"], 500),
+    "openvino": (["requirements-openvino.txt"], ["serve"], 1000),
     "dev": (["requirements-dev.txt"], ["serve", "export", "evaluate"], 2500),
 }
 SERVER = "requirements-triton.txt"

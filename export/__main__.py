@@ -151,7 +151,7 @@ def _add_library(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument("--encoder-kernels", choices=choices, default=default, help=help_)
     help_ = "of library kernels (default: %(default)s)"
     command.add_argument("--encoder-precision", choices=LIBRARY_PRECISIONS, default=LIBRARY_PRECISIONS[0], help=help_)
-    command.add_argument("--samples", type=Path, help="questions and passages (JSON lines) that FP8's scales are measured on")
+    command.add_argument("--samples", type=Path, help="questions and passages (JSON lines) that int8 and FP8 are calibrated on")
 
 
 def _library(arguments: argparse.Namespace) -> LibraryOptions:

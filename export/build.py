@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 TIMING_CACHE = Path("build/tensorrt-timing.cache")
 PRECISIONS = ("float16", "bfloat16")  # of graphs for a GPU
-PRECISION_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # as on the command line -> in a manifest
+PRECISION_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}  # as on the command line -> in a manifest
 # Precisions of each engine; the first is its own.
 PRECISIONS_OF = {
     "onnxruntime": ("float32",),
-    "openvino": ("float32", "bfloat16"),
+    "openvino": ("float32", "bfloat16", "int8"),
     "onnxruntime-gpu": PRECISIONS,
     "tensorrt": PRECISIONS,
 }
@@ -118,7 +118,7 @@ def build_reader(
         precision: one of the engine's; None for its own. "auto" takes an engine that has it.
         opset: as in `export_graphs`.
         whole_encoder: on a GPU, the encoder as one graph, for Triton's TensorRT backend.
-        library: on a GPU, the encoder's GEMMs as library kernels instead of engines.
+        library: on a GPU, the encoder's GEMMs as library kernels instead of engines; its samples calibrate int8 on a CPU too.
         timing_cache: as in `build_engines`.
         jobs: processes that build TensorRT engines.
         log: called with each line of progress.
@@ -131,7 +131,8 @@ def build_reader(
 
     has_torch = importlib.util.find_spec("torch") is not None
     chooses = engine == "auto"
-    engine, precision = _chosen(engine, precision, has_torch=has_torch)
+    samples = None if library is None else library.samples
+    engine, precision = _chosen(engine, precision, samples, has_torch=has_torch)
     if engine in CPU_ENGINES:
         fixed = opset is not None or any(value is not None for value in (options or {}).values())
         with atomic_directory(directory) as tmp_dir:
@@ -139,7 +140,7 @@ def build_reader(
                 manifest = _exported(source, tmp_dir, options, opset)
             else:
                 manifest = _without_torch(source, tmp_dir, fixed=fixed)
-            return _for_cpu(tmp_dir, manifest, engine, precision, chooses=chooses)
+            return _for_cpu(tmp_dir, manifest, engine, precision, samples, chooses=chooses)
     if not has_torch:
         raise _needs_torch(source)
     from export.checkpoint.files import load_checkpoint
@@ -155,11 +156,11 @@ def build_reader(
     return build_engines(graphs, directory, limits, timing_cache, jobs, log)
 
 
-def _chosen(engine: str, precision: str | None, *, has_torch: bool) -> tuple[str, str]:
+def _chosen(engine: str, precision: str | None, samples: Path | None, *, has_torch: bool) -> tuple[str, str]:
     """The engine, without "auto", and its precision; checked before anything is exported.
 
     Raises:
-        UsageError: if the engine does not have the precision, or is OpenVINO and not installed.
+        UsageError: if the engine does not have the precision, or what it needs is not there.
         EngineError: if this CPU would emulate the precision.
     """
     if engine == "auto":
@@ -176,7 +177,7 @@ def _chosen(engine: str, precision: str | None, *, has_torch: bool) -> tuple[str
     if engine == "openvino":
         from export.graphs.openvino import require_openvino
 
-        require_openvino(precision)
+        require_openvino(precision, samples)
     return engine, precision
 
 
@@ -186,12 +187,12 @@ def _exported(source: str, directory: Path, options: CheckpointOptions | None, o
     return export_graphs(load_checkpoint(source, **(options or {})), directory, gpu=False, opset=opset)
 
 
-def _for_cpu(directory: Path, manifest: Manifest, engine: str, precision: str, *, chooses: bool) -> Manifest:
+def _for_cpu(directory: Path, manifest: Manifest, engine: str, precision: str, samples: Path | None, *, chooses: bool) -> Manifest:
     """Exported graphs for the engine that was asked for, or for the faster one where OpenVINO is installed too."""
     if engine == "openvino":
         from export.graphs.openvino import for_openvino
 
-        return for_openvino(directory, manifest, precision)
+        return for_openvino(directory, manifest, precision, samples)
     if chooses and importlib.util.find_spec("openvino") is not None:
         from export.graphs.openvino import for_the_faster
 

@@ -1,11 +1,12 @@
 """A CPU reader's graphs for the engine and the precision that run them, and which engine is the faster here.
 
-Comes in: exported graphs with their manifest. Goes out: the same directory with the manifest of OpenVINO, in bf16 if asked. ONNX Runtime
-and OpenVINO read the same files; both are timed on the same question where the engine is left to us. Needs no torch.
+Comes in: exported graphs with their manifest. Goes out: the same directory with the manifest of OpenVINO, in bf16 or int8 if asked. ONNX
+Runtime and OpenVINO read the same fp32 files; both are timed on the same question where the engine is left to us. Needs no torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -18,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from export.errors import UsageError
-from export.manifest_writer import write_manifest
-from serving.contract.manifest import CPU_ENGINES, Manifest, cpu_name, require_bf16
+from export.manifest_writer import hashes, write_manifest
+from serving.contract.manifest import CPU_ENGINES, MANIFEST_FILE, EngineError, Manifest, cpu_name, require_bf16
 from serving.contract.tensors import NUMPY_DTYPES, GraphTensors, cross_kv_tensors, decoder_step_tensors, encoder_tensors
 
 # The question that engines are timed on: a short one, since every passage costs a large reader a second.
@@ -30,11 +31,15 @@ WORTH_IT = 0.9
 Run = Callable[[dict[str, np.ndarray]], Any]
 
 
-def require_openvino(precision: str) -> None:
+def require_openvino(precision: str, samples: Path | None) -> None:
     """Raise before anything is exported.
 
+    Args:
+        precision: of for_openvino.
+        samples: that int8 is calibrated on.
+
     Raises:
-        UsageError: if OpenVINO is not installed.
+        UsageError: if OpenVINO is not installed, or what int8 needs is missing.
         EngineError: if this CPU would emulate `precision`.
     """
     if importlib.util.find_spec("openvino") is None:
@@ -43,19 +48,38 @@ def require_openvino(precision: str) -> None:
         )
     if precision == "bfloat16":
         require_bf16("engine openvino")
+    if precision == "int8":
+        from .int8 import require_nncf
+
+        require_nncf(samples)
 
 
-def for_openvino(directory: Path, manifest: Manifest, precision: str) -> Manifest:
+def for_openvino(directory: Path, manifest: Manifest, precision: str, samples: Path | None = None) -> Manifest:
     """Make exported graphs those of OpenVINO.
 
     Args:
         directory: of the graphs; its manifest is written again.
         manifest: as exported.
-        precision: "float32" or "bfloat16".
+        precision: "float32", "bfloat16", or "int8", which becomes "int8-bf16" on a CPU that has bf16: what is not int8 is bf16 then.
+        samples: that int8 is calibrated on.
+
+    Raises:
+        ExportError: if there is nothing to calibrate on.
     """
     versions = {**manifest.provenance.get("versions", {}), "openvino": importlib.metadata.version("openvino")}
     provenance = {**manifest.provenance, "versions": versions}
-    return write_manifest(dataclasses.replace(manifest, engine="openvino", precision=precision, provenance=provenance), directory)
+    files = manifest.files
+    if precision == "int8" and samples is not None:
+        from .int8 import to_int8
+
+        provenance |= {"int8": to_int8(directory, manifest, samples), "versions": versions | {"nncf": importlib.metadata.version("nncf")}}
+        (directory / MANIFEST_FILE).unlink()
+        files = hashes(directory)
+        with contextlib.suppress(EngineError):
+            require_bf16("int8")
+            precision = "int8-bf16"
+    changed = dataclasses.replace(manifest, engine="openvino", precision=precision, provenance=provenance, files=files)
+    return write_manifest(changed, directory)
 
 
 def for_the_faster(directory: Path, manifest: Manifest) -> Manifest:

@@ -135,8 +135,8 @@ class Manifest:
     Attributes:
         reader: "fid" or "fido".
         engine: the backend that runs the engines: "onnxruntime" or "openvino" (CPU), "onnxruntime-gpu" or "tensorrt".
-        precision: dtype of weights and activations: "float32", "float16" or "bfloat16". Hidden states of GPU engines are float16 always,
-            those of CPU engines float32. The graphs of OpenVINO are float32 in both of its precisions.
+        precision: dtype of weights and activations: "float32", "float16" or "bfloat16"; for OpenVINO also "int8", and "int8-bf16" where the
+            rest is bf16. Hidden states of GPU engines are float16 always, those of CPU engines float32.
         files: name -> SHA-256 of every file of the reader.
         weights_sha256: of the checkpoint's weights; engines of one checkpoint have the same.
         provenance: source, versions, opset; for people, not read by serving.
@@ -168,7 +168,17 @@ class Manifest:
 
     def engine_file(self, name: str) -> str:
         """File name of the engine called `name`."""
-        return name + SUFFIXES[self.engine]
+        return name + (".xml" if self.is_int8 else SUFFIXES[self.engine])
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether weights are int8; OpenVINO's own files hold them, `NAME.xml` and `NAME.bin`."""
+        return self.precision.startswith("int8")
+
+    @property
+    def has_bf16_caches(self) -> bool:
+        """Whether a CPU engine computes in bf16 and keeps its keys and values so."""
+        return self.engine in CPU_ENGINES and self.precision in ("bfloat16", "int8-bf16")
 
     def to_json(self) -> str:
         """The text of manifest.json; it contains a hash of its other fields."""
@@ -207,7 +217,7 @@ class Manifest:
             raise ManifestError(f"{path}: other fields than wanted ({error}); `make export` makes it again") from error
 
     def verify(self, directory: Path, names: Sequence[str]) -> None:
-        """Check that the files called `names` are there and unaltered, each with its external data (`encoder.onnx.data`) if it has some.
+        """Check that the files called `names` are there and unaltered, each with the weights beside it (`encoder.onnx.data`, `encoder.bin`).
 
         Code that loads a file afterwards uses `verified` or `read` instead: the file might change in between.
 
@@ -226,7 +236,8 @@ class Manifest:
         Raises:
             ManifestError: naming every missing, altered or replaced file.
         """
-        wanted = {*names, *(f"{name}.data" for name in names)}  # the weights of an ONNX graph above 2 GB are in .data
+        # the weights of an ONNX graph above 2 GB are in .data, those of OpenVINO's encoder.xml in encoder.bin
+        wanted = {*names, *(f"{name}.data" for name in names), *(name[:-4] + ".bin" for name in names if name.endswith(".xml"))}
         faults = [f"{name}: not in {MANIFEST_FILE}" for name in names if name not in self.files]
         states = {}
         for file in (file for file in self.files if file in wanted):

@@ -41,7 +41,7 @@ def bytes_per_element(manifest: Manifest) -> int:
     """
     if manifest.engine not in BYTES_PER_ELEMENT:
         raise ManifestError(f"engine: wanted one of {', '.join(BYTES_PER_ELEMENT)}, got {manifest.engine!r}; `make export` makes it again")
-    return 2 if manifest.precision == "bfloat16" else BYTES_PER_ELEMENT[manifest.engine]
+    return 2 if manifest.has_bf16_caches else BYTES_PER_ELEMENT[manifest.engine]
 
 
 def load_encoder(directory: Path, manifest: Manifest, limits: Limits, device: int = 0) -> Encoder:

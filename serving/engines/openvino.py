@@ -1,4 +1,4 @@
-"""A reader on the CPU, by OpenVINO: the same graphs, slots and caches as cpu.py, in fp32 or bf16.
+"""A reader on the CPU, by OpenVINO: the same graphs, slots and caches as cpu.py, in fp32, bf16 or int8.
 
 A graph is compiled once, for all shapes. Caches are shared with OpenVINO and never copied; in bf16 they are bf16 as well, half as large.
 """
@@ -31,7 +31,7 @@ class OpenVinoSession:
 
     def __init__(self, directory: Path, manifest: Manifest, name: str, tensors: GraphTensors, threads: int):
         path = directory / manifest.engine_file(name)
-        bf16 = manifest.precision == "bfloat16"
+        bf16 = manifest.has_bf16_caches
         if bf16:
             require_bf16(str(directory))
         self.cache_dtype = np.dtype(NUMPY_DTYPES["bfloat16" if bf16 else "float32"])

@@ -247,16 +247,16 @@ HALF = "onnxruntime-gpu"
         ("auto", "bfloat16", "tensorrt", ("tensorrt", "bfloat16")),
         ("auto", None, HALF, (HALF, "float16")),
         ("onnxruntime", "bfloat16", "tensorrt", "precision: engine onnxruntime has fp32; got bf16"),
-        ("openvino", "float16", "tensorrt", "precision: engine openvino has fp32, bf16; got fp16"),
+        ("openvino", "float16", "tensorrt", "precision: engine openvino has fp32, bf16, int8; got fp16"),
         ("auto", "float16", "onnxruntime", "precision: engine onnxruntime has fp32; got fp16"),
         ("tensorrt", "float32", "tensorrt", "precision: engine tensorrt has fp16, bf16; got fp32"),
     ],
 )
 def test_an_engine_and_a_precision_are_chosen_before_anything_is_exported(engine, precision, best, wanted, monkeypatch, tmp_path):
     monkeypatch.setattr("export.tensorrt.detect.default_backend", lambda: best)
-    monkeypatch.setattr("export.graphs.openvino.require_openvino", lambda _: None)
+    monkeypatch.setattr("export.graphs.openvino.require_openvino", lambda *_: None)
     if isinstance(wanted, tuple):
-        assert build._chosen(engine, precision, has_torch=True) == wanted
+        assert build._chosen(engine, precision, None, has_torch=True) == wanted
     else:
         with pytest.raises(UsageError, match=wanted):
             build_reader("./nowhere", tmp_path / "engines", engine, Limits(), precision=precision)
