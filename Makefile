@@ -121,6 +121,7 @@ evaluate: $(EVALUATE) demo-readers $(CORPUS) ## EM of all demo readers through T
 
 bench: $(DEV) demo-readers $(CORPUS) ## Triton, in process and PyTorch compared on this machine
 	$(PY) -m perf.served.chain
+	$(PY) -m perf.peers.cpu_engines
 
 bench-load: $(DEV) demo-readers $(CORPUS) ## throughput and latency at concurrency 1 to 64, and the gain of in-flight batching
 	$(PY) -m perf.served.concurrency

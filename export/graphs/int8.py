@@ -136,7 +136,8 @@ def layer_errors(model: Any, inputs: Sequence[dict[str, np.ndarray]]) -> list[La
     """What int8 does to the output of each matrix multiplication with weights: measured on its own inputs, one layer at a time."""
     ov = _openvino()
     probe = model.clone()
-    layers, places = [], {}  # layers that read the same tensor share an output
+    layers: list[tuple[str, int, np.ndarray]] = []
+    places: dict[tuple[str, int], int] = {}  # layers that read the same tensor share an output
     for node, weight in _weighted(probe):
         source = node.input_value(0)
         place = places.setdefault((source.get_node().get_friendly_name(), source.get_index()), len(model.outputs) + len(places))

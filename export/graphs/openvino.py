@@ -73,7 +73,7 @@ def for_openvino(directory: Path, manifest: Manifest, precision: str, samples: P
         from .int8 import to_int8
 
         provenance |= {"int8": to_int8(directory, manifest, samples), "versions": versions | {"nncf": importlib.metadata.version("nncf")}}
-        (directory / MANIFEST_FILE).unlink()
+        (directory / MANIFEST_FILE).unlink(missing_ok=True)
         files = hashes(directory)
         with contextlib.suppress(EngineError):
             require_bf16("int8")

@@ -217,7 +217,7 @@ class Manifest:
             raise ManifestError(f"{path}: other fields than wanted ({error}); `make export` makes it again") from error
 
     def verify(self, directory: Path, names: Sequence[str]) -> None:
-        """Check that the files called `names` are there and unaltered, each with the weights beside it (`encoder.onnx.data`, `encoder.bin`).
+        """Check that the files called `names` are there and unaltered, with the weights beside them (`encoder.onnx.data`, `encoder.bin`).
 
         Code that loads a file afterwards uses `verified` or `read` instead: the file might change in between.
 
