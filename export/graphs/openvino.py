@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,7 +27,7 @@ PASSAGES, STEPS, ROUNDS = 4, 8, 3
 # OpenVINO is chosen if it takes at most this share of ONNX Runtime's time: a difference below is noise, and not worth another package.
 WORTH_IT = 0.9
 
-Run = Callable[[dict[str, np.ndarray]], Any]
+Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 
 
 def require_openvino(precision: str, samples: Path | None) -> None:
@@ -104,7 +103,7 @@ def question_ms(directory: Path, manifest: Manifest) -> dict[str, float]:
     work: dict[str, list[tuple[Run, dict[str, np.ndarray], int]]] = {engine: [] for engine in CPU_ENGINES}
     for name, (tensors_of, times) in graphs.items():
         inputs = _plain_inputs(tensors_of(manifest.sizes), lengths)
-        for engine, load in (("onnxruntime", _onnxruntime), ("openvino", _openvino)):
+        for engine, load in RUNS.items():
             work[engine].append((load(directory / f"{name}.onnx"), inputs, times))
     taken: dict[str, list[float]] = {engine: [] for engine in CPU_ENGINES}
     for round_ in range(ROUNDS + 1):
@@ -123,7 +122,8 @@ def _plain_inputs(tensors: GraphTensors, lengths: dict[str, int]) -> dict[str, n
     return {spec.name: np.ones(spec.shape(lengths), NUMPY_DTYPES[spec.dtype]) for spec in tensors.inputs}
 
 
-def _onnxruntime(path: Path) -> Run:
+def onnxruntime_run(path: Path) -> Run:
+    """A graph in ONNX Runtime, in fp32: inputs by name -> outputs in their order."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -132,9 +132,13 @@ def _onnxruntime(path: Path) -> Run:
     return lambda inputs: session.run(None, inputs)
 
 
-def _openvino(path: Path) -> Run:
+def openvino_run(path: Path) -> Run:
+    """A graph in OpenVINO, in fp32: inputs by name -> outputs in their order, valid until the next call."""
     import openvino as ov
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
     request = ov.Core().compile_model(str(path), "CPU", settings).create_infer_request()
-    return lambda inputs: request.infer(inputs, share_inputs=True, share_outputs=True)
+    return lambda inputs: list(request.infer(inputs, share_inputs=True, share_outputs=True).values())
+
+
+RUNS = {"onnxruntime": onnxruntime_run, "openvino": openvino_run}
