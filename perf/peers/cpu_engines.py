@@ -103,19 +103,24 @@ def torch_ways(new_tokens: int, question: tuple[np.ndarray, np.ndarray]) -> dict
 def measure(ways: dict[str, Way], rounds: int) -> dict[str, Any]:
     """Encoder and questions of every way, `rounds` times in turn after one uncounted round."""
     taken: dict[str, dict[str, list[float]]] = {part: {name: [] for name in ways} for part in ("encode", "answer")}
+    worked: dict[str, list[float]] = {name: [] for name in ways}
     for round_ in range(rounds + 1):
         for part, by_name in taken.items():
             for name, way in ways.items():
-                started = time.perf_counter()
+                started, used = time.perf_counter(), time.process_time()
                 getattr(way, part)()
                 if round_:
                     by_name[name].append(time.perf_counter() - started)
+                if round_ and part == "encode":
+                    worked[name].append(time.process_time() - used)
 
     def gain(part: str, name: str, over: str) -> float | None:
         pairs = zip(taken[part].get(over, []), taken[part].get(name, []), strict=False)
         return round(statistics.median(slow / fast for slow, fast in pairs), 2) if name in ways and over in ways else None
 
     return {
+        # time of all threads, which other processes lengthen less than the clock's; a thread that spins while it waits counts
+        "encoder_processor_ms": {name: spread([s * 1e3 for s in seconds], 1) for name, seconds in worked.items()},
         "encoder_ms": {name: spread([s * 1e3 for s in seconds], 1) for name, seconds in taken["encode"].items()},
         "fid_questions_per_s": {name: spread([1 / s for s in seconds]) for name, seconds in taken["answer"].items()},
         "encoder_gain": {name: gain("encode", name, BASELINE) for name in ways},
