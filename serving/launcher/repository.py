@@ -133,7 +133,7 @@ def _why(engine: str, chosen: Any) -> str:
     if not chosen:
         return ""
     times = ", ".join(f"{name} {ms:,.1f} ms" for name, ms in sorted(chosen["question_ms"].items(), key=lambda item: item[1]))
-    return f"{engine}, chosen at export on {chosen['cpu']}: a question took {times}"
+    return f"{engine}; a question at export: {times} on {chosen['cpu']}"
 
 
 def reader_table(readers: Sequence[ServedReader]) -> list[str]:

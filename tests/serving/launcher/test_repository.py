@@ -75,5 +75,5 @@ def test_why_an_engine_serves_is_said_where_export_chose_it(engines, tmp_path, c
     server: Any = SimpleNamespace(repository=tmp_path / "repository", models=["fid"], log="", request_log="", missing_guards=[])
     announce(SimpleNamespace(**vars(server), grpc_url=url, http_url=url, metrics_url=url), ["fid"])
     lines = capsys.readouterr().out.splitlines()
-    assert "engine     fid: openvino, chosen at export on A CPU: a question took openvino 35.1 ms, onnxruntime 1,053.2 ms" in lines
+    assert "engine     fid: openvino; a question at export: openvino 35.1 ms, onnxruntime 1,053.2 ms on A CPU" in lines
     assert lines[-1].startswith("ready")
