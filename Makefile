@@ -20,10 +20,14 @@ FIDO_FLAGS ?=
 READER_FLAGS ?=
 # Bounds of the served models, as `python -m export readers --help` lists them.
 LIMITS ?=
-# Engine of the readers: tensorrt, onnxruntime-gpu, onnxruntime, or auto for the fastest that this machine can run.
+# Engine of the readers: tensorrt, onnxruntime-gpu, openvino, onnxruntime, or auto for the fastest that this machine can run.
 ENGINE ?= auto
 # On a GPU: gemms, with our kernels between them, or whole: one engine each for encoder, cross_kv and decoder_step, without our kernels.
 GRAPHS ?= gemms
+# Precision of the engine: fp32, bf16 or int8 (both openvino) on a CPU, fp16 or bf16 on a GPU; empty: fp32 on a CPU, fp16 on a GPU.
+PRECISION ?=
+# Questions and passages, JSON lines, that int8 is calibrated on.
+SAMPLES ?=
 # Triton backend of the encoder: python, or tensorrt in NVIDIA's container (deploy/container/).
 TRITON_BACKEND ?= python
 
@@ -44,7 +48,7 @@ STRESS_MINUTES ?=
 
 # ---- Typed values reach the shell through the environment: "$$NAME" is safe with spaces, quotes and dollars ----
 
-TYPED := FID FIDO READER CHECKPOINT FID_FLAGS FIDO_FLAGS READER_FLAGS MODEL QUESTION PASSAGES RUN
+TYPED := FID FIDO READER CHECKPOINT FID_FLAGS FIDO_FLAGS READER_FLAGS SAMPLES MODEL QUESTION PASSAGES RUN
 # `value` keeps make from expanding a dollar. The origin is "command line" or "environment" where the user typed the value.
 $(foreach name,$(TYPED),$(eval ORIGIN_$(name) := $$(origin $(name)))$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
 is_typed = $(filter command environment,$(ORIGIN_$(1)))
@@ -59,7 +63,7 @@ help: ## list the targets
 # ---- Set-up: a task installs what it needs (deploy/set_up.py) ----
 
 FOR ?= serve
-setup: $(VENV)/.$(FOR) ## make .venv for a task: FOR=serve (no torch), export, evaluate or dev (everything)
+setup: $(VENV)/.$(FOR) ## make .venv for a task: FOR=serve (no torch), export, evaluate, openvino or dev (everything)
 
 SERVE := $(VENV)/.serve
 EXPORT_READY := $(VENV)/.export
@@ -72,6 +76,8 @@ $(EXPORT_READY): requirements-export.txt $(SERVE)
 	$(SET_UP) export
 $(EVALUATE): requirements-evaluate.txt $(SERVE)
 	$(SET_UP) evaluate
+$(VENV)/.openvino: requirements-openvino.txt $(SERVE)
+	$(SET_UP) openvino
 $(DEV): requirements-dev.txt $(EXPORT_READY) $(EVALUATE)
 	$(SET_UP) dev
 
@@ -84,7 +90,8 @@ BOTH := "fid=$$FID" "fido=$$FIDO"
 flags_of = $(if $(findstring "$(1)=,$(2)),$(if $($(3)),--flags "$(1)=$$$(3)"))
 flags = $(call flags_of,fid,$(1),FID_FLAGS) $(call flags_of,fido,$(1),FIDO_FLAGS) $(call flags_of,$$READER,$(1),READER_FLAGS)
 EXPORT = $(PY) -m export readers
-EXPORT_OPTIONS = --engine $(ENGINE) --graphs $(GRAPHS) --triton-backend $(TRITON_BACKEND) $(LIMITS)
+EXPORT_OPTIONS = --engine $(ENGINE) --graphs $(GRAPHS) $(if $(PRECISION),--precision $(PRECISION)) $(if $(SAMPLES),--samples "$$SAMPLES") \
+	--triton-backend $(TRITON_BACKEND) $(LIMITS)
 
 export: $(EXPORT_READY) ## checkpoints -> engines -> model repository (READER=name CHECKPOINT=path; FID=path, FIDO=path)
 	@$(EXPORT) $(or $(NAMED),--default $(BOTH)) $(call flags,$(or $(NAMED),$(BOTH))) $(EXPORT_OPTIONS)
@@ -117,6 +124,7 @@ evaluate: $(EVALUATE) demo-readers $(CORPUS) ## EM of all demo readers through T
 
 bench: $(DEV) demo-readers $(CORPUS) ## Triton, in process and PyTorch compared on this machine
 	$(PY) -m perf.served.chain
+	$(PY) -m perf.peers.cpu_engines
 
 bench-load: $(DEV) demo-readers $(CORPUS) ## throughput and latency at concurrency 1 to 64, and the gain of in-flight batching
 	$(PY) -m perf.served.concurrency

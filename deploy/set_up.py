@@ -3,6 +3,7 @@
     python3 deploy/set_up.py serve      what serves, asks and runs the demo: no torch
     python3 deploy/set_up.py export     and torch, to export checkpoints (without a GPU: its CPU build)
     python3 deploy/set_up.py evaluate   and the demo's corpus
+    python3 deploy/set_up.py openvino   and OpenVINO, for faster CPU engines
     python3 deploy/set_up.py dev        everything: tests, benchmarks, training, lint
 
 Python, glibc and free disk are checked before anything is downloaded. Runs on any Python from 3.8 on, without packages; the environment is
@@ -37,6 +38,7 @@ SETS = {
     "serve": (["requirements.txt"], [], 700),
     "export": (["requirements-export.txt"], ["serve"], 2500),
     "evaluate": (["requirements-evaluate.txt"], ["serve"], 300),
+    "openvino": (["requirements-openvino.txt"], ["serve"], 1000),
     "dev": (["requirements-dev.txt"], ["serve", "export", "evaluate"], 2500),
 }
 SERVER = "requirements-triton.txt"

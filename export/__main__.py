@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from export.build import (
     GRAPHS,
+    PRECISION_NAMES,
     PRECISIONS,
     TIMING_CACHE,
     CheckpointOptions,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:  # torch and NumPy are imported by the steps that need them, s
     from export.checkpoint.files import Checkpoint
     from serving.contract.manifest import Manifest
 
-ENGINES = ("auto", "tensorrt", "onnxruntime-gpu", "onnxruntime")
+ENGINES = ("auto", "tensorrt", "onnxruntime-gpu", "openvino", "onnxruntime")
 TRITON_BACKENDS = ("python", "tensorrt")
 
 
@@ -96,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_tensorrt(engine)
     _add_limits(engine)
 
-    commands.add_parser("detect", help="print the fastest engine of this machine: tensorrt, onnxruntime-gpu or onnxruntime")
+    commands.add_parser("detect", help="print the fastest kind of engine of this machine: tensorrt, onnxruntime-gpu or onnxruntime")
 
     convert = commands.add_parser("convert", parents=checkpoint, help="FiD -> FiDO, a start for up-training")
     convert.add_argument("output", type=Path, help="directory to write, in our own layout")
@@ -131,10 +132,19 @@ def _checkpoint_options() -> argparse.ArgumentParser:
 
 def _add_build(command: argparse.ArgumentParser) -> None:
     command.add_argument("--engine", choices=ENGINES, default="auto", help="default: the fastest that this machine has")
-    command.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="on a GPU (default: %(default)s)")
+    help_ = f"{', '.join(PRECISION_NAMES)}, of those that the engine has (default: fp16 on a GPU, fp32 on a CPU)"
+    command.add_argument("--precision", type=_precision, metavar="PRECISION", help=help_)
     _add_graphs(command)
     _add_tensorrt(command)
     _add_library(command, AUTO)
+
+
+def _precision(text: str) -> str:
+    """A precision as a manifest names it; both names are accepted."""
+    name = PRECISION_NAMES.get(text, text)
+    if name not in PRECISION_NAMES.values():
+        raise argparse.ArgumentTypeError(f"wanted one of {', '.join(PRECISION_NAMES)}, got {text!r}")
+    return name
 
 
 def _add_library(command: argparse.ArgumentParser, default: str) -> None:
@@ -146,7 +156,7 @@ def _add_library(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument("--encoder-precision", choices=LIBRARY_PRECISIONS, default=LIBRARY_PRECISIONS[0], help=help_)
     help_ = "on a GPU: of cross-attention's keys and values (default: float8 with an encoder in float8 and a key/value head for each head)"
     command.add_argument("--cross-kv-precision", choices=CROSS_KV_PRECISIONS, help=help_)
-    command.add_argument("--samples", type=Path, help="questions and passages (JSON lines) that FP8's scales are measured on")
+    command.add_argument("--samples", type=Path, help="questions and passages (JSON lines) that int8 and FP8 are calibrated on")
 
 
 def _library(arguments: argparse.Namespace) -> LibraryOptions:
@@ -309,7 +319,9 @@ def _engine(arguments: argparse.Namespace) -> int:
 
 def _print_engines(directory: Path, manifest: Manifest) -> None:
     megabytes = sum((directory / file).stat().st_size for file in manifest.files) / 1e6
-    what = f"{manifest.reader}, {manifest.engine}, {manifest.provenance['parameters']:,} parameters, {megabytes:.1f} MB"
+    what = (
+        f"{manifest.reader}, {manifest.engine} {manifest.precision}, {manifest.provenance['parameters']:,} parameters, {megabytes:.1f} MB"
+    )
     if manifest.build is not None:
         print(f"{directory}: {what}, TensorRT {manifest.build.version} for {manifest.build.gpu}")
     else:

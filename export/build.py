@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from serving.contract.manifest import Manifest
 
 TIMING_CACHE = Path("build/tensorrt-timing.cache")
-PRECISIONS = ("float16", "bfloat16")
+PRECISIONS = ("float16", "bfloat16")  # of graphs for a GPU
+PRECISION_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}  # as on the command line -> in a manifest
+# Precisions of each engine; the first is its own.
+PRECISIONS_OF = {
+    "onnxruntime": ("float32",),
+    "openvino": ("float32", "bfloat16", "int8"),
+    "onnxruntime-gpu": PRECISIONS,
+    "tensorrt": PRECISIONS,
+}
 GRAPHS = ("gemms", "whole")  # of a reader for a GPU
 
 
@@ -95,7 +103,7 @@ def build_reader(
     limits: Limits,
     *,
     options: CheckpointOptions | None = None,
-    precision: str = "float16",
+    precision: str | None = None,
     opset: int | None = None,
     whole_encoder: bool = False,
     graphs: str = GRAPHS[0],
@@ -109,14 +117,14 @@ def build_reader(
     Args:
         source: checkpoint directory or hub name.
         directory: of the engines; replaced if it exists. Graphs for TensorRT are kept next to it, as `NAME.graphs`.
-        engine: "tensorrt", "onnxruntime-gpu", "onnxruntime", or "auto" for the fastest that this machine can run.
+        engine: "tensorrt", "onnxruntime-gpu", "openvino", "onnxruntime", or "auto" for the fastest that this machine can run.
         limits: what TensorRT engines must serve; the other engines are the same for all limits.
         options: how to read the checkpoint.
-        precision: on a GPU.
+        precision: one of the engine's; None for its own. "auto" takes an engine that has it.
         opset: as in `export_graphs`.
         whole_encoder: on a GPU, the encoder as one graph, for Triton's TensorRT backend.
         graphs: as in `export_graphs`.
-        library: on a GPU, the encoder's GEMMs as library kernels instead of engines.
+        library: on a GPU, the encoder's GEMMs as library kernels instead of engines; its samples calibrate int8 on a CPU too.
         timing_cache: as in `build_engines`.
         jobs: processes that build TensorRT engines.
         log: called with each line of progress.
@@ -124,22 +132,30 @@ def build_reader(
     Raises:
         UserError, ManifestError, EngineError: if a step fails. `directory` stays as it was then.
     """
-    if importlib.util.find_spec("torch") is None:
-        return _without_torch(
-            source, directory, engine, fixed=opset is not None or any(value is not None for value in (options or {}).values())
-        )
-    if engine == "auto":
-        from export.tensorrt.detect import default_backend
+    from export.manifest_writer import atomic_directory
+    from serving.contract.manifest import CPU_ENGINES
 
-        engine = default_backend()
+    has_torch = importlib.util.find_spec("torch") is not None
+    chooses = engine == "auto"
+    samples = None if library is None else library.samples
+    engine, precision = _chosen(engine, precision, samples, has_torch=has_torch)
+    if engine in CPU_ENGINES:
+        fixed = opset is not None or any(value is not None for value in (options or {}).values())
+        with atomic_directory(directory) as tmp_dir:
+            if has_torch:
+                manifest = _exported(source, tmp_dir, options, opset)
+            else:
+                manifest = _without_torch(source, tmp_dir, fixed=fixed)
+            return _for_cpu(tmp_dir, manifest, engine, precision, samples, chooses=chooses)
+    if not has_torch:
+        raise _needs_torch(source)
     from export.checkpoint.files import load_checkpoint
 
     checkpoint = load_checkpoint(source, **(options or {}))
-    gpu, compiled = engine != "onnxruntime", engine == "tensorrt"
+    compiled = engine == "tensorrt"
     onnx = directory.with_name(f"{directory.name}.graphs") if compiled else directory
-    native = whole_encoder and gpu
     manifest = export_graphs(
-        checkpoint, onnx, gpu=gpu, precision=precision, opset=opset, whole_encoder=native, graphs=graphs, library=library
+        checkpoint, onnx, gpu=True, precision=precision, opset=opset, whole_encoder=whole_encoder, graphs=graphs, library=library
     )
     if not compiled:
         return manifest
@@ -148,7 +164,51 @@ def build_reader(
     return build_engines(onnx, directory, limits, timing_cache, jobs, log)
 
 
-def _without_torch(source: str, directory: Path, engine: str, *, fixed: bool) -> Manifest:
+def _chosen(engine: str, precision: str | None, samples: Path | None, *, has_torch: bool) -> tuple[str, str]:
+    """The engine, without "auto", and its precision; checked before anything is exported.
+
+    Raises:
+        UsageError: if the engine does not have the precision, or what it needs is not there.
+        EngineError: if this CPU would emulate the precision.
+    """
+    if engine == "auto":
+        from export.tensorrt.detect import default_backend
+
+        engine = default_backend() if has_torch else "onnxruntime"
+        if engine == "onnxruntime" and precision in PRECISIONS_OF["openvino"][1:]:
+            engine = "openvino"
+    if precision is not None and precision not in PRECISIONS_OF[engine]:
+        names = {long: short for short, long in PRECISION_NAMES.items()}
+        has = ", ".join(names[found] for found in PRECISIONS_OF[engine])
+        raise UsageError(f"precision: engine {engine} has {has}; got {names.get(precision, precision)}; another ENGINE may have it")
+    precision = precision or PRECISIONS_OF[engine][0]
+    if engine == "openvino":
+        from export.graphs.openvino import require_openvino
+
+        require_openvino(precision, samples)
+    return engine, precision
+
+
+def _exported(source: str, directory: Path, options: CheckpointOptions | None, opset: int | None) -> Manifest:
+    from export.checkpoint.files import load_checkpoint
+
+    return export_graphs(load_checkpoint(source, **(options or {})), directory, gpu=False, opset=opset)
+
+
+def _for_cpu(directory: Path, manifest: Manifest, engine: str, precision: str, samples: Path | None, *, chooses: bool) -> Manifest:
+    """Exported graphs for the engine that was asked for, or for the faster one where OpenVINO is installed too."""
+    if engine == "openvino":
+        from export.graphs.openvino import for_openvino
+
+        return for_openvino(directory, manifest, precision, samples)
+    if chooses and importlib.util.find_spec("openvino") is not None:
+        from export.graphs.openvino import for_the_faster
+
+        return for_the_faster(directory, manifest)
+    return manifest
+
+
+def _without_torch(source: str, directory: Path, *, fixed: bool) -> Manifest:
     """The graphs of a checkpoint that carries their template.
 
     Raises:
@@ -156,9 +216,13 @@ def _without_torch(source: str, directory: Path, engine: str, *, fixed: bool) ->
     """
     from export.graphs.templates import TEMPLATE_FILE, fill_template
 
-    if engine in ("auto", "onnxruntime") and not fixed and Path(source, TEMPLATE_FILE).is_file():
+    if not fixed and Path(source, TEMPLATE_FILE).is_file():
         return fill_template(Path(source), directory)
-    raise UsageError(f"{source}: exporting it needs torch, which is not installed; `make export` installs it, or `make setup FOR=export`")
+    raise _needs_torch(source)
+
+
+def _needs_torch(source: str) -> UsageError:
+    return UsageError(f"{source}: exporting it needs torch, which is not installed; `make export` installs it, or `make setup FOR=export`")
 
 
 def random_checkpoint(

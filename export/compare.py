@@ -1,4 +1,4 @@
-"""Compares each stage with the one before it: transformers' from_pretrained -> our module -> graph in torch -> graph in ONNX Runtime.
+"""Compares each stage with the one before it: transformers' from_pretrained -> our module -> graph in torch -> graph in its CPU engine.
 
 Comes in: a checkpoint and the CPU engines exported from it. Goes out: the worst absolute error of every output of every stage. Does not
 compare served answers; `make evaluate` does.
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 
 from export.checkpoint.files import Checkpoint
 from export.checkpoint.source_files import one_line
 from export.errors import ExportError
 from export.graphs.onnx_export import GRAPHS, sample_inputs
+from export.graphs.openvino import RUNS, Run
 from export.manifest_writer import engine_sizes, sha256_of_weights
 from export.model.reader import Reader
 from serving.contract.manifest import Manifest, ManifestError
@@ -62,7 +62,7 @@ def compare_stages(checkpoint: Checkpoint, engines: Path) -> list[OutputError]:
     """
     manifest = Manifest.load(engines)
     manifest.verify(engines, tuple(manifest.files))
-    if manifest.precision not in TOLERANCE:
+    if manifest.precision not in TOLERANCE or manifest.engine not in RUNS:
         raise ExportError(f"{engines}: wanted float32 engines for the CPU, got {manifest.precision} for {manifest.engine}")
     weights = sha256_of_weights(checkpoint.reader)
     if manifest.weights_sha256 != weights:
@@ -75,7 +75,10 @@ def compare_stages(checkpoint: Checkpoint, engines: Path) -> list[OutputError]:
         found += module_against_transformers(checkpoint, allowed)
     found += graphs_against_module(checkpoint.reader, allowed)
     for name, (_, tensors_of) in GRAPHS.items():
-        found += onnx_against_graph(checkpoint.reader, name, tensors_of(engine_sizes(checkpoint.reader.config)), engines, allowed)
+        run, tensors = RUNS[manifest.engine](engines / manifest.engine_file(name)), tensors_of(engine_sizes(checkpoint.reader.config))
+        found += engine_against_graph(
+            checkpoint.reader, name, tensors, run, "onnx" if manifest.engine == "onnxruntime" else "openvino", allowed
+        )
     return found
 
 
@@ -165,21 +168,20 @@ def graphs_against_module(reader: Reader, allowed: float) -> Iterator[OutputErro
 
 
 @torch.no_grad()
-def onnx_against_graph(reader: Reader, name: str, tensors: GraphTensors, engines: Path, allowed: float) -> Iterator[OutputError]:
-    """One graph in ONNX Runtime against the same graph in torch, on random inputs of several shapes."""
+def engine_against_graph(reader: Reader, name: str, tensors: GraphTensors, run: Run, engine: str, allowed: float) -> Iterator[OutputError]:
+    """One graph in its engine against the same graph in torch, on random inputs of several shapes."""
     module = GRAPHS[name][0](reader).eval()
-    session = ort.InferenceSession(str(engines / f"{name}.onnx"), providers=["CPUExecutionProvider"])
     worst = {spec.name: 0.0 for spec in tensors.outputs}
     for seed, lengths in enumerate(SHAPES):
         inputs = _plausible(sample_inputs(tensors, lengths, seed), reader.config.vocab_size, seed)
         found = module(*(torch.from_numpy(array) for array in inputs.values()))
         wanted = [found] if isinstance(found, torch.Tensor) else found
-        for spec, reference, candidate in zip(tensors.outputs, wanted, session.run(None, inputs), strict=True):
+        for spec, reference, candidate in zip(tensors.outputs, wanted, run(inputs), strict=True):
             spec.check(candidate)
             error = float((reference.numpy() != candidate).sum()) if spec.dtype == "int32" else _worst(reference.numpy(), candidate)
             worst[spec.name] = max(worst[spec.name], error)
     for spec in tensors.outputs:
-        yield OutputError("onnx vs graph", f"{name}.{spec.name}", worst[spec.name], 0 if spec.dtype == "int32" else allowed)
+        yield OutputError(f"{engine} vs graph", f"{name}.{spec.name}", worst[spec.name], 0 if spec.dtype == "int32" else allowed)
 
 
 def _plausible(inputs: dict[str, np.ndarray], vocab_size: int, seed: int) -> dict[str, np.ndarray]:

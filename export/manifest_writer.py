@@ -143,7 +143,7 @@ def describe_reader(
         pad_token_id=config.pad_token_id,
         eos_token_id=config.eos_token_id,
         decoder_start_token_id=config.decoder_start_token_id,
-        files=_hashes(directory),
+        files=hashes(directory),
         weights_sha256=sha256_of_weights(checkpoint.reader),
         provenance={
             "source": Path(checkpoint.source).name,
@@ -163,7 +163,7 @@ def describe_reader(
 
 def describe_compiled(graphs: Manifest, directory: Path, build: EngineBuild) -> Manifest:
     """The manifest of TensorRT engines in `directory`, compiled from the graphs that `graphs` describes."""
-    return dataclasses.replace(graphs, engine="tensorrt", files=_hashes(directory), build=build)
+    return dataclasses.replace(graphs, engine="tensorrt", files=hashes(directory), build=build)
 
 
 def write_manifest(manifest: Manifest, directory: Path) -> Manifest:
@@ -172,7 +172,8 @@ def write_manifest(manifest: Manifest, directory: Path) -> Manifest:
     return manifest
 
 
-def _hashes(directory: Path) -> dict[str, str]:
+def hashes(directory: Path) -> dict[str, str]:
+    """Name -> hex SHA-256 of every file in a directory."""
     return {file.name: sha256_of_file(file) for file in sorted(directory.iterdir())}
 
 

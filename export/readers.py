@@ -24,7 +24,18 @@ from serving.contract.limits import Limits
 ROOT = Path(__file__).parents[1]
 CODE = ("export", "serving/contract")
 # Engines depend on the first three; `--engine auto` chooses by the others. Absent ones count as None.
-PACKAGES = ("torch", "onnx", "onnxscript", "tensorrt", "polygraphy", "cupy-cuda12x", "cupy-cuda13x", "onnxruntime", "onnxruntime-gpu")
+PACKAGES = (
+    "torch",
+    "onnx",
+    "onnxscript",
+    "tensorrt",
+    "polygraphy",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+)
 KERNEL_PACKAGES = ("quack-kernels", "nvidia-cutlass-dsl")  # that library kernels are compiled with
 
 
@@ -39,7 +50,7 @@ class Settings:
         native_encoder: the encoder is served by Triton's own TensorRT backend.
         graphs: on a GPU, as in `build_reader`.
         limits: written into the configurations; TensorRT engines are built for them.
-        precision: on a GPU.
+        precision: as in `build_reader`, None included.
         jobs: processes that build TensorRT engines.
         library: the encoder's GEMMs on a GPU.
     """
@@ -50,7 +61,7 @@ class Settings:
     native_encoder: bool = False
     graphs: str = GRAPHS[0]
     limits: Limits = dataclasses.field(default_factory=Limits)
-    precision: str = "float16"
+    precision: str | None = None
     timing_cache: Path = TIMING_CACHE
     jobs: int = 1
     library: LibraryOptions = dataclasses.field(default_factory=lambda: LibraryOptions(AUTO))  # as on the command line
@@ -80,7 +91,7 @@ def update_reader(
     directory, started, done = settings.engines / name, time.perf_counter(), []
 
     # engines for a CPU are the same for all limits
-    on_gpu = stamp.get("engine") != "onnxruntime"
+    on_gpu = stamp.get("on_gpu", True)
     limits = dataclasses.asdict(settings.limits)
     if stamp.get("inputs") != inputs or (on_gpu and stamp.get("engine_limits") != limits) or not _unchanged(stamp.get("engine_files")):
         stamp_file.unlink(missing_ok=True)
@@ -98,7 +109,7 @@ def update_reader(
             jobs=settings.jobs,
             log=log,
         )
-        stamp = {"inputs": inputs, "engine": manifest.engine, "engine_limits": limits, "engine_files": _states(directory.iterdir())}
+        stamp = {"inputs": inputs, "on_gpu": manifest.on_gpu, "engine_limits": limits, "engine_files": _states(directory.iterdir())}
         _write_stamp(stamp_file, stamp)
         size = sum(path.stat().st_size for path in directory.iterdir()) / 1e6
         parameters = manifest.provenance["parameters"]

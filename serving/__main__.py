@@ -71,8 +71,12 @@ def is_ready(http_url: str, model: str) -> bool:
 
 def announce(server: TritonServer, readers: Sequence[str]) -> None:
     """Print what is served and where; the last line is READY."""
-    for line in reader_table([served_reader(server.repository, reader) for reader in readers]):
+    served = [served_reader(server.repository, reader) for reader in readers]
+    for line in reader_table(served):
         print(line)
+    for reader in served:
+        if reader.why:
+            print(f"engine     {reader.name}: {reader.why}")
     streams = [model for model in server.models if model.endswith(STREAM)]
     print(f"streaming  {' '.join(streams) or 'off (--stream loads it)'}")
     print(f"gRPC       {server.grpc_url}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,11 @@ GROUPED = dataclasses.replace(FIDO, decoder=dataclasses.replace(FIDO.decoder, nu
 T5_V1_0 = dataclasses.replace(FID, feed_forward_proj="relu", tie_word_embeddings=True, scale_decoder_outputs=True)
 # facebookresearch/FiD's released readers: T5 v1.0 with a relative bias in cross-attention, no </s> on the inputs
 RELEASED_FID = dataclasses.replace(T5_V1_0, cross_attention_relative_bias=True, append_eos=False)
+WITHOUT_OPENVINO = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino: `make setup FOR=openvino`")
+WITHOUT_BF16 = pytest.mark.skipif(
+    not re.search("avx512_bf16|amx_bf16", Path("/proc/cpuinfo").read_text()), reason="bf16: a CPU with avx512_bf16 or amx_bf16"
+)
+CPU_BACKENDS = ["onnxruntime", pytest.param("openvino", marks=WITHOUT_OPENVINO)]  # that run the same graphs
 CONFIGS = {"fid": FID, "fido": FIDO, "grouped": GROUPED, "t5_v1_0": T5_V1_0, "released_fid": RELEASED_FID}
 
 

@@ -119,6 +119,12 @@ def test_comparisons_and_tests_export_both_readers(make):
     assert "onnxruntime" in make("test")[0]
 
 
+def test_a_precision_is_passed_on_where_one_is_named(make):
+    assert "--precision" not in make("export")[0]
+    for calls in (make("export", "PRECISION=bf16"), make("export", PRECISION="bf16")):
+        assert calls[0][calls[0].index("--precision") + 1] == "bf16"
+
+
 def test_a_run_folder_may_have_a_space(make):
     calls = make("perf", "RUN=my run")
     assert len(calls) > 5 and all("my run" in call or "my run/peers.json" in call for call in calls[1:])

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("numpy", "onnxruntime", "torch", "transformers", "tritonclient", "nvidia-pytriton", "tensorrt", "cupy-cuda13x")
+PACKAGES = ("numpy", "onnxruntime", "openvino", "torch", "transformers", "tritonclient", "nvidia-pytriton", "tensorrt", "cupy-cuda13x")
 
 
 def describe() -> dict[str, Any]:

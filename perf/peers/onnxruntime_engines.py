@@ -33,7 +33,7 @@ from serving.pipeline.scheduler import EOS_FORBIDDEN
 
 READERS = ("fid", "fido")
 EXCLUDES = "tokenization, network, Triton"
-NAMES = {"onnxruntime": "ONNX Runtime, CPU", "onnxruntime-gpu": "ONNX Runtime, CUDA", "tensorrt": "TensorRT"}
+NAMES = {"onnxruntime": "ONNX Runtime, CPU", "openvino": "OpenVINO", "onnxruntime-gpu": "ONNX Runtime, CUDA", "tensorrt": "TensorRT"}
 
 Passages = tuple[np.ndarray, np.ndarray]  # input_ids and attention_mask, each int32[n_passages, passage_length]
 

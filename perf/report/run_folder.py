@@ -61,6 +61,7 @@ SHAPES: dict[str, Any] = {
         ],
     },
     "stages": {"readers": {"fid?": STAGES, "fido?": STAGES}},
+    "cpu_engines": {"encoder_ms": {"*": SPREAD}, "fid_questions_per_s": {"*": RATE}},
     "peers": {
         "peers": [
             {

@@ -243,4 +243,17 @@ def summary(run: Run) -> dict[str, Any]:
         "fido_p50_ms": alone.over_rounds("latency_ms", "p50") if alone else None,
         "peak_tflops": machine["peak_tflops"],
         "copy_tb_per_s": machine["copy_tb_per_s"],
+        **_cpu_engines(run.files["cpu_engines"]),
     }
+
+
+def _cpu_engines(measured: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The numbers of perf/peers/cpu_engines.py: `encoder_WAY_ms` and `fid_WAY_questions_per_s`; PyTorch's ways have its name first."""
+    found: dict[str, Any] = {}
+    for part, unit, by_way in (
+        ("encoder", "ms", (measured or {}).get("encoder_ms", {})),
+        ("fid", "questions_per_s", (measured or {}).get("fid_questions_per_s", {})),
+    ):
+        for way, numbers in by_way.items():
+            found[f"{way}_{part}_{unit}" if way.startswith("pytorch") else f"{part}_{way}_{unit}"] = numbers
+    return found

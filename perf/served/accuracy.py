@@ -1,12 +1,14 @@
 """`make evaluate`: exact match of the demo readers through Triton, on held-out and on human-written questions.
 
 The held-out questions are asked one at a time and eight at once, and every answer is compared with the torch reader's greedy answer: same
-text, same number of tokens. Prints a table, and as the last line JSON.
+text, same number of tokens. Where OpenVINO is installed, both readers are asked again in bf16 and in int8, which is calibrated on the
+human-written questions. Prints tables, and as the last line JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -25,9 +27,10 @@ from clients.examples import Example, read_examples
 from clients.reader_client import ReaderClient
 from examples.demo_readers import ENGINES, REPOSITORY
 from export.build import build_reader
+from export.library.options import AUTO, LibraryOptions
 from export.repository import repository_from_engines
 from serving.contract.limits import Limits
-from serving.contract.manifest import Manifest
+from serving.contract.manifest import EngineError, Manifest, require_bf16
 from serving.launcher.server import TritonServer, models_of
 from serving.pipeline.prompt import PromptEncoder
 from training.corpus.records import read_jsonl
@@ -35,6 +38,7 @@ from training.corpus.records import read_jsonl
 CORPUS, CHECKPOINTS = Path("build/corpus"), Path("checkpoints")
 CONCURRENCY = 8
 TORCH_BATCH = 8
+PRECISION_KEYS = {"bfloat16": "bf16", "int8": "int8"}  # in the JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +131,33 @@ def measure(server: TritonServer, model: str, name: str, heldout: list[Example],
     )
 
 
+def precisions_here() -> list[str]:
+    """Precisions below fp32 that this machine can export and serve."""
+    found = []
+    if importlib.util.find_spec("openvino") is not None:
+        with contextlib.suppress(EngineError):
+            require_bf16("evaluate")
+            found.append("bfloat16")
+        if importlib.util.find_spec("nncf") is not None:
+            found.append("int8")
+    return found
+
+
+def lower_precision_em(precision: str, heldout: list[Example]) -> dict[str, float]:
+    """EM of each demo reader by OpenVINO in a lower precision, through Triton."""
+    found = {}
+    for name in ("fid", "fido"):
+        with tempfile.TemporaryDirectory() as scratch:
+            engines, repository = Path(scratch, "engines"), Path(scratch, "repository")
+            library = LibraryOptions(AUTO, samples=CORPUS / "real.jsonl")
+            build_reader(str(CHECKPOINTS / name), engines, "openvino", Limits(), precision=precision, library=library)
+            repository_from_engines(engines, repository, name, Limits())
+            with TritonServer(models_of([name], stream=False), repository) as server:
+                result, _ = ask_all(server, name, heldout, CONCURRENCY, f"{name} {precision}")
+        found[name] = round(result.em or 0.0, 2)
+    return found
+
+
 def gold_on_top(examples: Sequence[Example], predictions: Sequence[Prediction]) -> float:
     """Percent of the answers whose highest passage score is the gold passage's."""
     gold = {r["id"]: next((c["title"], c["text"]) for c in r["ctxs"] if c["id"] == r["gold"]) for r in read_jsonl(CORPUS / "heldout.jsonl")}
@@ -159,8 +190,13 @@ def main() -> int:
         repository_from_engines(ENGINES / name, Path(scratch), "fido", Limits())
         with TritonServer(models_of(["fido"], stream=False), Path(scratch)) as server:
             results[name] = measure(server, "fido", name, heldout, real, arguments.no_torch)
+    lower = {precision: lower_precision_em(precision, heldout) for precision in precisions_here()}
     print(_table(results))
     summary: dict[str, Any] = {n: dataclasses.asdict(r) for n, r in results.items()}
+    for precision, found in lower.items():
+        summary[f"{PRECISION_KEYS[precision]}_em"] = found
+        for name, em in found.items():
+            print(f"{name} by OpenVINO in {PRECISION_KEYS[precision]}: EM {em:.2f}, {em - results[name].em:+.2f} against fp32")
     summary["real_questions"] = {"questions": len(real), **{n: r.real_em for n, r in results.items()}}
     print(json.dumps(summary))
     compared = arguments.no_torch or all(r.served_equals_torch for r in results.values())

@@ -25,7 +25,10 @@ TOKENIZER_FILE = "tokenizer.json"
 FLOAT8 = "float8"  # e4m3
 FP8_CAPABILITY = 89  # 10 * the first compute capability whose instructions convert e4m3
 ENGINE_NAMES = ("encoder", "cross_kv", "decoder_step")
-SUFFIXES = {"onnxruntime": ".onnx", "onnxruntime-gpu": ".onnx", "tensorrt": ".plan"}  # of engine files, by backend
+SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".onnx", "onnxruntime-gpu": ".onnx", "tensorrt": ".plan"}  # of engine files, by backend
+CPU_ENGINES = ("onnxruntime", "openvino")
+CPU_INFO = Path("/proc/cpuinfo")
+BF16_FLAGS = ("avx512_bf16", "amx_bf16")  # of CPU_INFO: instructions that multiply bf16; without both it is emulated, slower than fp32
 REBUILD = "`make export ENGINE=tensorrt` builds it again"
 
 
@@ -133,8 +136,9 @@ class Manifest:
 
     Attributes:
         reader: "fid" or "fido".
-        engine: the backend that runs the engines: "onnxruntime" (CPU), "onnxruntime-gpu" or "tensorrt".
-        precision: dtype of weights and activations: "float32", "float16" or "bfloat16". Hidden states of GPU engines are float16 always.
+        engine: the backend that runs the engines: "onnxruntime" or "openvino" (CPU), "onnxruntime-gpu" or "tensorrt".
+        precision: dtype of weights and activations: "float32", "float16" or "bfloat16"; for OpenVINO also "int8", and "int8-bf16" where the
+            rest is bf16. Hidden states of GPU engines are float16 always, those of CPU engines float32.
         files: name -> SHA-256 of every file of the reader.
         weights_sha256: of the checkpoint's weights; engines of one checkpoint have the same.
         provenance: source, versions, opset; for people, not read by serving.
@@ -164,7 +168,7 @@ class Manifest:
     @property
     def on_gpu(self) -> bool:
         """Whether the engines run on a GPU."""
-        return self.engine != "onnxruntime"
+        return self.engine not in CPU_ENGINES
 
     @property
     def is_whole(self) -> bool:
@@ -173,7 +177,17 @@ class Manifest:
 
     def engine_file(self, name: str) -> str:
         """File name of the engine called `name`."""
-        return name + SUFFIXES[self.engine]
+        return name + (".xml" if self.is_int8 else SUFFIXES[self.engine])
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether weights are int8; OpenVINO's own files hold them, `NAME.xml` and `NAME.bin`."""
+        return self.precision.startswith("int8")
+
+    @property
+    def has_bf16_caches(self) -> bool:
+        """Whether a CPU engine computes in bf16 and keeps its keys and values so."""
+        return self.engine in CPU_ENGINES and self.precision in ("bfloat16", "int8-bf16")
 
     def to_json(self) -> str:
         """The text of manifest.json; it contains a hash of its other fields."""
@@ -212,7 +226,7 @@ class Manifest:
             raise ManifestError(f"{path}: other fields than wanted ({error}); `make export` makes it again") from error
 
     def verify(self, directory: Path, names: Sequence[str]) -> None:
-        """Check that the files called `names` are there and unaltered, each with its external data (`encoder.onnx.data`) if it has some.
+        """Check that the files called `names` are there and unaltered, with the weights beside them (`encoder.onnx.data`, `encoder.bin`).
 
         Code that loads a file afterwards uses `verified` or `read` instead: the file might change in between.
 
@@ -231,7 +245,8 @@ class Manifest:
         Raises:
             ManifestError: naming every missing, altered or replaced file.
         """
-        wanted = {*names, *(f"{name}.data" for name in names)}  # the weights of an ONNX graph above 2 GB are in .data
+        # the weights of an ONNX graph above 2 GB are in .data, those of OpenVINO's encoder.xml in encoder.bin
+        wanted = {*names, *(f"{name}.data" for name in names), *(name[:-4] + ".bin" for name in names if name.endswith(".xml"))}
         faults = [f"{name}: not in {MANIFEST_FILE}" for name in names if name not in self.files]
         states = {}
         for file in (file for file in self.files if file in wanted):
@@ -272,6 +287,37 @@ class Manifest:
     def _altered(self, file: str, found: str) -> list[str]:
         wanted = self.files[file]
         return [] if found == wanted else [f"{file}: SHA-256 wanted {wanted[:16]}..., got {found[:16]}..."]
+
+
+def require_bf16(what: str, cpuinfo: Path = CPU_INFO) -> None:
+    """Refuse bf16 on a CPU that would emulate it.
+
+    Args:
+        what: needs bf16, for the message.
+        cpuinfo: the kernel's description of the processor.
+
+    Raises:
+        EngineError: if the CPU has none of BF16_FLAGS, or does not say.
+    """
+    if not {*BF16_FLAGS} & {*_cpu(cpuinfo).get("flags", "").split()}:
+        raise EngineError(
+            f"{what}: bf16: wanted a CPU with {' or '.join(BF16_FLAGS)}, got {cpu_name(cpuinfo)} without them, which would emulate it, "
+            "slower than fp32; `make export PRECISION=fp32` makes engines for every CPU"
+        )
+
+
+def cpu_name(cpuinfo: Path = CPU_INFO) -> str:
+    """What the first processor calls itself, as "AMD EPYC 9004"."""
+    return _cpu(cpuinfo).get("model name", "an unknown CPU")
+
+
+def _cpu(cpuinfo: Path) -> dict[str, str]:
+    """The fields of the first processor; none where the system does not say."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def _unreadable(file: str, error: OSError) -> str:

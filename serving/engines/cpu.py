@@ -1,4 +1,4 @@
-"""A reader on the CPU, by ONNX Runtime: the encoder, and the decoder with its key/value caches.
+"""A reader on the CPU, by ONNX Runtime: the encoder, and the decoder with its key/value caches. openvino.py runs both on OpenVINO.
 
 In: the graphs encoder.onnx, cross_kv.onnx and decoder_step.onnx. Out: an `Encoder` and a `Decoder` (base.py). The order in which sequences
 enter and leave the slots is the scheduler's.
@@ -6,7 +6,9 @@ enter and leave the slots is the scheduler's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -21,6 +23,22 @@ MAX_TOKENS_PER_CALL = 4096
 MIN_LENGTH_FRACTION = 0.8
 
 
+class Session(Protocol):
+    """One graph, loaded. Called from one thread at a time.
+
+    Attributes:
+        cache_dtype: of cached keys and values; uint16 holds the bits of bfloat16.
+    """
+
+    cache_dtype: np.dtype
+
+    def __init__(self, directory: Path, manifest: Manifest, name: str, tensors: GraphTensors, threads: int): ...
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """All outputs, in the order of the tensor specs, valid until the next call. Contiguous inputs are not copied."""
+        ...
+
+
 class OnnxSession:
     """One graph on ONNX Runtime's CPU provider.
 
@@ -28,6 +46,8 @@ class OnnxSession:
         ManifestError: if its file is not the manifest's.
         EngineError: if ONNX Runtime cannot load it, or its tensors are not `tensors`.
     """
+
+    cache_dtype = np.dtype(np.float32)
 
     def __init__(self, directory: Path, manifest: Manifest, name: str, tensors: GraphTensors, threads: int):
         file = f"{name}.onnx"
@@ -43,22 +63,30 @@ class OnnxSession:
             raise
         except Exception as error:  # onnxruntime's exceptions have no common base class
             raise EngineError(f"{directory / file}: ONNX Runtime cannot load it: {error}") from error
-        found = [i.name for i in self._session.get_inputs()], [o.name for o in self._session.get_outputs()]
-        wanted = [t.name for t in tensors.inputs], [t.name for t in tensors.outputs]
-        if found != wanted:
-            raise EngineError(f"{directory / file}: wanted tensors {wanted}, got {found}; `make export` makes it again")
+        require_tensors(
+            directory / file, tensors, [i.name for i in self._session.get_inputs()], [o.name for o in self._session.get_outputs()]
+        )
 
-    def run(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """All outputs, in the order of the tensor specs. Contiguous inputs are not copied."""
+    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """As Session.run."""
         return self._session.run(None, inputs)
 
 
-class OnnxEncoder:
-    """Encodes passages of any lengths; at most a fifth of a row that it computes is padding."""
+def require_tensors(path: Path, tensors: GraphTensors, inputs: list[str], outputs: list[str]) -> None:
+    """Raise EngineError unless a graph's inputs and outputs have the names of `tensors`, in their order."""
+    wanted = [t.name for t in tensors.inputs], [t.name for t in tensors.outputs]
+    if (inputs, outputs) != wanted:
+        raise EngineError(f"{path}: wanted tensors {wanted}, got {(inputs, outputs)}; `make export` makes it again")
+
+
+class CpuEncoder:
+    """Encodes passages of any lengths; at most a fifth of a row that it computes is padding. A subclass says what runs the graph."""
+
+    session_type: ClassVar[type[Session]]
 
     def __init__(self, directory: Path, manifest: Manifest, threads: int = 0):
         self.d_model = manifest.sizes.d_model_encoder
-        self._session = OnnxSession(directory, manifest, "encoder", encoder_tensors(manifest.sizes), threads)
+        self._session = self.session_type(directory, manifest, "encoder", encoder_tensors(manifest.sizes), threads)
 
     def encode(self, batch: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
         """Encode the passages of several questions at once; arguments and results as Encoder.encode, in float32."""
@@ -92,31 +120,37 @@ def grouped_by_length(
     return groups
 
 
-class OnnxDecoder:
+class CpuDecoder:
     """cross_kv and decoder_step with their caches. The running sequences are in slots 0 to count-1, each a row of every cache.
 
     A step takes its rows as one contiguous block; the scheduler therefore leaves no gaps between slots (`move`). The caches are as long as
-    the longest running question needs: they grow for a longer one, and shrink once half of them or more is unused.
+    the longest running question needs: they grow for a longer one, and shrink once half of them or more is unused. A subclass says what
+    runs the graphs.
     """
+
+    session_type: ClassVar[type[Session]]
 
     def __init__(self, directory: Path, manifest: Manifest, slots: int, threads: int = 0):
         sizes = manifest.sizes
         self.sizes, self.slots = sizes, slots
-        self._cross_kv = OnnxSession(directory, manifest, "cross_kv", cross_kv_tensors(sizes), threads)
-        self._step = OnnxSession(directory, manifest, "decoder_step", decoder_step_tensors(sizes), threads)
+        self._cross_kv = self.session_type(directory, manifest, "cross_kv", cross_kv_tensors(sizes), threads)
+        self._step = self.session_type(directory, manifest, "decoder_step", decoder_step_tensors(sizes), threads)
         parts = ("key", "value")
         self._self_names = [f"past_key_values.{i}.decoder.{part}" for i in range(sizes.num_decoder_layers) for part in parts]
         self._cross_names = [f"past_key_values.{i}.encoder.{part}" for i in sizes.cross_attention_layers for part in parts]
         self._encoder_lengths = np.zeros(slots, np.int32)
+        self._views: dict[str, np.ndarray] = {}  # the caches' running rows; empty where caches or their number have changed
         self._self = self._empty(len(self._self_names), MIN_SELF_LENGTH)
         self._cross = self._empty(len(self._cross_names), cache_length(1))
         self._encoder_positions = np.zeros((slots, cache_length(1)), np.int32)
 
     def _empty(self, tensors: int, length: int) -> list[np.ndarray]:
         # zeros, not np.empty: masked keys have the weight 0, but 0 * NaN is NaN
-        return [np.zeros((self.slots, self.sizes.num_kv_heads, length, self.sizes.d_kv), np.float32) for _ in range(tensors)]
+        shape = (self.slots, self.sizes.num_kv_heads, length, self.sizes.d_kv)
+        return [np.zeros(shape, self._step.cache_dtype) for _ in range(tensors)]
 
     def _resize(self, caches: list[np.ndarray], length: int, rows: int) -> None:
+        self._views = {}
         kept = min(length, caches[0].shape[2])
         for i, old in enumerate(caches):  # one after the other, so that only one of them exists twice at a time
             (caches[i],) = self._empty(1, length)
@@ -161,18 +195,32 @@ class OnnxDecoder:
         held = self._self[0].shape[2]
         if needed > held or (held > MIN_SELF_LENGTH and needed * 4 <= held):
             self._resize(self._self, self_cache_length(needed), batch)
-        inputs = {
-            "decoder_input_ids": tokens,
-            "positions": positions,
-            "encoder_lengths": self._encoder_lengths[:batch],
-            "eos_penalty": eos_penalty,
-        }
-        if self.sizes.reads_encoder_positions:
-            inputs["encoder_positions"] = self._encoder_positions[:batch]
-        inputs |= {name: cache[:batch] for name, cache in zip(self._self_names, self._self, strict=True)}
-        inputs |= {name: cache[:batch] for name, cache in zip(self._cross_names, self._cross, strict=True)}
+        inputs = {"decoder_input_ids": tokens, "positions": positions, "eos_penalty": eos_penalty, **self._running(batch)}
         next_token, log_prob, cross_attention, *present = self._step.run(inputs)
         rows = np.arange(batch)
         for cache, new in zip(self._self, present, strict=True):
             cache[rows, :, positions] = new
         return next_token, log_prob, cross_attention
+
+    def _running(self, batch: int) -> dict[str, np.ndarray]:
+        """The rows of slots 0 to batch-1 of everything that is kept: the same objects until one of them has moved."""
+        if len(self._views.get("encoder_lengths", ())) != batch:
+            kept = {"encoder_lengths": self._encoder_lengths}
+            if self.sizes.reads_encoder_positions:
+                kept["encoder_positions"] = self._encoder_positions
+            kept |= zip(self._self_names, self._self, strict=True)
+            kept |= zip(self._cross_names, self._cross, strict=True)
+            self._views = {name: array[:batch] for name, array in kept.items()}
+        return self._views
+
+
+class OnnxEncoder(CpuEncoder):
+    """The encoder on ONNX Runtime."""
+
+    session_type = OnnxSession
+
+
+class OnnxDecoder(CpuDecoder):
+    """The decoder on ONNX Runtime."""
+
+    session_type = OnnxSession

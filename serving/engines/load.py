@@ -1,7 +1,7 @@
 """Loads the engines of a reader: on the CPU or a GPU, as its manifest says.
 
-In: the engines' directory, its manifest, the limits. Out: an Encoder, a Packer, a Decoder. CuPy and TensorRT are imported only for a reader
-that uses them.
+In: the engines' directory, its manifest, the limits. Out: an Encoder, a Packer, a Decoder. CuPy, TensorRT and OpenVINO are imported only
+for a reader that uses them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from serving.contract.profiles import require_covered
 from serving.contract.tensors import GraphTensors
 
 from .base import Decoder, Encoder, Packer
-from .cpu import OnnxDecoder, OnnxEncoder
+from .cpu import CpuDecoder, CpuEncoder, OnnxDecoder, OnnxEncoder
 from .packing import HostPacker
 
 CROSS_KV_PRECISIONS = ("float16", FLOAT8)
-BYTES_PER_ELEMENT = {"onnxruntime": 4, "onnxruntime-gpu": 2, "tensorrt": 2}  # of a cached key or value, unless it is in FP8
+# Of a cached key or value, unless it is in FP8.
+BYTES_PER_ELEMENT = {"onnxruntime": 4, "openvino": 4, "onnxruntime-gpu": 2, "tensorrt": 2}
 
 
 def kv_budget(manifest: Manifest, limits: Limits) -> KVBudget:
@@ -42,7 +43,7 @@ def bytes_per_element(manifest: Manifest) -> int:
     """
     if manifest.engine not in BYTES_PER_ELEMENT:
         raise ManifestError(f"engine: wanted one of {', '.join(BYTES_PER_ELEMENT)}, got {manifest.engine!r}; `make export` makes it again")
-    return BYTES_PER_ELEMENT[manifest.engine]
+    return 2 if manifest.has_bf16_caches else BYTES_PER_ELEMENT[manifest.engine]
 
 
 def cross_kv_bytes_per_element(manifest: Manifest) -> int:
@@ -67,7 +68,7 @@ def load_encoder(directory: Path, manifest: Manifest, limits: Limits, device: in
         LimitsError: if the limits exceed what the engines were built for.
     """
     if not manifest.on_gpu:
-        return OnnxEncoder(directory, manifest, limits.intra_op_threads)
+        return cpu_engines(directory, manifest)[0](directory, manifest, limits.intra_op_threads)
     load = gpu_loader(directory, manifest, limits, device)
     if manifest.is_whole:
         from .whole import WholeEncoder
@@ -100,7 +101,7 @@ def load_decoder(directory: Path, manifest: Manifest, limits: Limits, device: in
     """
     slots = kv_budget(manifest, limits).slots
     if not manifest.on_gpu:
-        return OnnxDecoder(directory, manifest, slots, limits.intra_op_threads)
+        return cpu_engines(directory, manifest)[1](directory, manifest, slots, limits.intra_op_threads)
     load = gpu_loader(directory, manifest, dataclasses.replace(limits, slots=slots), device)
     capacities = cache_capacities(limits, manifest.prompt.passage_length)
     if manifest.is_whole:
@@ -110,6 +111,22 @@ def load_decoder(directory: Path, manifest: Manifest, limits: Limits, device: in
     from .gpu.decoder import GpuDecoder
 
     return GpuDecoder(directory, manifest, load, slots, capacities)
+
+
+def cpu_engines(directory: Path, manifest: Manifest) -> tuple[type[CpuEncoder], type[CpuDecoder]]:
+    """The encoder and the decoder of the manifest's backend.
+
+    Raises:
+        EngineError: if the backend is not installed, or cannot run the manifest's precision.
+    """
+    if manifest.engine == "openvino":
+        try:
+            from .openvino import OpenVinoDecoder, OpenVinoEncoder
+        except (ImportError, OSError) as error:
+            advice = "`make setup FOR=openvino` installs it, `make export ENGINE=onnxruntime` does without"
+            raise EngineError(f"{directory}: made for openvino, which cannot be loaded ({error}); {advice}") from error
+        return OpenVinoEncoder, OpenVinoDecoder
+    return OnnxEncoder, OnnxDecoder
 
 
 def gpu_loader(directory: Path, manifest: Manifest, limits: Limits, device: int) -> Any:

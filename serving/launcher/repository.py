@@ -34,6 +34,7 @@ class ServedReader:
         precision: of its weights and activations.
         slots: questions decoded together by one process.
         max_passages: that a question may bring.
+        why: the times by which its engine was chosen, as a sentence; empty where the user named the engine.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ServedReader:
     precision: str
     slots: int
     max_passages: int
+    why: str = ""
 
 
 def models_of(readers: Sequence[str], *, stream: bool) -> list[str]:
@@ -122,7 +124,16 @@ def served_reader(repository: Path, reader: str) -> ServedReader:
         precision=manifest.precision,
         slots=limits.slots,
         max_passages=limits.max_passages,
+        why=_why(manifest.engine, origin.get("chosen_engine")),
     )
+
+
+def _why(engine: str, chosen: Any) -> str:
+    """Why export took an engine: what it measured (export/graphs/openvino.py)."""
+    if not chosen:
+        return ""
+    times = ", ".join(f"{name} {ms:,.1f} ms" for name, ms in sorted(chosen["question_ms"].items(), key=lambda item: item[1]))
+    return f"{engine}; a question at export: {times} on {chosen['cpu']}"
 
 
 def reader_table(readers: Sequence[ServedReader]) -> list[str]:

@@ -13,14 +13,19 @@ from typing import Any
 
 import pytest
 
-from export import readers
-from export.errors import ExportError
+from export import build, readers
+from export.build import build_reader
+from export.errors import ExportError, UsageError
+from export.graphs import openvino as graphs
 from export.manifest_writer import atomic_directory, write_manifest
 from export.readers import Settings, update_reader
 from export.tensorrt.detect import Gpu
 from serving.contract.limits import Limits
-from serving.contract.manifest import Manifest, Prompt, sha256_of_file
+from serving.contract.manifest import EngineError, Manifest, Prompt, require_bf16, sha256_of_file
 from serving.contract.tensors import EngineSizes
+from serving.engines.load import load_encoder
+from serving.pipeline.in_process import InProcessReader
+from tests.conftest import WITHOUT_BF16, WITHOUT_OPENVINO
 
 FILES = ("encoder.onnx", "cross_kv.onnx", "decoder_step.onnx", "tokenizer.json")
 SIZES = EngineSizes(8, 8, 1, (0,), 1, 1, 8, 97)
@@ -83,6 +88,7 @@ def test_the_second_run_does_nothing(update):
     "changed",
     [
         {"engine": "onnxruntime"},
+        {"engine": "openvino"},
         {"precision": "bfloat16"},
         {"graphs": "whole"},
         {"native_encoder": False, "options": {"append_eos": True}},
@@ -147,6 +153,12 @@ def test_other_limits_make_the_configurations_again_and_tensorrt_engines_too(upd
     (update.root / "engines" / "nq" / "encoder.onnx").unlink()
     assert update(limits=Limits(slots=3)) == ["engines", "models"]
     assert update(limits=Limits(slots=4)) == ["engines", "models"]
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_engines_for_a_cpu_are_the_same_for_all_limits(update, engine):
+    update(engine=engine)
+    assert update(engine=engine, limits=Limits(slots=3)) == ["models"]
 
 
 def test_what_was_removed_or_edited_is_made_again(update):
@@ -220,3 +232,87 @@ def test_wrong_readers_are_refused_in_one_line(arguments: list[str], message: st
     done = subprocess.run([*command, "--engine=onnxruntime"], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr
     assert done.stderr.count("\n") == 1 and not list(tmp_path.rglob("*.onnx"))
+
+
+HALF = "onnxruntime-gpu"
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "best", "wanted"),
+    [
+        ("onnxruntime", None, "tensorrt", ("onnxruntime", "float32")),
+        ("openvino", None, "tensorrt", ("openvino", "float32")),
+        ("openvino", "bfloat16", "tensorrt", ("openvino", "bfloat16")),
+        ("auto", None, "onnxruntime", ("onnxruntime", "float32")),
+        ("auto", "bfloat16", "onnxruntime", ("openvino", "bfloat16")),
+        ("auto", "bfloat16", "tensorrt", ("tensorrt", "bfloat16")),
+        ("auto", None, HALF, (HALF, "float16")),
+        ("onnxruntime", "bfloat16", "tensorrt", "precision: engine onnxruntime has fp32; got bf16"),
+        ("openvino", "float16", "tensorrt", "precision: engine openvino has fp32, bf16, int8; got fp16"),
+        ("auto", "float16", "onnxruntime", "precision: engine onnxruntime has fp32; got fp16"),
+        ("tensorrt", "float32", "tensorrt", "precision: engine tensorrt has fp16, bf16; got fp32"),
+    ],
+)
+def test_an_engine_and_a_precision_are_chosen_before_anything_is_exported(engine, precision, best, wanted, monkeypatch, tmp_path):
+    monkeypatch.setattr("export.tensorrt.detect.default_backend", lambda: best)
+    monkeypatch.setattr("export.graphs.openvino.require_openvino", lambda *_: None)
+    if isinstance(wanted, tuple):
+        assert build._chosen(engine, precision, None, has_torch=True) == wanted
+    else:
+        with pytest.raises(UsageError, match=wanted):
+            build_reader("./nowhere", tmp_path / "engines", engine, Limits(), precision=precision)
+
+
+def test_openvino_is_refused_by_name_where_it_is_not_installed(monkeypatch, tmp_path):
+    monkeypatch.setattr("export.graphs.openvino.importlib.util.find_spec", lambda name: object() if name == "torch" else None)
+    with pytest.raises(UsageError, match=r"engine openvino: not installed; `make setup FOR=openvino` installs it"):
+        build_reader("./nowhere", tmp_path / "engines", "openvino", Limits())
+
+
+def test_bf16_is_refused_before_anything_is_exported_where_it_would_be_emulated(monkeypatch, tmp_path):
+    monkeypatch.setattr("export.graphs.openvino.importlib.util.find_spec", lambda name: object())
+    (tmp_path / "cpuinfo").write_text("model name : Old CPU\nflags : avx2\n")
+    monkeypatch.setattr("export.graphs.openvino.require_bf16", lambda what: require_bf16(what, tmp_path / "cpuinfo"))
+    with pytest.raises(EngineError, match=r"engine openvino: bf16: wanted a CPU with avx512_bf16 or amx_bf16, got Old CPU without them"):
+        build_reader("./nowhere", tmp_path / "engines", "openvino", Limits(), precision="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("onnxruntime", "openvino", "wanted"), [(100.0, 80.0, "openvino"), (100.0, 95.0, "onnxruntime"), (80.0, 100.0, "onnxruntime")]
+)
+def test_the_faster_engine_is_kept_with_its_times(tmp_path, monkeypatch, onnxruntime, openvino, wanted):
+    monkeypatch.setattr(graphs, "question_ms", lambda *_: {"onnxruntime": onnxruntime, "openvino": openvino})
+    monkeypatch.setattr(graphs.importlib.metadata, "version", lambda _: "1.0")
+    made = graphs.for_the_faster(tmp_path / "nq", write_engines(tmp_path / "nq"))
+    assert (made.engine, made.precision) == (wanted, "float32") and Manifest.load(tmp_path / "nq") == made
+    assert made.provenance["chosen_engine"]["question_ms"] == {"onnxruntime": onnxruntime, "openvino": openvino}
+
+
+@WITHOUT_OPENVINO
+def test_both_engines_are_timed_on_the_exported_graphs(engines):
+    _, directory = engines["released_fid"]
+    times = graphs.question_ms(directory, Manifest.load(directory))
+    assert {*times} == {"onnxruntime", "openvino"} and min(times.values()) > 0
+
+
+@WITHOUT_OPENVINO
+@WITHOUT_BF16
+def test_a_reader_for_openvino_is_onnxruntimes_graphs_under_another_manifest(tmp_path):
+    checkpoint = str(readers.ROOT / "checkpoints" / "fid")
+    plain = build_reader(checkpoint, tmp_path / "plain", "onnxruntime", Limits())
+    made = build_reader(checkpoint, tmp_path / "made", "openvino", Limits(), precision="bfloat16")
+    assert (made.engine, made.precision, made.on_gpu) == ("openvino", "bfloat16", False)
+    assert made.files == plain.files and made.provenance["versions"]["openvino"]
+    with InProcessReader(tmp_path / "plain") as fp32, InProcessReader(tmp_path / "made") as bf16:
+        question = ("what is the capital of France?", ["name: Paris; the city lies on the Seine"], ["France: Capital"])
+        wanted, found = fp32.answer(*question), bf16.answer(*question)
+    assert found.tokens == wanted.tokens and found.log_probs != wanted.log_probs
+
+
+def test_a_reader_for_openvino_says_what_installs_it(engines, monkeypatch):
+    _, directory = engines["fid"]
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.delitem(sys.modules, "serving.engines.openvino", raising=False)
+    manifest = dataclasses.replace(Manifest.load(directory), engine="openvino")
+    with pytest.raises(EngineError, match=r"made for openvino, which cannot be loaded .*`make setup FOR=openvino`"):
+        load_encoder(directory, manifest, Limits())

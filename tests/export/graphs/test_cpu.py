@@ -1,8 +1,10 @@
-"""The exported graphs against the module, in ONNX Runtime: cached step = full pass, packed = padded, batch of n = n of one."""
+"""The exported graphs against the module, in ONNX Runtime and OpenVINO: cached step = full pass, packed = padded, batch of n = n of one."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,16 +13,25 @@ import torch
 
 from export.compare import compare_stages
 from export.graphs.onnx_export import OPSET
+from export.manifest_writer import write_manifest
 from serving.contract.manifest import Manifest, ManifestError, sha256_of_file
-from serving.engines.cpu import OnnxDecoder, OnnxEncoder
-from tests.conftest import CONFIGS, random_passages
+from serving.engines.cpu import CpuDecoder, CpuEncoder
+from serving.engines.load import cpu_engines
+from tests.conftest import CONFIGS, CPU_BACKENDS, WITHOUT_BF16, WITHOUT_OPENVINO, random_passages
 from tests.export.model import numpy_reader
 from tests.export.model.test_parity import numpy_arguments, numpy_sizes
 
 STEPS = 9
 
 
-def decode(decoder: OnnxDecoder, batch: list[tuple[np.ndarray, np.ndarray]]) -> tuple[list[list[int]], list[list[float]]]:
+def loaded(directory: Path, backend: str, slots: int, precision: str = "float32") -> tuple[CpuEncoder, CpuDecoder]:
+    """The engines of exported graphs on one backend."""
+    manifest = dataclasses.replace(Manifest.load(directory), engine=backend, precision=precision)
+    encoder, decoder = cpu_engines(directory, manifest)
+    return encoder(directory, manifest), decoder(directory, manifest, slots)
+
+
+def decode(decoder: CpuDecoder, batch: list[tuple[np.ndarray, np.ndarray]]) -> tuple[list[list[int]], list[list[float]]]:
     """Greedy answers of exactly STEPS tokens for (packed hidden states, positions) of each question, all in one batch."""
     for slot, (hidden, positions) in enumerate(batch):
         decoder.admit(slot, slot, hidden, positions)
@@ -36,17 +47,17 @@ def decode(decoder: OnnxDecoder, batch: list[tuple[np.ndarray, np.ndarray]]) -> 
     return answers, scores
 
 
-def packed(encoder: OnnxEncoder, ids: torch.Tensor, mask: torch.Tensor, passage_length: int) -> tuple[np.ndarray, np.ndarray]:
+def packed(encoder: CpuEncoder, ids: torch.Tensor, mask: torch.Tensor, passage_length: int) -> tuple[np.ndarray, np.ndarray]:
     (hidden,) = encoder.encode([(ids.int().numpy(), mask.int().numpy())])
     passage, offset = np.nonzero(mask.numpy())
     return hidden[mask.numpy().astype(bool)], (passage * passage_length + offset).astype(np.int32)
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_packed_cached_steps_equal_the_padded_full_pass(engines, name):
+def test_packed_cached_steps_equal_the_padded_full_pass(engines, name, backend):
     checkpoint, directory = engines[name]
-    manifest = Manifest.load(directory)
-    encoder, decoder = OnnxEncoder(directory, manifest), OnnxDecoder(directory, manifest, slots=4)
+    encoder, decoder = loaded(directory, backend, slots=4)
     length = CONFIGS[name].passage_length
     questions = [random_passages(n, length, seed)[0:2] for seed, n in enumerate((1, 3, 7))]
     wanted = [checkpoint.reader.generate(ids, mask, STEPS, min_new_tokens=STEPS) for ids, mask in questions]
@@ -58,27 +69,31 @@ def test_packed_cached_steps_equal_the_padded_full_pass(engines, name):
         assert decode(decoder, [question])[0] == [answer]
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_evidence_equals_the_first_tokens_attention_in_numpy(engines, name):
+def test_evidence_equals_the_first_tokens_attention_in_numpy(engines, name, backend):
     checkpoint, directory = engines[name]
-    manifest, config = Manifest.load(directory), CONFIGS[name]
+    config = CONFIGS[name]
     ids, mask = random_passages(4, config.passage_length, 3)
     seen: list[np.ndarray] = []
     start = torch.tensor([[config.decoder_start_token_id]])
     numpy_reader.logits(*numpy_arguments(checkpoint.reader, ids, mask, start), **numpy_sizes(config), attribution=seen)
     wanted = np.sum(seen, axis=0) / len(config.cross_attention_layers)
-    decoder = OnnxDecoder(directory, manifest, slots=2)
-    decoder.admit(0, 0, *packed(OnnxEncoder(directory, manifest), ids[0], mask[0], config.passage_length))
+    encoder, decoder = loaded(directory, backend, slots=2)
+    decoder.admit(0, 0, *packed(encoder, ids[0], mask[0], config.passage_length))
     _, _, attention = decoder.step(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.float32))
     np.testing.assert_allclose(attention[0, : len(wanted)], wanted, atol=1e-5)
     assert attention[0].sum() == pytest.approx(config.decoder.num_heads, abs=1e-4)
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_stage_equals_the_one_before(engines, name):
+def test_every_stage_equals_the_one_before(engines, name, backend, tmp_path):
     checkpoint, directory = engines[name]
-    errors = compare_stages(checkpoint, directory)
-    assert {e.stage for e in errors} == {"graph vs module", "onnx vs graph"}
+    shutil.copytree(directory, tmp_path / "engines")
+    write_manifest(dataclasses.replace(Manifest.load(directory), engine=backend), tmp_path / "engines")
+    errors = compare_stages(checkpoint, tmp_path / "engines")
+    assert {e.stage for e in errors} == {"graph vs module", f"{'onnx' if backend == 'onnxruntime' else 'openvino'} vs graph"}
     assert [e for e in errors if not e.ok] == []
     assert max(e.worst for e in errors) < 1e-4
 
@@ -119,9 +134,10 @@ def test_multi_query_keys_are_never_copied_once_per_head(engines):
         assert readers <= {"MatMul", "Transpose", "Shape"}, readers
 
 
-def test_encoder_groups_passages_of_like_length_and_changes_nothing(engines):
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_encoder_groups_passages_of_like_length_and_changes_nothing(engines, backend):
     checkpoint, directory = engines["fid"]
-    encoder = OnnxEncoder(directory, Manifest.load(directory))
+    encoder, _ = loaded(directory, backend, slots=1)
     batch = [random_passages(n, 20, n) for n in (2, 9, 5)]
     together = encoder.encode([(ids[0].int().numpy(), mask[0].int().numpy()) for ids, mask in batch])
     for (ids, mask), hidden in zip(batch, together, strict=True):
@@ -129,3 +145,24 @@ def test_encoder_groups_passages_of_like_length_and_changes_nothing(engines):
         valid = mask[0].bool().numpy()
         np.testing.assert_allclose(hidden[valid], wanted.detach().reshape(*valid.shape, -1).numpy()[valid], atol=1e-5)
         assert not hidden[~valid].any()
+
+
+@WITHOUT_BF16
+@WITHOUT_OPENVINO
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bf16_differs_by_its_rounding_alone(engines, name):
+    """Eight bits of mantissa, so 0.4% a rounding: hidden states, log-probabilities and evidence stay near fp32's at every step."""
+    _, directory = engines[name]
+    fp32, bf16 = (loaded(directory, "openvino", 2, precision) for precision in ("float32", "bfloat16"))
+    ids, mask = random_passages(5, CONFIGS[name].passage_length, 11)
+    (wanted, positions), (got, _) = (packed(encoder, ids[0], mask[0], CONFIGS[name].passage_length) for encoder, _ in (fp32, bf16))
+    error = np.linalg.norm(wanted - got) / np.linalg.norm(wanted)
+    assert got.dtype == np.float32 and 0 < error < 0.02, "0: it did not run in bf16"
+    for _, decoder in (fp32, bf16):
+        for slot in range(2):
+            decoder.admit(slot, slot, wanted, positions)
+    for step in range(STEPS):
+        arguments = (np.full(2, 7, np.int32), np.full(2, step, np.int32), np.zeros(2, np.float32))
+        (_, log_probs, evidence), (_, rounded, rounded_evidence) = (decoder.step(*arguments) for _, decoder in (fp32, bf16))
+        np.testing.assert_allclose(rounded, log_probs, atol=0.15)
+        np.testing.assert_allclose(rounded_evidence[:, : len(wanted)], evidence[:, : len(wanted)], atol=0.1)

@@ -1,14 +1,18 @@
-"""The peer answers as the reader does, batch of n as n of one, and its rows join those that are in the file."""
+"""The peer answers as the reader does, batch of n as n of one, and its rows join those that are in the file; CPU engines in turn."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from perf.peers import onnxruntime_engines
+from perf.peers import cpu_engines, onnxruntime_engines
 from perf.peers.onnxruntime_engines import EnginePeer
+from perf.report.run_folder import read_run
+from perf.report.verdict import summary
 from perf.served.workload import Uniform, WorkloadSpec, exactly, random_token_ids
 from serving.contract.limits import Limits
 from serving.contract.manifest import Manifest
@@ -54,3 +58,33 @@ def test_the_command_adds_rows_and_replaces_its_own(engines, tmp_path, capsys):
     with pytest.raises(SystemExit):
         onnxruntime_engines.main([*arguments, "--requests", "3", "--batches", "2"])
     assert "multiple of every batch" in capsys.readouterr().err
+
+
+def test_cpu_engines_run_in_turn_and_gains_are_those_within_a_round(monkeypatch):
+    clock, calls = [0.0], []
+    # seconds of each call: the second round is on a machine twice as busy
+    seconds = {"fp32": [9.0, 2.0, 4.0], "bf16": [9.0, 1.0, 2.0], "pytorch_bf16": [9.0, 4.0, 8.0]}
+
+    def way(name: str) -> cpu_engines.Way:
+        def work(part: str) -> None:
+            calls.append(f"{name} {part}")
+            clock[0] += seconds[name][sum(call == calls[-1] for call in calls) - 1]
+
+        return cpu_engines.Way(lambda: work("encode"), lambda: work("answer"))
+
+    monkeypatch.setattr(cpu_engines.time, "perf_counter", lambda: clock[0])
+    found = cpu_engines.measure({name: way(name) for name in seconds}, rounds=2)
+    assert calls[:6] == [f"{name} {part}" for part in ("encode", "answer") for name in seconds] and len(calls) == 18
+    assert found["encoder_ms"]["bf16"] == {"median": 1500.0, "min": 1000.0, "max": 2000.0}
+    assert found["encoder_gain"] == {"fp32": 1.0, "bf16": 2.0, "pytorch_bf16": 0.5}
+    assert found["fid_gain_over_pytorch_bf16"] == {"fp32": 2.0, "bf16": 4.0, "pytorch_bf16": 1.0}
+
+
+def test_the_summary_of_a_run_quotes_the_cpu_engines(tmp_path):
+    shutil.copy(Path(__file__).parents[3] / "perf" / "results" / "cpu" / "run.json", tmp_path)
+    assert "encoder_bf16_ms" not in summary(read_run(tmp_path))
+    numbers = {"fp32": {"median": 2.0, "min": 1.0, "max": 3.0}, "pytorch_bf16": {"median": 4.0, "min": 4.0, "max": 4.0}}
+    (tmp_path / "cpu_engines.json").write_text(json.dumps({"encoder_ms": numbers, "fid_questions_per_s": numbers}))
+    quoted = summary(read_run(tmp_path))
+    assert quoted["encoder_fp32_ms"] == quoted["fid_fp32_questions_per_s"] == numbers["fp32"]
+    assert quoted["pytorch_bf16_encoder_ms"] == quoted["pytorch_bf16_fid_questions_per_s"] == numbers["pytorch_bf16"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from serving.contract.kv_memory import cache_capacities, cache_length, decoder_m
 from serving.contract.limits import Limits, LimitsError
 from serving.contract.manifest import Manifest
 from serving.contract.tensors import EngineSizes
-from serving.engines.cpu import OnnxDecoder
+from serving.engines.load import kv_budget, load_decoder
+from tests.conftest import WITHOUT_BF16, WITHOUT_OPENVINO
 
 # FiD-base and FiDO-base (LSA-6, MQ) at 40 x 256 tokens in fp16: 377 and 5.2 MB a question, the arithmetic of the FiDO paper
 FID_BASE = EngineSizes(768, 768, 12, tuple(range(12)), 12, 12, 64, 32128)
@@ -51,12 +53,18 @@ def test_a_budget_too_small_for_one_question_says_how_much_is_needed():
         plan(FID_BASE, Limits(kv_cache_bytes=1000), 256, 4)
 
 
-def test_the_engine_never_reserves_more_than_planned(engines):
+ENGINES = [("onnxruntime", "float32"), pytest.param("openvino", "bfloat16", marks=[WITHOUT_OPENVINO, WITHOUT_BF16])]
+
+
+@pytest.mark.parametrize(("engine", "precision"), ENGINES)
+def test_the_engine_never_reserves_more_than_planned(engines, engine, precision):
     _, directory = engines["fid"]
-    manifest = Manifest.load(directory)
+    manifest = dataclasses.replace(Manifest.load(directory), engine=engine, precision=precision)
     limits = Limits(max_passages=6, max_new_tokens=20, default_max_new_tokens=20, slots=3)
-    budget = plan(manifest.sizes, limits, manifest.prompt.passage_length, 4)
-    decoder = OnnxDecoder(directory, manifest, budget.slots)
+    budget = kv_budget(manifest, limits)
+    halves = 2 if precision == "bfloat16" else 1
+    assert budget.bytes_per_question * halves == kv_budget(Manifest.load(directory), limits).bytes_per_question
+    decoder: Any = load_decoder(directory, manifest, limits)
     longest = limits.max_passages * manifest.prompt.passage_length
     for slot in range(limits.slots):
         hidden = np.zeros((longest, manifest.sizes.d_model_encoder), np.float32)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.contract.manifest import BuildTarget, EngineBuild, EngineError, Manifest, ManifestError, Prompt
+from serving.contract.manifest import BuildTarget, EngineBuild, EngineError, Manifest, ManifestError, Prompt, require_bf16
 from serving.contract.tensors import EngineSizes
 
 FILES = {"encoder.onnx": b"graph", "encoder.onnx.data": b"weights above 2 GB", "encoder.wi.plan": b"plan"}
@@ -103,3 +103,17 @@ def test_an_engine_of_another_gpu_or_tensorrt_is_refused_by_name() -> None:
 def test_a_build_survives_its_json() -> None:
     build = EngineBuild("GPU", "9.0", "8.6.0", {"encoder.plan": [{"input_ids": ((1, 1), (4, 8), (4, 8))}]}, {"encoder.plan": 1.5})
     assert EngineBuild.from_dict(json.loads(json.dumps(dataclasses.asdict(build)))) == build
+
+
+@pytest.mark.parametrize("flag", ["avx512_bf16", "amx_bf16"])
+def test_bf16_is_accepted_where_a_cpu_multiplies_it(tmp_path: Path, flag: str) -> None:
+    (tmp_path / "cpuinfo").write_text(f"model name\t: A CPU\nflags\t\t: fpu {flag} avx2\n\nprocessor\t: 1\n")
+    require_bf16("reader", tmp_path / "cpuinfo")
+
+
+def test_bf16_is_refused_by_name_where_it_would_be_emulated(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("model name\t: Old CPU\nflags\t\t: avx512f avx512_vnni\n\nmodel name\t: x\nflags\t: amx_bf16\n")
+    with pytest.raises(EngineError, match=r"reader: bf16: wanted a CPU with avx512_bf16 or amx_bf16, got Old CPU .*PRECISION=fp32"):
+        require_bf16("reader", tmp_path / "cpuinfo")
+    with pytest.raises(EngineError, match="got an unknown CPU"):
+        require_bf16("reader", tmp_path / "missing")

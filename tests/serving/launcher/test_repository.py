@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from export.manifest_writer import write_manifest
 from export.repository import repository_from_engines
+from serving.__main__ import announce
 from serving.contract.limits import Limits
+from serving.contract.manifest import Manifest
 from serving.launcher.installation import ServerError
 from serving.launcher.repository import chosen_readers, has_python_process, reader_table, served_reader
 from tests.serving.launcher.stand_in import write_models
@@ -53,3 +61,19 @@ def test_what_is_served_is_said_of_each_reader(engines, tmp_path):
     assert heading.split() == ["reader", "kind", "checkpoint", "parameters", "engine", "precision", "slots", "max", "passages"]
     millions = sum(weight.numel() for weight in checkpoint.reader.parameters()) / 1e6
     assert line.split() == ["fido", "fido", "fido", f"{millions:,.1f}", "M", "onnxruntime", "float32", "3", "7"]
+    assert served_reader(tmp_path, "fido").why == "", "the user named the engine"
+
+
+def test_why_an_engine_serves_is_said_where_export_chose_it(engines, tmp_path, capsys):
+    directory = tmp_path / "engines"
+    shutil.copytree(engines["fid"][1], directory)
+    chosen = {"cpu": "A CPU", "question_ms": {"onnxruntime": 1053.24, "openvino": 35.06}}
+    manifest = Manifest.load(directory)
+    write_manifest(dataclasses.replace(manifest, engine="openvino", provenance=manifest.provenance | {"chosen_engine": chosen}), directory)
+    repository_from_engines(directory, tmp_path / "repository", "fid", Limits())
+    url = "127.0.0.1:1"
+    server: Any = SimpleNamespace(repository=tmp_path / "repository", models=["fid"], log="", request_log="", missing_guards=[])
+    announce(SimpleNamespace(**vars(server), grpc_url=url, http_url=url, metrics_url=url), ["fid"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "engine     fid: openvino; a question at export: openvino 35.1 ms, onnxruntime 1,053.2 ms on A CPU" in lines
+    assert lines[-1].startswith("ready")

@@ -1,4 +1,4 @@
-"""The decode loop over the real engine: whoever comes and goes, every answer is the torch reader's, token for token."""
+"""The decode loop over the real engines: whoever comes and goes, every answer is the torch reader's, token for token."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serving.contract.manifest import Manifest
-from serving.engines.cpu import OnnxDecoder, OnnxEncoder
 from serving.pipeline.scheduler import DecodeSequence, Scheduler
-from tests.conftest import CONFIGS, random_passages
-from tests.export.graphs.test_cpu import packed
+from tests.conftest import CONFIGS, CPU_BACKENDS, random_passages
+from tests.export.graphs.test_cpu import loaded, packed
 
 PASSAGES, LONGEST = (1, 2, 5, 20, 3, 9), 40
 
@@ -21,11 +20,11 @@ PASSAGES, LONGEST = (1, 2, 5, 20, 3, 9), 40
 class Prepared:
     """A reader with questions of very different lengths, encoded, and their answers by torch."""
 
-    def __init__(self, engines, name: str):
+    def __init__(self, engines, name: str, backend: str):
         checkpoint, directory = engines[name]
         self.manifest = Manifest.load(directory)
-        self.decoder = OnnxDecoder(directory, self.manifest, slots=3)
-        encoder, length = OnnxEncoder(directory, self.manifest), CONFIGS[name].passage_length
+        encoder, self.decoder = loaded(directory, backend, slots=3)
+        length = CONFIGS[name].passage_length
         self.questions, self.tokens = [], []
         for seed, n in enumerate(PASSAGES):
             ids, mask = random_passages(n, length, seed)
@@ -35,7 +34,14 @@ class Prepared:
 
 @pytest.fixture(scope="module")
 def prepared(engines):
-    return {name: Prepared(engines, name) for name in ("fid", "grouped", "released_fid")}
+    made: dict[tuple[str, str], Prepared] = {}
+
+    def prepare(name: str, backend: str) -> Prepared:
+        if (name, backend) not in made:
+            made[name, backend] = Prepared(engines, name, backend)
+        return made[name, backend]
+
+    return prepare
 
 
 ARRIVALS = st.lists(
@@ -45,11 +51,12 @@ ARRIVALS = st.lists(
 )
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("name", ["fid", "grouped", "released_fid"])
 @settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(arrivals=ARRIVALS)
-def test_answers_do_not_depend_on_who_else_is_in_flight(prepared, name, arrivals):
-    reader = prepared[name]
+def test_answers_do_not_depend_on_who_else_is_in_flight(prepared, name, backend, arrivals):
+    reader = prepared(name, backend)
     loop = Scheduler(reader.decoder, start_token=0, eos_token=reader.manifest.eos_token_id, max_waiting=99)
     running = []
     for which, most, pause in arrivals:

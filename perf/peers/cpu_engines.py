@@ -1,0 +1,158 @@
+"""`python -m perf.peers.cpu_engines`: a base-sized FiD reader on a CPU, by every engine and precision, beside PyTorch.
+
+The encoder alone, on 8 passages of 256 tokens, and whole questions, one at a time, from token ids to token ids. Every round runs all of
+them in turn, so that a busy machine slows all alike; a gain is the median over rounds of the ratio within one. Weights are random: times do
+not depend on them. Excluded: Triton, tokenization, the network, loading, and a first round. Writes perf/results/cpu/cpu_engines.json.
+
+On an idle machine, with two of its cores: `python -m perf.peers.cpu_engines --threads 2`. What is not installed is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import gc
+import importlib.util
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from export.build import export_graphs, random_checkpoint
+from export.graphs.openvino import for_openvino
+from export.manifest_writer import atomic_directory
+from perf.bounds.machine import describe
+from perf.bounds.statistics import publish, spread
+from perf.peers.onnxruntime_engines import EnginePeer
+from perf.peers.transformers_t5 import FusionPeer, hugging_face_fid
+from serving.contract.limits import Limits
+from serving.contract.manifest import EngineError, Manifest, require_bf16
+from serving.engines.load import load_decoder, load_encoder, load_packer
+
+RESULT, ENGINES = Path("perf/results/cpu/cpu_engines.json"), Path("build/cpu_engines_base")
+TOKENIZER, SAMPLES = Path("checkpoints/fid/tokenizer.json"), Path("examples/demo_questions.jsonl")
+PASSAGES, LENGTH = 8, 256
+BASELINE = "fp32"  # ONNX Runtime, what is served where nothing else is asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to run the reader."""
+
+    encode: Callable[[], Any]
+    answer: Callable[[], Any]
+
+
+def engine_ways(directory: Path, threads: int, new_tokens: int, question: tuple[np.ndarray, np.ndarray]) -> dict[str, Way]:
+    """ONNX Runtime in fp32, and OpenVINO in each precision that this machine has."""
+    found = {}
+    for name, variant in engines(directory).items():
+        manifest, limits = Manifest.load(variant), Limits(intra_op_threads=threads, slots=1)
+        loaded = load_encoder(variant, manifest, limits), load_decoder(variant, manifest, limits), load_packer(variant, manifest)
+        peer = EnginePeer("fid", manifest, *loaded)
+        found[name] = Way(functools.partial(peer.encoder.encode, [question]), functools.partial(peer.answer, [question], new_tokens))
+    return found
+
+
+def engines(directory: Path) -> dict[str, Path]:
+    """Engine directories by name; made where they are missing."""
+    plain = directory / BASELINE
+    if not plain.is_dir():
+        checkpoint = random_checkpoint("base", TOKENIZER, fido=False, period=None, num_kv_heads=None, passage_length=LENGTH, seed=0)
+        export_graphs(checkpoint, plain, gpu=False)
+    wanted = {BASELINE: ""}
+    if importlib.util.find_spec("openvino") is not None:
+        wanted |= {"openvino_fp32": "float32", "bf16": "bfloat16"}
+        wanted |= {"int8": "int8"} if importlib.util.find_spec("nncf") is not None else {}
+    try:
+        require_bf16("here")
+    except EngineError as error:
+        wanted.pop("bf16", None)
+        print(f"left out: {error}", file=sys.stderr)
+    for name, precision in wanted.items():
+        if not (directory / name).is_dir():
+            manifest = Manifest.load(plain)
+            with atomic_directory(directory / name) as tmp_dir:
+                for file in manifest.files:
+                    os.link(plain / file, tmp_dir / file)
+                for_openvino(tmp_dir, manifest, precision, SAMPLES)
+    return {name: directory / name for name in wanted}
+
+
+def torch_ways(new_tokens: int, question: tuple[np.ndarray, np.ndarray]) -> dict[str, Way]:
+    """The T5 of transformers in eager PyTorch, fp32 and bf16; FiD's fusion is ours (transformers_t5.py)."""
+    ids, mask = (torch.from_numpy(array.astype(np.int64)) for array in question)
+    found = {}
+    for name, dtype in (("pytorch_fp32", torch.float32), ("pytorch_bf16", torch.bfloat16)):
+        checkpoint = random_checkpoint("base", TOKENIZER, fido=False, period=None, num_kv_heads=None, passage_length=LENGTH, seed=0)
+        model = hugging_face_fid(checkpoint.reader).to(dtype)
+        encode = torch.inference_mode()(functools.partial(model.encoder, input_ids=ids, attention_mask=mask))
+        found[name] = Way(encode, functools.partial(FusionPeer(model).answer, [(ids, mask)], new_tokens, new_tokens))
+        del checkpoint
+        gc.collect()
+    return found
+
+
+def measure(ways: dict[str, Way], rounds: int) -> dict[str, Any]:
+    """Encoder and questions of every way, `rounds` times in turn after one uncounted round."""
+    taken: dict[str, dict[str, list[float]]] = {part: {name: [] for name in ways} for part in ("encode", "answer")}
+    worked: dict[str, list[float]] = {name: [] for name in ways}
+    for round_ in range(rounds + 1):
+        for part, by_name in taken.items():
+            for name, way in ways.items():
+                started, used = time.perf_counter(), time.process_time()
+                getattr(way, part)()
+                if round_:
+                    by_name[name].append(time.perf_counter() - started)
+                if round_ and part == "encode":
+                    worked[name].append(time.process_time() - used)
+
+    def gain(part: str, name: str, over: str) -> float | None:
+        pairs = zip(taken[part].get(over, []), taken[part].get(name, []), strict=False)
+        return round(statistics.median(slow / fast for slow, fast in pairs), 2) if name in ways and over in ways else None
+
+    return {
+        # time of all threads, which other processes lengthen less than the clock's; a thread that spins while it waits counts
+        "encoder_processor_ms": {name: spread([s * 1e3 for s in seconds], 1) for name, seconds in worked.items()},
+        "encoder_ms": {name: spread([s * 1e3 for s in seconds], 1) for name, seconds in taken["encode"].items()},
+        "fid_questions_per_s": {name: spread([1 / s for s in seconds]) for name, seconds in taken["answer"].items()},
+        "encoder_gain": {name: gain("encode", name, BASELINE) for name in ways},
+        "fid_gain_over_pytorch_bf16": {name: gain("answer", name, "pytorch_bf16") for name in ways},
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print and write the result; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m perf.peers.cpu_engines", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=2, help="cores used, the first of this process (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--engines", type=Path, default=ENGINES, help="where they are kept (default: %(default)s)")
+    parser.add_argument("--no-torch", action="store_true", help="without PyTorch's rows")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    arguments = parser.parse_args(argv)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+    torch.set_num_threads(arguments.threads)
+    ids = np.random.default_rng(0).integers(3, 32128, (PASSAGES, LENGTH)).astype(np.int32)
+    question = (ids, np.ones_like(ids))
+    before = os.getloadavg()
+    ways = engine_ways(arguments.engines, arguments.threads, arguments.new_tokens, question)
+    ways |= {} if arguments.no_torch else torch_ways(arguments.new_tokens, question)
+    result = measure(ways, arguments.rounds)
+    settings = {"passages": PASSAGES, "passage_tokens": LENGTH, "new_tokens": arguments.new_tokens, "rounds": arguments.rounds}
+    load = {"before": round(before[0], 2), "after": round(os.getloadavg()[0], 2)}
+    publish(result | {"settings": settings | {"threads": arguments.threads, "load_average": load, "machine": describe()}}, arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
