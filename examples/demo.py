@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-from clients.examples import read_examples
-from clients.metrics import exact_match
-from clients.reader_client import ReaderClient
 from examples.demo_readers import READERS, REPOSITORY
+from fido_client.data.examples import read_examples
+from fido_client.metrics import exact_match
+from fido_client.reader_client import ReaderClient
 from serving.launcher.server import TritonServer, models_of
 
 QUESTIONS = Path("examples/demo_questions.jsonl")

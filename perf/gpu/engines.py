@@ -16,8 +16,8 @@ import cupy as cp
 import numpy as np
 from tokenizers import Tokenizer
 
-from clients.examples import read_examples
 from export.checkpoint.config import ReaderConfig, reader_preset
+from fido_client.data.examples import read_examples
 from perf.bounds.cost import H200, Workload, encoder_cost, step_cost
 from perf.bounds.statistics import publish, spread
 from serving.contract.call_sizes import bucket_of, calls_of_tokens

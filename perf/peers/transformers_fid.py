@@ -24,14 +24,14 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
-from clients.examples import ExampleError, read_examples
-from clients.metrics import percentile
 from export.checkpoint.config import ConfigError, reader_preset
 from export.checkpoint.files import Checkpoint, load_checkpoint
 from export.checkpoint.weights import CheckpointError
 from export.graphs.cpu import engine_sizes
 from export.manifest_writer import prompt_of
 from export.model.reader import Reader
+from fido_client.data.examples import ExampleError, read_examples
+from fido_client.metrics import percentile
 from perf.bounds.machine import describe
 from perf.bounds.statistics import publish, spread
 from perf.peers.transformers_t5 import FusionPeer, Passages, PeerError, cast_as_from_pretrained, hugging_face_fid, require_t5

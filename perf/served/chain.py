@@ -24,15 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from clients.examples import Example, read_examples
-from clients.metrics import percentile
-from clients.reader_client import ReaderClient
 from examples.demo_readers import ENGINES, REPOSITORY
 from export.checkpoint.config import reader_preset
 from export.checkpoint.files import load_reader
 from export.graphs.cpu import engine_sizes
 from export.graphs.onnx_export import GRAPHS, onnx_from_module
 from export.model.reader import Reader
+from fido_client.data.examples import Example, read_examples
+from fido_client.metrics import percentile
+from fido_client.reader_client import ReaderClient
 from perf.bounds.machine import describe, peak_memory_bytes
 from perf.peers.torch_reader import TorchReader
 from serving.contract.limits import Limits

@@ -22,10 +22,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from clients.examples import read_examples
-from clients.metrics import percentile
 from examples.demo_readers import ENGINES
 from export.repository import repository_from_engines
+from fido_client.data.examples import read_examples
+from fido_client.metrics import percentile
 from serving.contract.limits import Limits
 from serving.contract.manifest import TOKENIZER_FILE, Manifest
 from serving.launcher.server import TritonServer, models_of

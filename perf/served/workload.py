@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from clients.examples import Example, ExampleError, read_examples
+from fido_client.data.examples import Example, ExampleError, read_examples
 from serving.contract.manifest import TOKENIZER_FILE, Manifest, ManifestError
 from serving.pipeline.prompt import PromptEncoder
 

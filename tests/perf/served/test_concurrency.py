@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from clients.examples import Context, Example
+from fido_client.data.examples import Context, Example
 from perf.served.concurrency import Row, Window, checks, row_from_windows, window_of
 
 

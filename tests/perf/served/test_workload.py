@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from clients.examples import Context, Example
-from clients.request import ReaderRequest, tensors_from_request
+from fido_client.data.examples import Context, Example
+from fido_client.request import ReaderRequest, tensors_from_request
 from perf.served.workload import (
     WORKLOADS,
     Request,
