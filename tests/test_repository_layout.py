@@ -48,7 +48,7 @@ def test_every_import_contract_notices_an_import_that_it_forbids(tmp_path):
         "perf/bounds/statistics.py": "import triton_python_backend_utils",
         "clients/fido_client/metrics.py": "import serving.contract.manifest",
         "export/checkpoint/config.py": "import serving.pipeline.prompt",
-        "training/fit/schedule.py": "import perf.bounds.cost",
+        "training/fit/batches.py": "import perf.bounds.cost",
     }
     for module, line in forbidden.items():
         path = tmp_path / module

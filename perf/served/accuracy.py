@@ -30,7 +30,7 @@ from serving.contract.limits import Limits
 from serving.contract.manifest import Manifest
 from serving.launcher.server import TritonServer, models_of
 from serving.pipeline.prompt import PromptEncoder
-from training.corpus.records import read_jsonl
+from training.corpus.examples import read_jsonl
 
 CORPUS, CHECKPOINTS = Path("build/corpus"), Path("checkpoints")
 CONCURRENCY = 8
