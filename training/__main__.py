@@ -64,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace) -> None:
     import torch
 
-    from export.checkpoint.convert import fido_from_fid
     from export.checkpoint.files import load_reader
+    from export.checkpoint.weights import fido_from_fid
     from export.model.reader import Reader
     from training.fit.recipe import reader_config
     from training.fit.trainer import Trainer, TrainOptions

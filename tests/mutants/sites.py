@@ -154,7 +154,7 @@ TESTS_OF_MODULES: dict[str, tuple[str, ...]] = {
         "tests/export/test_repository.py",
     ),
     "serving/contract/profiles.py": ("tests/serving/contract", "tests/serving/engines", "tests/export/tensorrt"),
-    "serving/contract/manifest.py": ("tests/serving/contract", "tests/export/test_repository.py", "tests/serving/pipeline/test_prompt.py"),
+    "serving/contract/manifest.py": ("tests/serving/contract", "tests/export/test_repository.py", "tests/serving/pipeline/test_request.py"),
     "serving/contract/limits.py": ("tests/serving/contract", "tests/export/test_repository.py", "tests/serving/pipeline/test_request.py"),
     "serving/contract": ("tests/serving/contract", "tests/serving/pipeline", "tests/export/test_repository.py"),
     "serving/pipeline": ("tests/serving/pipeline",),
