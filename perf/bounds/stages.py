@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from examples.demo_readers import ENGINES
+from examples.demo import ENGINES
 from export.checkpoint.config import ReaderConfig, own_config, reader_preset
 from perf.report.run_folder import NAMES
 from perf.served.workload import PLANS, Request, RequestMaker

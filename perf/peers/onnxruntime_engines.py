@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from examples.demo_readers import ENGINES
+from examples.demo import ENGINES
 from fido_client.metrics import percentile
 from perf.bounds.machine import describe
 from perf.bounds.statistics import publish, spread

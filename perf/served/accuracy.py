@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from examples.demo_readers import ENGINES, REPOSITORY
+from examples.demo import ENGINES, REPOSITORY
 from export.build import build_reader
 from export.repository import repository_from_engines
 from fido_client.data.examples import Example, read_examples

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.demo_readers import ENGINES, REPOSITORY
+from examples.demo import ENGINES, REPOSITORY
 from export.checkpoint.config import reader_preset
 from export.checkpoint.files import load_reader
 from export.graphs.cpu import CrossKVGraph, DecoderStepGraph, engine_sizes

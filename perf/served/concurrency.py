@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from examples.demo_readers import ENGINES, REPOSITORY
+from examples.demo import ENGINES, REPOSITORY
 from export.repository import repository_from_engines
 from fido_client.async_reader_client import AsyncReaderClient
 from fido_client.data.examples import Example, read_examples

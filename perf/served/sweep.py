@@ -22,7 +22,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from examples.demo_readers import ENGINES
+from examples.demo import ENGINES
 from export.repository import repository_from_engines
 from fido_client.data.examples import read_examples
 from fido_client.metrics import percentile

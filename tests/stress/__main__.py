@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from examples.demo_readers import REPOSITORY
+from examples.demo import REPOSITORY
 from serving.launcher.installation import PROJECT
 from tests.stress.faults import clients as client_faults
 from tests.stress.faults import files as file_faults
