@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from export.build import PRECISIONS, TIMING_CACHE, CheckpointOptions, build_reader, export_graphs, random_checkpoint, require_reader_name
 from export.checkpoint.config import FIDO_PERIOD
 from export.errors import Interrupted, UsageError, user_errors
-from export.library.options import ARCHITECTURES, AUTO, LIBRARY_PRECISIONS, LibraryOptions
+from export.library.options import ARCHITECTURES, AUTO, CROSS_KV_PRECISIONS, LIBRARY_PRECISIONS, LibraryOptions
 from export.library.options import ENGINES as ENGINES_OF_ENCODER
 from export.tensorrt.detect import default_backend
 from serving.contract.limits import Limits
@@ -133,11 +133,13 @@ def _add_library(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument("--encoder-kernels", choices=choices, default=default, help=help_)
     help_ = "of library kernels (default: %(default)s)"
     command.add_argument("--encoder-precision", choices=LIBRARY_PRECISIONS, default=LIBRARY_PRECISIONS[0], help=help_)
+    help_ = "on a GPU: of cross-attention's keys and values (default: float8 with an encoder in float8 and a key/value head for each head)"
+    command.add_argument("--cross-kv-precision", choices=CROSS_KV_PRECISIONS, help=help_)
     command.add_argument("--samples", type=Path, help="questions and passages (JSON lines) that FP8's scales are measured on")
 
 
 def _library(arguments: argparse.Namespace) -> LibraryOptions:
-    return LibraryOptions(arguments.encoder_kernels, arguments.encoder_precision, arguments.samples)
+    return LibraryOptions(arguments.encoder_kernels, arguments.encoder_precision, arguments.samples, arguments.cross_kv_precision)
 
 
 def _add_tensorrt(command: argparse.ArgumentParser) -> None:

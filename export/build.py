@@ -68,7 +68,7 @@ def export_graphs(
         precision: "float16" or "bfloat16"; for a GPU only.
         opset: None for the default: 18 for the CPU, 17 for a GPU, the newest that TensorRT 8.6 reads.
         whole_encoder: the encoder as one graph instead of its GEMMs; for a GPU only.
-        library: the encoder's GEMMs as library kernels instead of engines; for a GPU only.
+        library: the encoder's GEMMs as library kernels instead of engines, and what is in FP8; for a GPU only.
 
     Raises:
         ExportError: if a graph differs from its specification, or the kernels do not support the reader's sizes.
@@ -77,8 +77,8 @@ def export_graphs(
     if gpu:
         from export.graphs.gpu import TENSORRT_OPSET, export_gpu_reader
 
-        kernels = library.resolved() if library is not None and not whole_encoder else None
-        return export_gpu_reader(checkpoint, directory, precision, opset or TENSORRT_OPSET, whole_encoder=whole_encoder, library=kernels)
+        resolved = (library or LibraryOptions()).resolved()
+        return export_gpu_reader(checkpoint, directory, precision, opset or TENSORRT_OPSET, whole_encoder=whole_encoder, library=resolved)
     from export.graphs.onnx_export import OPSET, export_reader
 
     return export_reader(checkpoint, directory, opset or OPSET)

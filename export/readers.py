@@ -133,7 +133,7 @@ def _engine_inputs(checkpoint: str, settings: Settings, options: CheckpointOptio
         "engine": settings.engine,
         "precision": settings.precision,
         "native_encoder": settings.native_encoder,
-        "library": [settings.library.architecture, settings.library.precision],
+        "library": [settings.library.architecture, settings.library.precision, settings.library.cross_kv],
         "samples": _states(_files(settings.library.samples)) if settings.library.samples else None,
         "code": _code_hash(),
         "packages": {package: _version(package) for package in (*PACKAGES, *KERNEL_PACKAGES)},

@@ -11,8 +11,8 @@ from tritonclient.grpc import InferResult
 from tritonclient.utils import InferenceServerException
 
 from .answer import StreamAssembler, StreamedAnswer, StreamPiece
+from .connection.grpc_transport import Stream
 from .connection.stop import deadline_exceeded
-from .connection.stream_call import StreamCall
 from .errors import ReaderError
 
 Failure = Callable[[Exception, str, float], ReaderError]
@@ -22,11 +22,11 @@ Failure = Callable[[Exception, str, float], ReaderError]
 class AnswerStream(Iterator[StreamPiece]):
     """A streamed answer: an iterator over its pieces, and after the end, `answer`.
 
-    Closing it, leaving its `with` block, or dropping the last reference before the end stops the answer on the server. The stream is then
-    read to its end in the background: it is not cancelled, since that may end Triton (connection/stop.py).
+    Closing it, leaving its `with` block, or dropping the last reference before the end stops the answer on the server. Over HTTP the client
+    hangs up. Over gRPC it reads the stream to its end in the background: cancelling it may end Triton (connection/stop.py).
     """
 
-    def __init__(self, call: StreamCall, failure: Failure, model: str, *, deadline_s: float, start_s: float) -> None:
+    def __init__(self, call: Stream, failure: Failure, model: str, *, deadline_s: float, start_s: float) -> None:
         self._call = call
         self._failure = failure
         self._model = model
@@ -88,7 +88,7 @@ class AnswerStream(Iterator[StreamPiece]):
             response = self._call.next_response()
         except TimeoutError as error:
             raise self._failure(deadline_exceeded(), self._model, self._deadline_s) from error
-        except grpc.RpcError as error:
+        except (grpc.RpcError, InferenceServerException) as error:
             raise self._failure(error, self._model, self._deadline_s) from error
         if response is None:
             self._answer, self._ended = self._assembler.finish(), True

@@ -17,27 +17,22 @@ from types import TracebackType
 from typing import Any, Union
 
 import grpc
-from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
+import numpy as np
+from tritonclient.grpc import InferResult
 from tritonclient.utils import InferenceServerException
 
 from .answer import Answer, StreamedAnswer, StreamPiece, answer_from_result
 from .answer_stream import AnswerStream
 from .async_reader_client import AsyncAnswerStream, AsyncReaderClient
 from .connection.diagnosis import Diagnosis
-from .connection.endpoint import Endpoint, grpc_timeout_s
+from .connection.endpoint import Endpoint
+from .connection.grpc_transport import GrpcTransport, Transport
+from .connection.http_transport import HttpTransport
 from .connection.retry import RetryPolicy
-from .connection.served_models import TIMEOUT_S, ServedModel, served_model
-from .connection.stream_call import StreamChannel
+from .connection.served_models import TIMEOUT_S, ServedModel
 from .errors import ReaderError, ReaderTimeout, ReaderUnavailable, RequestRefused, error_from_exception, status_and_message
 from .ordered_window import OrderedWindow
-from .request import (
-    Passage,
-    ReaderRequest,
-    infer_inputs_from_tensors,
-    infer_message_from_tensors,
-    request_from,
-    tensors_from_request,
-)
+from .request import Passage, ReaderRequest, request_from, tensors_from_request
 
 __all__ = [
     "Answer",
@@ -63,7 +58,7 @@ Question = Union[ReaderRequest, Mapping[str, Any]]
 class _Pending:
     """One unfinished request of `answer_many`; times are of time.perf_counter()."""
 
-    inputs: list[InferInput]
+    tensors: Mapping[str, np.ndarray]
     deadline_s: float
     start_s: float
     failures: int = 0
@@ -88,7 +83,7 @@ class ReaderClient:
     """A client of one reader; safe to share between threads. It connects at the first question and reuses the connection.
 
     Args:
-        url: "host:port" of Triton's gRPC endpoint.
+        url: "host:port" of Triton's gRPC endpoint, or of its HTTP endpoint.
         model: The reader's name on the server, such as "fido".
         timeout_s: Time-out in seconds of a request that sets none; math.inf for no limit.
         stream_model: The model that `stream` uses; None: `model` + "_stream".
@@ -98,6 +93,8 @@ class ReaderClient:
         root_certificates: PEM file of trusted certificates; None: gRPC's default.
         private_key: PEM file of the client's key, for servers that require a client certificate.
         certificate_chain: PEM file of the client's certificate.
+        transport: "grpc" or "http". Over HTTP a stream that is left, even by a client that is killed, cannot harm the server; a unary
+            request takes longer, as numbers travel as text.
 
     Raises:
         ValueError: If an argument is invalid.
@@ -116,23 +113,20 @@ class ReaderClient:
         root_certificates: str | None = None,
         private_key: str | None = None,
         certificate_chain: str | None = None,
+        transport: str = "grpc",
     ) -> None:
         self.endpoint = Endpoint(url, model, timeout_s, stream_model, ssl, root_certificates, private_key, certificate_chain)
         self._retry = RetryPolicy(retries)
-        self._diagnosis = Diagnosis(self.endpoint)
-        credentials = self.endpoint.credentials()
-        self._client = InferenceServerClient(url, creds=credentials, channel_args=self.endpoint.channel_args())
-        # tritonclient allows one stream per client and leaks a thread for each cancelled stream, so streams have a channel of their own.
-        # gRPC shares one connection between both channels.
-        self._streams = StreamChannel(self.endpoint)
+        if transport not in ("grpc", "http"):
+            raise ValueError(f'transport: wanted "grpc" or "http", got {transport!r}')
+        # over HTTP, errors of the connection are plain, and a probe of gRPC would mislead
+        self._diagnosis = Diagnosis(self.endpoint) if transport == "grpc" else None
+        self._transport: Transport = GrpcTransport(self.endpoint) if transport == "grpc" else HttpTransport(self.endpoint)
         self._closed = False
 
     def is_ready(self, timeout_s: float = 5.0) -> bool:
         """Whether the server responds and the unary model is ready."""
-        try:
-            return bool(self._client.is_model_ready(self.endpoint.model, client_timeout=timeout_s))
-        except InferenceServerException:
-            return False
+        return self._transport.is_ready(timeout_s)
 
     def served_model(self) -> ServedModel:
         """The reader's configuration on the server, with its limits, such as the number of passages.
@@ -143,8 +137,8 @@ class ReaderClient:
         """
         self._check_open()
         try:
-            return served_model(self.endpoint)
-        except grpc.RpcError as error:
+            return self._transport.served_model()
+        except (grpc.RpcError, InferenceServerException) as error:
             raise self._failure(error, self.endpoint.model, TIMEOUT_S) from error
 
     def answer(
@@ -177,12 +171,11 @@ class ReaderClient:
         start_s = time.perf_counter()
         endpoint, deadline_s = self.endpoint, self.endpoint.deadline_s(timeout_s)
         request = ReaderRequest(question, passages, titles, max_new_tokens, min_new_tokens)
-        inputs = infer_inputs_from_tensors(tensors_from_request(request, model=endpoint.model))
-        pending = _Pending(inputs, deadline_s, start_s)
+        pending = _Pending(tensors_from_request(request, model=endpoint.model), deadline_s, start_s)
         while True:
             timeout_left_s = max(pending.remaining_s, 0.001) if pending.failures else deadline_s
             try:
-                result = self._client.infer(endpoint.model, inputs, client_timeout=grpc_timeout_s(timeout_left_s))
+                result = self._transport.infer(pending.tensors, timeout_left_s)
                 return answer_from_result(result, model=endpoint.model, latency_s=time.perf_counter() - start_s)
             except InferenceServerException as error:
                 pause_s = self._pause_s(pending, error)
@@ -226,15 +219,13 @@ class ReaderClient:
         start_s = time.perf_counter()
         model, deadline_s = self.endpoint.streaming_model, self.endpoint.deadline_s(timeout_s)
         request = ReaderRequest(question, passages, titles, max_new_tokens, min_new_tokens)
-        message = infer_message_from_tensors(model, tensors_from_request(request, model=model))
-        call = self._streams.open(message, deadline_s, start_s)
+        call = self._transport.open_stream(tensors_from_request(request, model=model), deadline_s, start_s)
         return AnswerStream(call, self._failure, model, deadline_s=deadline_s, start_s=start_s)
 
     def close(self) -> None:
         """Cancel the requests in flight, stop the streams, and close the connection. Calling it twice is harmless."""
         self._closed = True
-        self._client.close()
-        self._streams.close()
+        self._transport.close()
 
     def __enter__(self) -> ReaderClient:
         return self
@@ -247,7 +238,7 @@ class ReaderClient:
             raise RuntimeError("this ReaderClient is closed; make a new one")
 
     def _failure(self, exception: Exception, model: str, timeout_s: float) -> ReaderError:
-        hint = self._diagnosis.hint(*status_and_message(exception))
+        hint = self._diagnosis.hint(*status_and_message(exception)) if self._diagnosis else None
         return error_from_exception(exception, model=model, url=self.endpoint.url, timeout_s=timeout_s, hint=hint)
 
     def _pause_s(self, pending: _Pending, exception: InferenceServerException) -> float | None:
@@ -302,7 +293,7 @@ class ReaderClient:
             deadline_s = self.endpoint.deadline_s(request.timeout_s)
         except ValueError as error:
             raise RequestRefused(str(error), model=self.endpoint.model) from error
-        return _Pending(infer_inputs_from_tensors(tensors_from_request(request, model=self.endpoint.model)), deadline_s, start_s)
+        return _Pending(tensors_from_request(request, model=self.endpoint.model), deadline_s, start_s)
 
     def _send(self, index: int, request: _Pending, arrivals: queue.SimpleQueue[_Arrival]) -> None:
         """Start one attempt; gRPC's thread puts its result or error into the queue."""
@@ -311,8 +302,8 @@ class ReaderClient:
         def arrived(result: InferResult | None, error: InferenceServerException | None) -> None:
             arrivals.put(_Arrival(index, result, error, time.perf_counter() - request.start_s))
 
-        timeout_s = grpc_timeout_s(max(request.remaining_s, 0.001) if request.failures else request.deadline_s)
-        request.call = self._client.async_infer(self.endpoint.model, request.inputs, arrived, client_timeout=timeout_s)
+        timeout_s = max(request.remaining_s, 0.001) if request.failures else request.deadline_s
+        request.call = self._transport.submit(request.tensors, timeout_s, arrived)
 
     def _result(self, arrival: _Arrival, deadline_s: float) -> Answer | ReaderError:
         model = self.endpoint.model

@@ -70,7 +70,7 @@ def export_gpu_reader(
         precision: "float16", or "bfloat16" for engines that support it (TensorRT 10 and later).
         opset: 17 for TensorRT 8.6; 18 and later as torch's exporter writes them.
         whole_encoder: the encoder as one graph, for Triton's TensorRT backend, instead of its GEMMs.
-        library: the encoder's GEMMs as library kernels instead of engines.
+        library: the encoder's GEMMs as library kernels instead of engines (not of a whole encoder), and what is in FP8; resolved.
 
     Raises:
         ExportError: if a graph differs from its specification, or the kernels do not support the reader's sizes.
@@ -80,6 +80,9 @@ def export_gpu_reader(
     require_fitting_tokenizer(checkpoint)
     reader = checkpoint.reader
     _require_kernels(reader.config, whole_encoder=whole_encoder)
+    library = library or LibraryOptions()
+    narrow_encoder = library.compiles and library.precision == FLOAT8 and not whole_encoder
+    cross_kv_precision = _cross_kv_precision(reader.config, library.cross_kv, narrow_encoder=narrow_encoder)
     with atomic_directory(directory) as tmp_dir:
         stage = stages(reader)
         stage("scales of half precision")
@@ -100,18 +103,18 @@ def export_gpu_reader(
             write("encoder", graph, encoder_tensors(sizes, "float16"))
         write("cross_kv", PackedCrossKVGraph(reader), packed_cross_kv_tensors(sizes))
         stacks: list[EncoderGemms | DecoderGemms] = [decoder] if encoder is None else [encoder, decoder]
-        kernels, cross_kv_precision = None, "float16"
-        if library is not None and encoder is not None:
+        kernels = None
+        passages = sample_passages(checkpoint, library.samples) if narrow_encoder or cross_kv_precision == FLOAT8 else []
+        if library.compiles and encoder is not None:
             stage("library kernels of the encoder")
             started = time.perf_counter()
-            passages = sample_passages(checkpoint, library)
             kernels = write_encoder_library(encoder.graph, encoder.stack, reader.config.passage_length, tmp_dir, library, passages)
             seconds["encoder_library"] = round(time.perf_counter() - started, 2)
-            if library.precision == FLOAT8 and sizes.num_kv_heads == sizes.num_heads:  # shared keys are few bytes: they stay as they are
-                stage("scales of keys and values")
-                found = cross_kv_scales(encoder.graph, PackedCrossKVGraph(reader), sizes.num_kv_heads, passages)
-                np.save(tmp_dir / array_file("decoder", CROSS_KV_SCALES), found, allow_pickle=False)
-                cross_kv_precision = FLOAT8
+        if cross_kv_precision == FLOAT8:
+            stage("scales of keys and values")
+            graph = EncoderGraph(reader) if encoder is None else encoder.graph
+            found = cross_kv_scales(graph, PackedCrossKVGraph(reader), sizes.num_kv_heads, passages)
+            np.save(tmp_dir / array_file("decoder", CROSS_KV_SCALES), found, allow_pickle=False)
         stage("weights and GEMMs")
         for stack in stacks:
             for gemm, weight in () if kernels and stack is encoder else stack.gemms():
@@ -149,6 +152,17 @@ def _require_kernels(config: ReaderConfig, *, whole_encoder: bool) -> None:
                 faults.append(f"{size} of the {name}: wanted a multiple of 8, got {getattr(stack, size)}")
     if faults:
         raise ExportError("the GPU kernels do not support this reader's sizes; serve it with ENGINE=onnxruntime:\n  " + "\n  ".join(faults))
+
+
+def _cross_kv_precision(config: ReaderConfig, wanted: str | None, *, narrow_encoder: bool) -> str:
+    """Of cross-attention's keys and values. Shared keys are few bytes: they stay in half precision."""
+    heads, kv_heads = config.decoder.num_heads, config.decoder.num_kv_heads
+    if wanted == FLOAT8 and kv_heads != heads:
+        raise ExportError(
+            f"keys and values of cross-attention in float8: wanted a key/value head for each of {heads} heads, got {kv_heads}; "
+            "export this reader with --cross-kv-precision float16"
+        )
+    return wanted or (FLOAT8 if narrow_encoder and kv_heads == heads else "float16")
 
 
 def export_half(graph: GpuGraph, tensors: GraphTensors, path: Path, precision: str, opset: int) -> None:

@@ -235,18 +235,16 @@ def untuned_choices(precision: str, attended: str, architecture: str) -> tuple[C
     )
 
 
-def sample_passages(checkpoint: Checkpoint, options: LibraryOptions) -> list[Tensor]:
-    """int64[tokens] each; none where nothing is measured."""
-    if options.precision != "float8":
-        return []
+def sample_passages(checkpoint: Checkpoint, samples: Path | None) -> list[Tensor]:
+    """int64[tokens] each, of the questions and passages in the file `samples`, a line of JSON each; without a file random tokens."""
     config = checkpoint.reader.config
-    if options.samples is None:
+    if samples is None:
         generator = torch.Generator().manual_seed(0)
         return list(torch.randint(0, config.vocab_size, (SAMPLE_PASSAGES, config.passage_length), generator=generator))
     tokenizer = Tokenizer.from_str(checkpoint.tokenizer_json)
     end = [config.eos_token_id] if config.append_eos else []
     found: list[Tensor] = []
-    with options.samples.open(encoding="utf-8") as lines:
+    with samples.open(encoding="utf-8") as lines:
         for line in lines:
             example = json.loads(line)
             for passage in example["ctxs"]:

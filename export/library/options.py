@@ -16,28 +16,36 @@ ARCHITECTURES = {
 }
 MEASURED = {"9.0": "sm_90a"}  # compute capability -> architecture, where library kernels were measured to be faster than engines
 ENGINES, AUTO = "none", "auto"
-LIBRARY_PRECISIONS = ("float16", "float8")
+LIBRARY_PRECISIONS = CROSS_KV_PRECISIONS = ("float16", "float8")
 
 
 @dataclasses.dataclass(frozen=True)
 class LibraryOptions:
-    """How the encoder's GEMMs are made for a GPU.
+    """How the encoder's GEMMs are made for a GPU, and what is in FP8.
 
     Attributes:
         architecture: one of ARCHITECTURES; "none" for engines; "auto" for this machine's GPU where library kernels were measured to be
             faster and can be compiled, else engines.
         precision: of the kernels, one of LIBRARY_PRECISIONS.
         samples: questions and passages, a line of JSON each, that FP8's scales are measured on; None = random tokens.
+        cross_kv: of cross-attention's keys and values, one of CROSS_KV_PRECISIONS; None = float8 beside library kernels in float8, if the
+            reader has a key/value head for each head.
     """
 
     architecture: str = ENGINES
     precision: str = LIBRARY_PRECISIONS[0]
     samples: Path | None = None
+    cross_kv: str | None = None
 
-    def resolved(self) -> LibraryOptions | None:
-        """With an architecture, or None for engines."""
+    @property
+    def compiles(self) -> bool:
+        """Whether the encoder's GEMMs are library kernels, of what `resolved` gives."""
+        return self.architecture != ENGINES
+
+    def resolved(self) -> LibraryOptions:
+        """With an architecture, or "none" for engines."""
         architecture = self.architecture
         if architecture == AUTO:
             gpu = cuda_gpu() if importlib.util.find_spec("quack") is not None else None
             architecture = ENGINES if gpu is None else MEASURED.get(gpu.compute_capability, ENGINES)
-        return None if architecture == ENGINES else dataclasses.replace(self, architecture=architecture)
+        return dataclasses.replace(self, architecture=architecture)

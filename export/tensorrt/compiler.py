@@ -24,7 +24,7 @@ from typing import Any
 from export.manifest_writer import atomic_directory, describe_compiled, write_atomically, write_manifest
 from serving.contract.gemms import decoder_gemms, encoder_gemms, gemm_tensors, packed_cross_kv_tensors
 from serving.contract.limits import Limits
-from serving.contract.manifest import EngineBuild, EngineError, Manifest, sha256_of_file
+from serving.contract.manifest import FLOAT8, FP8_CAPABILITY, EngineBuild, EngineError, Manifest, sha256_of_file
 from serving.contract.profiles import Shapes, profile_ranges, profile_shapes
 from serving.contract.tensors import GraphTensors, encoder_tensors
 
@@ -109,6 +109,7 @@ def build_engines(
     manifest.verify(graphs, tuple(manifest.files))
     with atomic_directory(directory) as tmp_dir:
         target = build_target()
+        _require_fp8(graphs, manifest, target)
         tasks = tasks_of(manifest, limits)
         log(f"{graphs}: {len(tasks)} engines with TensorRT {target.tensorrt} for {target.gpu.name}")
         seconds: dict[str, float] = {}
@@ -125,6 +126,17 @@ def build_engines(
         profiles = {f"{task.name}.plan": task.profiles for task in tasks}
         build = EngineBuild(target.gpu.name, target.gpu.compute_capability, target.tensorrt, profiles, seconds)
         return write_manifest(describe_compiled(manifest, tmp_dir, build), tmp_dir)
+
+
+def _require_fp8(graphs: Path, manifest: Manifest, target: BuildTarget) -> None:
+    """Refuse a reader whose keys and values this machine's GPU could not read: its decoder would not load."""
+    capability = target.gpu.compute_capability
+    major, minor = (int(part) for part in capability.split("."))
+    if manifest.cross_kv_precision == FLOAT8 and 10 * major + minor < FP8_CAPABILITY:
+        raise EngineError(
+            f"{graphs}: FP8 keys and values of cross-attention: wanted a GPU of compute capability {FP8_CAPABILITY / 10} or later, "
+            f"got {capability}; export the reader with --cross-kv-precision float16"
+        )
 
 
 def _in_processes(shards: list[Shard]) -> Iterator[dict[str, float]]:

@@ -26,6 +26,7 @@ FORMAT = 4  # raised whenever serving code of an earlier format would misunderst
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 FLOAT8 = "float8"  # e4m3
+FP8_CAPABILITY = 89  # 10 * the first compute capability whose instructions convert e4m3
 ENGINE_NAMES = ("encoder", "cross_kv", "decoder_step")
 SUFFIXES = {"onnxruntime": ".onnx", "onnxruntime-gpu": ".onnx", "tensorrt": ".plan"}  # of engine files, by backend
 REBUILD = "`make export ENGINE=tensorrt` builds it again"

@@ -20,6 +20,7 @@ from .base import Decoder, Encoder, Packer
 from .cpu import OnnxDecoder, OnnxEncoder
 from .packing import HostPacker
 
+CROSS_KV_PRECISIONS = ("float16", FLOAT8)
 BYTES_PER_ELEMENT = {"onnxruntime": 4, "onnxruntime-gpu": 2, "tensorrt": 2}  # of a cached key or value, unless it is in FP8
 
 
@@ -48,9 +49,13 @@ def cross_kv_bytes_per_element(manifest: Manifest) -> int:
     """Bytes of one number that cross-attention reads.
 
     Raises:
-        ManifestError: if the backend is unknown.
+        ManifestError: if the backend or the type is unknown.
     """
-    return 1 if manifest.on_gpu and manifest.cross_kv_precision == FLOAT8 else bytes_per_element(manifest)
+    of_others, found = bytes_per_element(manifest), manifest.cross_kv_precision
+    if found not in CROSS_KV_PRECISIONS:
+        wanted = " or ".join(CROSS_KV_PRECISIONS)
+        raise ManifestError(f"cross_kv_precision: wanted {wanted}, got {found!r}; `make export` makes it again")
+    return 1 if manifest.on_gpu and found == FLOAT8 else of_others
 
 
 def load_encoder(directory: Path, manifest: Manifest, limits: Limits, device: int = 0) -> Encoder:

@@ -33,7 +33,7 @@ from .final_flag import FinalFlags
 from .metrics import Metrics
 from .response import FINAL, Caller, ResponseWriter, StreamWriter, UnaryWriter, end_stream_with_error, send_error
 from .shutdown import DRAIN_TIMEOUT_S, arm_watchdog, end_process, exit_soon
-from .stop import MIN_ID_CHARACTERS, EarlyStops, stopped_id
+from .stop import MIN_ID_CHARACTERS, EarlyStops, StopRelay, stopped_id
 
 # How often some of the questions in flight are checked for cancellation, and how many: each check costs Triton a message, and every
 # thread here a turn of Python's lock.
@@ -95,6 +95,7 @@ class ReaderModel:
         self._warned: set[str] = set()
         self._early_stops = EarlyStops()
         self._in_flight: set[ResponseWriter] = set()
+        self._stop_relay = StopRelay(self._name, self._stop)
         threading.Thread(target=self._poll_cancellations, name="cancellations", daemon=True).start()
         self._metrics = Metrics(self._name, self._scheduler.counts, lambda: len(self._in_flight), self._kv_bytes)
 
@@ -109,7 +110,8 @@ class ReaderModel:
     def _accept_or_refuse(self, request: Any) -> None:
         caller = Caller(request, request.get_response_sender())
         if (to_stop := stopped_id(caller.id)) is not None:
-            self._stop(to_stop)
+            if len(to_stop) >= MIN_ID_CHARACTERS and not self._stop(to_stop):
+                self._stop_relay.forward(to_stop)
             self._acknowledge(caller)
             return
         try:
@@ -122,15 +124,14 @@ class ReaderModel:
         self._in_flight.add(writer)
         self._encoding.submit(self._encode, writer)
 
-    def _stop(self, request_id: str) -> None:
-        """End the request that has this id, now or when it comes."""
-        if len(request_id) < MIN_ID_CHARACTERS:
-            return
+    def _stop(self, request_id: str) -> bool:
+        """End the request that has this id, now or when it comes; whether it is in flight here."""
         callers = [writer.caller for writer in list(self._in_flight) if writer.caller.id == request_id]
         for caller in callers:
             caller.stop()
         if not callers:
             self._early_stops.add(request_id)
+        return bool(callers)
 
     def _acknowledge(self, caller: Caller) -> None:
         if self._streams:
@@ -224,6 +225,7 @@ class ReaderModel:
         """Accept no more, answer what waits with an error, and end all threads."""
         arm_watchdog(DRAIN_TIMEOUT_S)
         self._stopping.set()
+        self._stop_relay.close()
         self._encoding.shutdown()
         self._encoder.close()
         self._scheduler.stop()

@@ -308,7 +308,7 @@ def _client_threads() -> int:
 
 def test_a_stream_that_the_collector_frees_while_another_opens_blocks_nothing(server):
     client = ReaderClient(server.url)
-    channel, message = client._streams, service_pb2.ModelInferRequest(model_name="fido_stream")
+    channel, message = client._transport._streams, service_pb2.ModelInferRequest(model_name="fido_stream")
     dropped = channel.open(message, 60.0, time.perf_counter())
 
     class Calls(type(channel._calls)):  # the collector may run at any allocation inside `open`

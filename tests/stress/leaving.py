@@ -1,13 +1,19 @@
-"""The ways in which a client leaves before its answer is complete. Each attempt says whether its client left."""
+"""The ways in which a client leaves. Each attempt says whether its client left before its answer was complete.
+
+A client that had its whole answer by then does not count, nor does one that was turned away. But grpc-last leaves at the answer's last
+response, before the stream's end: that moment is what it is about.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
 import random
+import select
 import signal
 import socket
 import struct
@@ -111,8 +117,22 @@ def _grpc_mid(target: Target, rng: random.Random) -> bool:
 
 def _grpc_any_moment(target: Target, rng: random.Random) -> bool:
     call = _open_stream(target, rng)
+    answered = threading.Event()
+    reading = threading.Thread(target=_read_until_answered, args=(call, answered), daemon=True)
+    reading.start()
     time.sleep(rng.random() * DEADLINES_S[1])
-    return bool(call.cancel())
+    left = not answered.is_set() and bool(call.cancel())
+    call.cancel()
+    reading.join()
+    return left
+
+
+def _read_until_answered(call: Any, answered: threading.Event) -> None:
+    """Read a stream to its end; say when its answer is complete, or it is refused."""
+    with contextlib.suppress(grpc.RpcError):
+        for response in call:
+            if response.error_message or _has_totals(response):
+                answered.set()
 
 
 def _grpc_at_the_flag(target: Target, rng: random.Random) -> bool:
@@ -137,15 +157,23 @@ def _grpc_deadline(target: Target, rng: random.Random) -> bool:
     return False
 
 
-def _client_closes(target: Target, rng: random.Random) -> bool:
+def _client_closes(target: Target, rng: random.Random, *, http: bool = False) -> bool:
     case, pieces = rng.choice(target.cases), rng.randint(0, 12)
     try:
-        with _reader_client(target, case) as stream:
+        with _reader_client(target, case, http=http) as stream:
             for _, _piece in zip(range(pieces), stream, strict=False):
                 pass
+            return not _is_complete(stream)
     except ReaderError:
         return False
-    return True
+
+
+def _is_complete(stream: Any) -> bool:
+    """Whether a client's stream has its whole answer."""
+    try:
+        return bool(stream.answer)
+    except RuntimeError:
+        return False
 
 
 def _client_deadline(target: Target, rng: random.Random) -> bool:
@@ -160,13 +188,21 @@ def _client_deadline(target: Target, rng: random.Random) -> bool:
     return False
 
 
-_clients: dict[tuple[str, str], ReaderClient] = {}
+def _client_closes_http(target: Target, rng: random.Random) -> bool:
+    return _client_closes(target, rng, http=True)
+
+
+_clients: dict[tuple[str, str, bool], ReaderClient] = {}
 _clients_lock = threading.Lock()
 
 
-def _reader_client(target: Target, case: Case, timeout_s: float = TIMEOUT_S) -> Any:
+def _reader_client(target: Target, case: Case, timeout_s: float = TIMEOUT_S, *, http: bool = False) -> Any:
+    key = (target.grpc_url, case.reader, http)
     with _clients_lock:
-        client = _clients.setdefault((target.grpc_url, case.reader), ReaderClient(target.grpc_url, case.reader))
+        if key not in _clients:
+            url = f"{LOOPBACK}:{target.http_port}" if http else target.grpc_url
+            _clients[key] = ReaderClient(url, case.reader, transport="http" if http else "grpc")
+        client = _clients[key]
     return client.stream(case.question, case.passages, case.titles, timeout_s=timeout_s, **_lengths(case))
 
 
@@ -183,6 +219,8 @@ def _http(path: Callable[[str], str], body: Callable[[Case], Any], events: tuple
             connection.sendall(request(path(case.reader), json.dumps(body(case)).encode()))
             if events is None:
                 time.sleep(rng.random() * HANG_UP_AFTER_S)
+                if select.select([connection], [], [], 0)[0]:
+                    return False
             elif not _read_events(connection, rng.randint(*events)):
                 return False
             if rng.random() < 0.5:
@@ -224,6 +262,7 @@ ATTEMPTS: dict[str, Attempt] = {
     "grpc-deadline": _grpc_deadline,
     "client-close": _client_closes,
     "client-deadline": _client_deadline,
+    "client-http": _client_closes_http,
     "http-stream": _http(lambda reader: f"/v2/models/{reader}_stream/generate_stream", Case.body, (1, 12)),
     "http-generate": _http(lambda reader: f"/v2/models/{reader}/generate", Case.body, None),
     "http-infer": _http(lambda reader: f"/v2/models/{reader}/infer", _infer_body, None),
@@ -262,10 +301,10 @@ def run_asyncio(target: Target, seed: str, count: int, at_once: int) -> int:
                         pieces -= 1
                         if pieces <= 0:
                             break
+                    return not _is_complete(stream)
             except ReaderError:
                 await asyncio.sleep(REFUSED_PAUSE_S)
                 return False
-        return True
 
     async def run() -> int:
         clients = {reader: AsyncReaderClient(target.grpc_url, reader) for reader in {case.reader for case in target.cases}}
@@ -287,7 +326,8 @@ def run_killed(target: Target, seed: str, count: int, at_once: int) -> int:
     def one(index: int) -> int:
         rng = random.Random(f"{seed} {index}")
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_open_many, args=(target, f"{seed} {index}", theirs), daemon=True)
+        answered = context.Value("i", 0)
+        process = context.Process(target=_open_many, args=(target, f"{seed} {index}", theirs, answered), daemon=True)
         process.start()
         theirs.close()
         try:
@@ -301,21 +341,27 @@ def run_killed(target: Target, seed: str, count: int, at_once: int) -> int:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             ours.close()
-        return KILLED_AT_ONCE
+        return KILLED_AT_ONCE - answered.value
 
     with ThreadPoolExecutor(max(1, at_once // KILLED_AT_ONCE)) as pool:
         return sum(pool.map(one, range(max(1, count // KILLED_AT_ONCE))))
 
 
-def _open_many(target: Target, seed: str, pipe: Any) -> None:
-    """In the client process: open streams, report the first response of one, and read on until killed."""
+def _open_many(target: Target, seed: str, pipe: Any, answered: Any) -> None:
+    """In the client process: open streams, report the first response of any, count the answers, and read on until killed."""
     rng = random.Random(seed)
-    calls = [_open_stream(target, rng) for _ in range(KILLED_AT_ONCE)]
-    for response in calls[0]:
-        pipe.send(bool(response.error_message))
-        break
-    for call in calls:
-        list(call)
+
+    def read(call: Any) -> None:
+        with contextlib.suppress(grpc.RpcError):
+            for response in call:
+                with contextlib.suppress(OSError):
+                    pipe.send(None)
+                if response.error_message or _has_totals(response):
+                    with answered.get_lock():
+                        answered.value += 1
+
+    for _ in range(KILLED_AT_ONCE):
+        threading.Thread(target=read, args=(_open_stream(target, rng),), daemon=True).start()
     time.sleep(TIMEOUT_S)
 
 

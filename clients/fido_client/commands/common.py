@@ -41,6 +41,7 @@ def client_of(args: argparse.Namespace, model: str) -> ReaderClient:
         root_certificates=args.root_certificates,
         private_key=args.private_key,
         certificate_chain=args.certificate_chain,
+        transport=args.transport,
     )
 
 

@@ -36,6 +36,7 @@ def _run(argv: list[str] | None) -> int:
         except SystemExit:
             sys.stdout.flush()  # of --help: a closed pipe is noticed here, not at the interpreter's end
             raise
+        args.url = args.url or ("127.0.0.1:8001" if args.transport == "grpc" else "127.0.0.1:8000")
         code: int = args.command(args)
         return code
     except (UsageError, DataFileError) as error:
@@ -111,7 +112,8 @@ def _parser() -> argparse.ArgumentParser:
         help="the names of one or more readers (default: fido); several are compared",
     )
     for command in (one, evaluation):
-        command.add_argument("--url", default="127.0.0.1:8001", help="host:port of Triton's gRPC endpoint (default: 127.0.0.1:8001)")
+        command.add_argument("--url", help="host:port of Triton (default: 127.0.0.1:8001, its gRPC endpoint; with --transport http :8000)")
+        command.add_argument("--transport", choices=("grpc", "http"), default="grpc", help="default: grpc")
         command.add_argument(
             "--timeout-s", type=float, default=60.0, metavar="S", help="time-out of one request in seconds (default: 60; inf: none)"
         )

@@ -30,14 +30,13 @@ from serving.contract.gemms import (
     split_k_of,
 )
 from serving.contract.kv_memory import FP16_BYTES, GpuMemory, decoder_memory
-from serving.contract.manifest import FLOAT8, EngineError, Manifest
+from serving.contract.manifest import FLOAT8, FP8_CAPABILITY, EngineError, Manifest
 
 from .cuda_graph import CudaGraph
 from .engine import LoadEngine, Scratch
 from .kernels import HeadKernels, RowKernels, SkinnyGemm, StepKernels
 from .weights import load_arrays, load_gemms, weight_bytes
 
-FP8_CAPABILITY = 89  # the first whose instructions convert e4m3
 TOKENS, POSITIONS, SLOTS, LENGTHS, PENALTY = range(5)  # rows of the state that each step uploads
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2  # cudaMemcpyKind
 
@@ -286,7 +285,7 @@ def _require_fp8(directory: Path, device: cp.cuda.Device) -> None:
     if found < FP8_CAPABILITY:
         raise EngineError(
             f"{directory}: FP8 keys and values of cross-attention: wanted a GPU of compute capability {FP8_CAPABILITY / 10} or later, "
-            f"got {found / 10}; export the reader with --encoder-precision float16"
+            f"got {found / 10}; export the reader with --cross-kv-precision float16"
         )
 
 

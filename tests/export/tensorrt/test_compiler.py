@@ -14,6 +14,7 @@ import pytest
 
 from export.checkpoint.files import Checkpoint
 from export.graphs.gpu import export_gpu_reader
+from export.manifest_writer import write_manifest
 from export.tensorrt import compiler, detect
 from export.tensorrt.compiler import build_engines, graphs_of, tasks_of
 from export.tensorrt.detect import BuildTarget, Gpu
@@ -201,6 +202,15 @@ def test_a_failed_build_leaves_nothing(graphs: Path, tmp_path: Path, monkeypatch
     with pytest.raises(EngineError, match="TensorRT engines cannot be built here"):
         build_engines(graphs, tmp_path / "engines", Limits(), tmp_path / "cache")
     assert [path.name for path in tmp_path.iterdir()] == ["graphs"]
+
+
+def test_fp8_keys_and_values_are_refused_for_a_gpu_without_fp8(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_manifest(dataclasses.replace(Manifest.load(graphs), cross_kv_precision="float8"), graphs)
+    for capability in ("8.0", "8.6"):
+        monkeypatch.setattr(compiler, "build_target", lambda of=capability: BuildTarget(Gpu("A100", of, "13.0"), "10.1.0"))
+        with pytest.raises(EngineError, match=rf"capability 8\.9 or later, got {capability}; .*--cross-kv-precision float16"):
+            build_engines(graphs, tmp_path / "engines", Limits(), tmp_path / "timings")
+    assert not (tmp_path / "engines").exists()
 
 
 def test_damaged_graphs_are_not_built(graphs: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -64,6 +66,18 @@ def test_the_engine_never_reserves_more_than_planned(engines):
     assert decoder.reserved_bytes() == budget.slots * budget.bytes_per_question
     decoder.admit(0, 0, np.zeros((10, manifest.sizes.d_model_encoder), np.float32), np.zeros(10, np.int32))
     assert decoder.reserved_bytes() < budget.slots * budget.bytes_per_question, "the memory of a long question is freed once it has left"
+
+
+def test_cross_attention_in_one_byte_lets_nearly_twice_as_many_questions_in() -> None:
+    limits = Limits(max_passages=40, max_new_tokens=32, slots=100)
+    half = plan(FID_BASE, limits, 256, 2)
+    budget = dataclasses.replace(limits, kv_cache_bytes=20 * half.bytes_per_question)
+    assert plan(FID_BASE, budget, 256, 2).slots == 20
+    narrow = plan(FID_BASE, budget, 256, 2, 1)
+    assert narrow.slots == 39  # not 40: the generated tokens' keys and values stay in half precision
+    assert half.bytes_per_question - narrow.bytes_per_question == 10240 * 12 * 2 * 768
+    memory = [decoder_memory(FID_BASE, 24, (10240, 32), 0, 0, width) for width in (2, 1)]
+    assert memory[0].cross_kv == 2 * memory[1].cross_kv and memory[0].self_kv == memory[1].self_kv
 
 
 def test_gpu_memory_is_that_of_the_slots_and_lengths() -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from serving.contract.gemms import BIAS, CROSS_BIAS, EMBEDDING, HEAD, NORMS, array_file, decoder_gemms
-from serving.contract.manifest import Manifest
+from serving.contract.gemms import BIAS, CROSS_BIAS, CROSS_KV_SCALES, EMBEDDING, HEAD, NORMS, array_file, decoder_gemms
+from serving.contract.manifest import FLOAT8, Manifest
+from tests.gpu.numpy_fp8 import narrowed, numbers
 from tests.serving.engines.numpy_rows import activate, load_gemms, norm
 
 
@@ -25,13 +26,19 @@ class NumpyStep:
         arrays = {name: np.load(file, allow_pickle=False) for name, file in files.items() if file.exists()}
         self.embedding, self.norms, self.self_bias, self.cross_bias = arrays[EMBEDDING], arrays[NORMS], arrays[BIAS], arrays.get(CROSS_BIAS)
         self.head = arrays[HEAD].astype(np.float64)
+        scales = directory / array_file("decoder", CROSS_KV_SCALES)
+        self.scales = np.load(scales, allow_pickle=False) if manifest.cross_kv_precision == FLOAT8 else None
         self.positions: dict[int, np.ndarray] = {}
         self.cache: dict[tuple[str, int, int], np.ndarray] = {}  # (kind, layer, slot) -> [tokens, 2 * kv_heads * d_kv]
 
     def admit(self, slot: int, running: int, hidden: np.ndarray, encoder_positions: np.ndarray) -> None:
         y = self.cross_kv.run(None, {"encoder_hidden_states": hidden.astype(np.float16)})
-        for layer, rows in zip(self.sizes.cross_attention_layers, y, strict=True):
-            self.cache["cross", layer, slot] = rows.astype(np.float32)
+        for index, (layer, rows) in enumerate(zip(self.sizes.cross_attention_layers, y, strict=True)):
+            wide = rows.astype(np.float32)
+            if self.scales is not None:  # what e4m3 holds of them
+                scale = self.scales[index].ravel().repeat(self.sizes.d_kv)
+                wide = numbers(narrowed(wide / scale)) * scale
+            self.cache["cross", layer, slot] = wide
         self.positions[slot] = encoder_positions
 
     def move(self, source: int, target: int) -> None:

@@ -152,6 +152,7 @@ def model(load) -> Iterator[Any]:
     model._name, model._streams, model._in_flight = "fid_stream", True, set()
     model._early_stops, model._metrics = module.EarlyStops(), types.SimpleNamespace(refused=lambda: None)
     model._final_flags = module.FinalFlags(print)
+    model._stop_relay = types.SimpleNamespace(forward=lambda request_id: None)
     yield model
     model._final_flags.close()
 
@@ -309,6 +310,25 @@ def test_a_stream_left_early_frees_its_slot_and_is_not_cancelled(server, way):
         time.sleep(0.6)  # the metrics of its end are published by now
         assert gauge(server, "reader_generated_tokens_total") - tokens < LONG["max_new_tokens"] / 2
         assert client.stream("w1", ["w2"], max_new_tokens=4).read_to_end().tokens <= 4
+
+
+@pytest.mark.server
+def test_a_stop_reaches_the_process_that_holds_the_stream(engines, tmp_path):
+    from export.repository import repository_from_engines
+    from fido_client.reader_client import ReaderClient
+    from serving.contract.limits import Limits
+    from serving.launcher.server import TritonServer, models_of
+
+    repository_from_engines(engines["fido"][1], tmp_path / "r", "fido", Limits(max_new_tokens=10_000, slots=8, reader_instances=2))
+    with TritonServer(models_of(["fido"], stream=True), tmp_path / "r") as server, ReaderClient(server.grpc_url, "fido") as client:
+        streams = [client.stream("w1", ["w2"], **LONG) for _ in range(8)]
+        for stream in streams:
+            next(stream)
+        for stream in streams:
+            stream.close()
+        wait_for(lambda: gauge(server, "reader_in_flight_questions") == gauge(server, "reader_active_slots") == 0)
+        time.sleep(0.6)  # the metrics of its end are published by now
+        assert gauge(server, "reader_generated_tokens_total") < 8 * LONG["max_new_tokens"] / 2
 
 
 @pytest.mark.server
