@@ -160,7 +160,7 @@ TESTS_OF_MODULES: dict[str, tuple[str, ...]] = {
     "serving/pipeline": ("tests/serving/pipeline",),
     "export/checkpoint": ("tests/export/checkpoint",),
     "export/tensorrt": ("tests/export/tensorrt",),
-    "export/manifest_writer.py": ("tests/export/test_manifest_writer.py", "tests/export/test_repository.py", "tests/export/tensorrt"),
+    "export/manifest_writer.py": ("tests/export/test_repository.py", "tests/export/tensorrt"),
     "export/repository.py": ("tests/export/test_repository.py",),
 }
 
