@@ -11,11 +11,17 @@ import sys
 import time
 from pathlib import Path
 
-from clients.examples import read_examples
-from clients.metrics import exact_match
-from clients.reader_client import ReaderClient
-from examples.demo_readers import READERS, REPOSITORY
+from fido_client.data.examples import read_examples
+from fido_client.metrics import exact_match
+from fido_client.reader_client import ReaderClient
 from serving.launcher.server import TritonServer, models_of
+
+# Where the demo readers are exported and served from. A user's own readers are in build/engines and model_repository.
+
+ENGINES = Path("build/demo/engines")
+REPOSITORY = Path("build/demo/model_repository")
+READERS = ("fid", "fido")
+
 
 QUESTIONS = Path("examples/demo_questions.jsonl")
 SET_UP = Path(sys.prefix, ".serve")  # of deploy/set_up.py

@@ -251,8 +251,8 @@ def convert(source: str, output: Path, period: int, num_kv_heads: int, options: 
     """
     import torch
 
-    from export.checkpoint.convert import fido_from_fid
     from export.checkpoint.files import load_checkpoint, save_reader
+    from export.checkpoint.weights import fido_from_fid
 
     checkpoint = load_checkpoint(source, **(options or {}))
     converted = fido_from_fid(checkpoint.reader, period, num_kv_heads)

@@ -64,10 +64,10 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace) -> None:
     import torch
 
-    from export.checkpoint.convert import fido_from_fid
     from export.checkpoint.files import load_reader
+    from export.checkpoint.weights import fido_from_fid
     from export.model.reader import Reader
-    from training.fit.readers import reader_config
+    from training.fit.recipe import reader_config
     from training.fit.trainer import Trainer, TrainOptions
 
     if arguments.threads:
@@ -95,7 +95,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from tokenizers import Tokenizer
 
     from export.checkpoint.files import load_reader
-    from training.corpus.records import read_jsonl, write_jsonl
+    from training.corpus.examples import read_jsonl, write_jsonl
     from training.fit.evaluation import predict, score, scores_by_relation
 
     reader = load_reader(arguments.checkpoint).to(torch.device(arguments.device)).float()

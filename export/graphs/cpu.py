@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from export.manifest_writer import engine_sizes as engine_sizes
-from export.model.layers import MASKED, Attention, FeedForward, RelativeBias, RMSNorm
-from export.model.reader import DecoderLayer, EncoderLayer, Reader
+from export.model.reader import MASKED, Attention, DecoderLayer, EncoderLayer, FeedForward, Reader, RelativeBias, RMSNorm
 
 
 class Projection(nn.Module):

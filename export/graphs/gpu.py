@@ -26,10 +26,8 @@ from serving.contract.manifest import FLOAT8, TOKENIZER_FILE, Manifest
 from serving.contract.tensors import GraphTensors, cross_kv_tensors, decoder_step_tensors, encoder_tensors
 
 from .cpu import CrossKVGraph, DecoderStepGraph, EncoderGraph
-from .fp16_scaling import DTYPES, measured_scales, rescale, to_half
-from .gemms import DecoderGemms, EncoderGemms, PackedCrossKVGraph
-from .onnx_export import EXTERNAL_DATA_BYTES, OPSET, onnx_from_module, require_fitting_tokenizer, stages
-from .opset17 import TENSORRT_OPSET, to_opset_17
+from .gemms import DTYPES, DecoderGemms, EncoderGemms, PackedCrossKVGraph, measured_scales, rescale, to_half
+from .onnx_export import EXTERNAL_DATA_BYTES, OPSET, TENSORRT_OPSET, onnx_from_module, require_fitting_tokenizer, stages, to_opset_17
 
 GpuGraph = EncoderGraph | PackedCrossKVGraph | CrossKVGraph | DecoderStepGraph
 ONNX_TYPES = {

@@ -213,7 +213,7 @@ class Compiler:
         self._timings = b""
         if timing_cache is not None and timing_cache.exists() and self._strongly_typed:
             self._timings = timing_cache.read_bytes()
-        # layer names and shapes stay readable in the engine, for perf/gpu/profile.py; this costs no time
+        # layer names and shapes stay readable in the engine; this costs no time
         self.options: dict[str, Any] = {"profiling_verbosity": trt.ProfilingVerbosity.DETAILED}
         if not self._strongly_typed:
             family = compiler_of(trt.__version__)

@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from examples.demo_readers import ENGINES
+from examples.demo import ENGINES
 from export.checkpoint.config import ReaderConfig, own_config, reader_preset
 from perf.report.run_folder import NAMES
-from perf.served.plans import PLANS
-from perf.served.workload import Request, RequestMaker
+from perf.served.workload import PLANS, Request, RequestMaker
 from serving.contract.limits import Limits
 from serving.contract.manifest import TOKENIZER_FILE, Manifest
 from serving.engines.load import Decoder, Encoder, bytes_per_element, load_decoder, load_encoder

@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from clients.examples import read_examples
-from clients.metrics import percentile
-from clients.reader_client import ReaderClient
 from export.repository import repository_from_engines
+from fido_client.data.examples import read_examples
+from fido_client.metrics import percentile
+from fido_client.reader_client import ReaderClient
 from perf.bounds.statistics import publish, spread
 from serving.contract.limits import Limits
 from serving.launcher.server import TritonServer, model_statistics, models_of

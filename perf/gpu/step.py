@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cupy as cp
+import numpy as np
 
 from perf.bounds.statistics import publish
 from serving.contract.limits import Limits
@@ -23,9 +24,26 @@ from serving.engines.gpu.decoder import LENGTHS, POSITIONS, SLOTS, GpuDecoder
 from serving.engines.gpu.weights import LoadedGemm
 from serving.engines.load import load_decoder
 
-from .engines import fill, gpu_ms
-
 ROUNDS = 30
+
+
+def gpu_ms(stream: cp.cuda.Stream, work: Any) -> float:
+    """GPU milliseconds of `work()` on the stream."""
+    start, end = cp.cuda.Event(), cp.cuda.Event()
+    start.record(stream)
+    work()
+    end.record(stream)
+    end.synchronize()
+    return float(cp.cuda.get_elapsed_time(start, end))
+
+
+def fill(decoder: GpuDecoder, batch: int, tokens: int) -> None:
+    """Admit `batch` random questions of `tokens` encoded tokens each."""
+    hidden = cp.random.standard_normal((tokens, decoder.sizes.d_model_encoder)).astype(cp.float16) * cp.float16(0.1)
+    cp.cuda.Device().synchronize()
+    for slot in range(batch):
+        decoder.admit(slot, slot, hidden, np.zeros(tokens, np.int32))
+    decoder._stream.synchronize()
 
 
 def kind_of(operation: Any) -> str:

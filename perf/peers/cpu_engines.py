@@ -31,7 +31,7 @@ from export.manifest_writer import atomic_directory
 from perf.bounds.machine import describe
 from perf.bounds.statistics import publish, spread
 from perf.peers.onnxruntime_engines import EnginePeer
-from perf.peers.transformers_t5 import FusionPeer, hugging_face_fid
+from perf.peers.transformers_fid import FusionPeer, hugging_face_fid
 from serving.contract.limits import Limits
 from serving.contract.manifest import EngineError, Manifest, require_bf16
 from serving.engines.load import load_decoder, load_encoder, load_packer
@@ -87,7 +87,7 @@ def engines(directory: Path) -> dict[str, Path]:
 
 
 def torch_ways(new_tokens: int, question: tuple[np.ndarray, np.ndarray]) -> dict[str, Way]:
-    """The T5 of transformers in eager PyTorch, fp32 and bf16; FiD's fusion is ours (transformers_t5.py)."""
+    """The T5 of transformers in eager PyTorch, fp32 and bf16; FiD's fusion is ours (transformers_fid.py)."""
     ids, mask = (torch.from_numpy(array.astype(np.int64)) for array in question)
     found = {}
     for name, dtype in (("pytorch_fp32", torch.float32), ("pytorch_bf16", torch.bfloat16)):

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from export.model.layers import Attention
-from export.model.reader import DecoderLayer, Reader
+from export.model.reader import Attention, DecoderLayer, Reader
 
 from .encoders import UnsupportedReaderError, rms_norm
 

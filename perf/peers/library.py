@@ -32,7 +32,6 @@ from perf.bounds.statistics import publish, spread
 from .decoder_step import CROSS_ATTENTION, StaticDecoder
 from .encoders import Encoder, EncoderWeights, activation_scales, by_hand, by_hand_fp8, encoder_weights, plain
 from .quack_layers import library_encoder, library_fp8_encoder
-from .torch_gpu import READERS, gpu_ms
 
 DECODER_DTYPE = torch.bfloat16
 CHECKED = 2  # passages that an encoder's error is measured on
@@ -43,6 +42,19 @@ WAYS: dict[str, torch.dtype] = {
     "library_fp16": torch.float16,
     "library_fp8": torch.bfloat16,
 }
+
+
+READERS = ("fid", "fido")
+
+
+def gpu_ms(work: Callable[[], object]) -> float:
+    """GPU milliseconds of `work()`."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from clients.metrics import percentile
-from examples.demo_readers import ENGINES
+from examples.demo import ENGINES
+from fido_client.metrics import percentile
 from perf.bounds.machine import describe
 from perf.bounds.statistics import publish, spread
 from perf.served.workload import WORKLOADS, WorkloadSpec, random_token_ids, uniform

@@ -22,18 +22,18 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from clients.evaluation import Evaluation, Prediction, evaluate
-from clients.examples import Example, read_examples
-from clients.reader_client import ReaderClient
-from examples.demo_readers import ENGINES, REPOSITORY
+from examples.demo import ENGINES, REPOSITORY
 from export.build import build_reader
 from export.library.options import AUTO, LibraryOptions
 from export.repository import repository_from_engines
+from fido_client.data.examples import Example, read_examples
+from fido_client.evaluation import Evaluation, Prediction, evaluate
+from fido_client.reader_client import ReaderClient
 from serving.contract.limits import Limits
 from serving.contract.manifest import EngineError, Manifest, require_bf16
 from serving.launcher.server import TritonServer, models_of
 from serving.pipeline.prompt import PromptEncoder
-from training.corpus.records import read_jsonl
+from training.corpus.examples import read_jsonl
 
 CORPUS, CHECKPOINTS = Path("build/corpus"), Path("checkpoints")
 CONCURRENCY = 8

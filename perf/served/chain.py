@@ -23,23 +23,82 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from clients.examples import Example, read_examples
-from clients.metrics import percentile
-from clients.reader_client import ReaderClient
-from examples.demo_readers import ENGINES, REPOSITORY
+from examples.demo import ENGINES, REPOSITORY
 from export.checkpoint.config import reader_preset
 from export.checkpoint.files import load_reader
-from export.graphs.cpu import engine_sizes
+from export.graphs.cpu import CrossKVGraph, DecoderStepGraph, engine_sizes
 from export.graphs.onnx_export import GRAPHS, onnx_from_module
 from export.model.reader import Reader
+from fido_client.data.examples import Example, read_examples
+from fido_client.metrics import percentile
+from fido_client.reader_client import ReaderClient
 from perf.bounds.machine import describe, peak_memory_bytes
-from perf.peers.torch_reader import TorchReader
 from serving.contract.limits import Limits
 from serving.contract.manifest import Manifest, Prompt, sha256_of_file
 from serving.engines.cpu import OnnxDecoder
 from serving.launcher.server import TritonServer, models_of
 from serving.pipeline.in_process import InProcessReader
+from serving.pipeline.prompt import EncoderInput
+
+# The peer in eager PyTorch: a batch of questions with a key/value cache, padded as in facebookresearch/FiD.
+#
+# It runs the export's modules (encoder, cross_kv and decoder_step) in torch, so that runtimes are compared, not implementations.
+
+
+class TorchReader:
+    """Greedy answers of a batch; the batch runs until its last answer ends."""
+
+    def __init__(self, reader: Reader, max_new_tokens: int):
+        self._reader, self._max_new_tokens = reader, max_new_tokens
+        self._cross_kv, self._step = CrossKVGraph(reader).eval(), DecoderStepGraph(reader).eval()
+
+    @torch.inference_mode()
+    def answer(self, questions: Sequence[EncoderInput]) -> list[list[int]]:
+        """Token ids of each question's answer, the end token included."""
+        config, batch = self._reader.config, len(questions)
+        shape = (batch, max(len(q.input_ids) for q in questions), max(q.input_ids.shape[1] for q in questions))
+        ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+        for i, question in enumerate(questions):
+            n, length = question.input_ids.shape
+            ids[i, :n, :length] = torch.from_numpy(question.input_ids)
+            mask[i, :n, :length] = torch.from_numpy(question.attention_mask)
+        hidden, _ = self._reader.encode(ids, mask)
+        packed = [h[m.reshape(-1).bool()] for h, m in zip(hidden, mask, strict=True)]
+        lengths = torch.tensor([len(p) for p in packed], dtype=torch.int32)
+        cross = self._stacked([self._cross_kv(p) for p in packed])
+        stack = config.decoder
+        past = [torch.zeros(batch, stack.num_kv_heads, self._max_new_tokens, stack.d_kv) for _ in range(2 * stack.num_layers)]
+        tokens = torch.full((batch,), config.decoder_start_token_id, dtype=torch.int32)
+        answers: list[list[int]] = [[] for _ in range(batch)]
+        running = [True] * batch
+        for position in range(self._max_new_tokens):
+            positions = torch.full((batch,), position, dtype=torch.int32)
+            read = [cache[:, :, : position + 1] for cache in past]
+            tokens, _, _, *present = self._step(tokens, positions, lengths, torch.zeros(batch), *read, *cross)
+            for cache, new in zip(past, present, strict=True):
+                cache[:, :, position] = new
+            for row, token in enumerate(tokens.tolist()):
+                if running[row]:
+                    answers[row].append(token)
+                    running[row] = token != config.eos_token_id
+            if not any(running):
+                break
+        return answers
+
+    @staticmethod
+    def _stacked(rows: list[tuple[Tensor, ...]]) -> list[Tensor]:
+        """Per tensor: float[batch, num_kv_heads, longest, d_kv], zero beyond each row's length."""
+        longest = max(row[0].shape[1] for row in rows)
+        stacked = []
+        for tensors in zip(*rows, strict=True):
+            out = torch.zeros(len(rows), tensors[0].shape[0], longest, tensors[0].shape[2])
+            for i, tensor in enumerate(tensors):
+                out[i, :, : tensor.shape[1]] = tensor
+            stacked.append(out)
+        return stacked
+
 
 READERS = ("fid", "fido")
 CONCURRENCIES = (1, 8)

@@ -21,11 +21,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clients.async_reader_client import AsyncReaderClient
-from clients.examples import Example, read_examples
-from clients.metrics import percentile
-from examples.demo_readers import ENGINES, REPOSITORY
+from examples.demo import ENGINES, REPOSITORY
 from export.repository import repository_from_engines
+from fido_client.async_reader_client import AsyncReaderClient
+from fido_client.data.examples import Example, read_examples
+from fido_client.metrics import percentile
 from perf.bounds.machine import describe
 from serving.contract.limits import Limits
 from serving.launcher.server import TritonServer, models_of

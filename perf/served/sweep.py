@@ -22,18 +22,16 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from clients.examples import read_examples
-from clients.metrics import percentile
-from examples.demo_readers import ENGINES
+from examples.demo import ENGINES
 from export.repository import repository_from_engines
+from fido_client.data.examples import read_examples
+from fido_client.metrics import percentile
 from serving.contract.limits import Limits
 from serving.contract.manifest import TOKENIZER_FILE, Manifest
 from serving.launcher.server import TritonServer, models_of
 
-from .perf_analyzer import PerfAnalyzer, PerfAnalyzerError, Timeline, find_perf_analyzer
-from .plans import PLANS, Mode, Series
-from .server_counts import counts_of, difference
-from .workload import RequestMaker, requests_from, write_input_data
+from .perf_analyzer import PerfAnalyzer, PerfAnalyzerError, Timeline, counts_of, difference, find_perf_analyzer
+from .workload import PLANS, Mode, RequestMaker, Series, requests_from, write_input_data
 
 READERS = ("fid", "fido")
 LIMIT_NAMES = ("slots", "max_passages", "encoder_batch", "encoder_instances", "reader_instances", "encode_threads")

@@ -46,7 +46,7 @@ class StackSizes:
 
     Attributes:
         gated: the feed-forward layer is gelu(a) * b instead of relu(a).
-        epsilon: of the norms, for the residual stream as it is scaled in half precision (export/graphs/fp16_scaling.py scales both).
+        epsilon: of the norms, for the residual stream as it is scaled in half precision (export/graphs/gemms.py scales both).
     """
 
     d_model: int

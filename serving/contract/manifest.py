@@ -13,11 +13,14 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from .gemms import StackSizes
 from .library_kernels import EncoderLibrary
 from .tensors import EngineSizes
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 FORMAT = 4  # raised whenever serving code of an earlier format would misunderstand a manifest
 MANIFEST_FILE = "manifest.json"
@@ -38,6 +41,12 @@ class ManifestError(ValueError):
 
 class EngineError(RuntimeError):
     """An engine that cannot be loaded or run here, or whose tensors are not those of its manifest."""
+
+
+def token_without_embedding(tokenizer: Tokenizer, vocab_size: int) -> int | None:
+    """The largest token id if it has no row in an embedding of `vocab_size` rows, else None. Checked at export and at load."""
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    return largest if largest >= vocab_size else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from serving.pipeline.detokenizer import IncrementalDetokenizer
-from serving.pipeline.prompt import PromptEncoder, PromptError
+from serving.pipeline.prompt import IncrementalDetokenizer, PromptEncoder, PromptError
 from serving.pipeline.request import ReaderRequest, RequestError
 from serving.pipeline.scheduler import CancelledError, DeadlineExceededError, SchedulerError
 

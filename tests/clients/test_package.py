@@ -94,6 +94,7 @@ import {module} as old, sys
 names = [name for name in vars(old) if not name.startswith("_") and getattr(vars(old)[name], "__module__", "").startswith("fido_client")]
 assert names, vars(old)
 import fido_client
+assert old.__name__.startswith("fido_client."), old
 assert fido_client.__file__ == {str(ROOT / "clients/fido_client/__init__.py")!r}, fido_client.__file__
 assert not [name for name in sys.modules if name.startswith("clients.fido_client")]
 """

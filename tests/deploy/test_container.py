@@ -30,7 +30,7 @@ from serving.contract.limits import Limits
 from serving.launcher.endpoints import fetch, free_ports
 from serving.launcher.server import TritonServer, models_of
 from tests.stress.asking import exchange
-from tests.stress.faults.fatal_requests import HTTP
+from tests.stress.faults.processes import HTTP
 from tests.stress.mutants.http import request
 from tests.stress.questions import Case
 

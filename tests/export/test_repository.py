@@ -6,16 +6,19 @@ import dataclasses
 import json
 import os
 import shutil
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from export import manifest_writer
 from export.checkpoint.files import Checkpoint, load_reader
 from export.errors import UsageError
 from export.graphs.gpu import export_gpu_reader
-from export.manifest_writer import engine_sizes
+from export.manifest_writer import atomic_directory, engine_sizes, write_atomically
 from export.repository import (
     DEMO_READERS,
     HEADER,
@@ -283,3 +286,64 @@ def test_a_crash_at_any_step_leaves_the_former_reader_or_the_new_one_or_none(eng
             break
     assert len(seen) > 10 and () in seen and seen[-1] == whole["new"]
     assert json.loads((repository / "fid" / "1" / "manifest.json").read_text())["reader"] == "fid"
+
+
+# Engine directories: published whole, readable by others, and restored after a crash or a signal.
+
+
+@pytest.fixture
+def umask_022() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_container_user_can_read_what_is_published(tmp_path: Path, umask_022: None):
+    with atomic_directory(tmp_path / "engines") as tmp_dir:
+        (tmp_dir / "file").write_text("x")
+    assert mode(tmp_path / "engines") == 0o755 and mode(tmp_path / "engines" / "file") == 0o644
+    write_atomically(tmp_path / "stamp", b"x")
+    assert mode(tmp_path / "stamp") == 0o644
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_after_an_error_the_former_content_is_there_and_nothing_else(error: type[BaseException], tmp_path: Path):
+    with atomic_directory(tmp_path / "engines") as tmp_dir:
+        (tmp_dir / "file").write_text("former")
+    with pytest.raises(error), atomic_directory(tmp_path / "engines") as tmp_dir:
+        (tmp_dir / "file").write_text("half")
+        raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["engines"]
+    assert (tmp_path / "engines" / "file").read_text() == "former"
+
+
+def test_the_former_directory_is_deleted_only_after_the_new_one_is_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """At every deletion of former content, `engines` must hold the new content."""
+    with atomic_directory(tmp_path / "engines") as tmp_dir:
+        (tmp_dir / "file").write_text("former")
+    delete, seen = manifest_writer.shutil.rmtree, []
+
+    def recorded(path: Path, ignore_errors: bool = False) -> None:
+        if (Path(path) / "file").exists():
+            seen.append(((Path(path) / "file").read_text(), (tmp_path / "engines" / "file").read_text()))
+        delete(path, ignore_errors)
+
+    monkeypatch.setattr(manifest_writer.shutil, "rmtree", recorded)
+    with atomic_directory(tmp_path / "engines") as tmp_dir:
+        (tmp_dir / "file").write_text("new")
+    assert seen == [("former", "new")]
+    assert [path.name for path in tmp_path.iterdir()] == ["engines"]
+
+
+def test_a_crash_between_the_two_renames_is_repaired_by_the_next_call(tmp_path: Path):
+    old = tmp_path / ".engines.old"
+    old.mkdir()
+    (old / "file").write_text("former")
+    with pytest.raises(ValueError), atomic_directory(tmp_path / "engines"):
+        raise ValueError
+    assert (tmp_path / "engines" / "file").read_text() == "former"
+    assert [path.name for path in tmp_path.iterdir()] == ["engines"]

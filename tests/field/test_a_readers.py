@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clients.reader_client import ReaderClient
 from export.checkpoint.files import save_reader
+from fido_client.reader_client import ReaderClient
 from perf.served.sweep import size_fault
 from serving.contract.manifest import Manifest
 from serving.launcher.endpoints import free_ports

@@ -21,10 +21,11 @@ from typing import Any
 
 import pytest
 
-from clients.evaluation import evaluate
-from clients.examples import Example, read_examples
-from clients.reader_client import ReaderClient
+import clients  # noqa: F401  (it makes fido_client importable in a checkout)
 from export.repository import repository_from_engines
+from fido_client.data.examples import Example, read_examples
+from fido_client.evaluation import evaluate
+from fido_client.reader_client import ReaderClient
 from serving.contract.limits import Limits
 from serving.contract.manifest import Manifest
 from serving.launcher.server import TritonServer, models_of

@@ -18,8 +18,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.mutants import notes, runner, sites, targets
-from tests.mutants.notes import Tried
+from tests.mutants import runner, sites
+from tests.mutants.runner import Tried
 
 ROOT = Path(__file__).parents[2]
 NOTES = Path("docs/notes/mutants.md")
@@ -48,9 +48,9 @@ class Mutant:
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     args = _parser().parse_args(argv)
-    paths = targets.modules(ROOT, tuple(args.paths))
+    paths = sites.modules(ROOT, tuple(args.paths))
     if not paths:
-        print(f"--paths: wanted paths at or below {', '.join(targets.TESTS_OF_MODULES)}, got {' '.join(args.paths)}", file=sys.stderr)
+        print(f"--paths: wanted paths at or below {', '.join(sites.TESTS_OF_MODULES)}, got {' '.join(args.paths)}", file=sys.stderr)
         return 2
     chosen = sample(paths, args.sample, args.seed)
     runner.preload()
@@ -61,18 +61,18 @@ def main(argv: list[str] | None = None) -> int:
         for copy in copies:
             runner.copy_tree(ROOT, copy)
         started_s = time.monotonic()
-        timeouts_s = _baselines(copies[0], {targets.tests_of(ROOT, mutant.path) for mutant in chosen}, args.verbose)
+        timeouts_s = _baselines(copies[0], {sites.tests_of(ROOT, mutant.path) for mutant in chosen}, args.verbose)
         if timeouts_s is None:
             return 1
         tried = list(_try_all(chosen, copies, timeouts_s, started_s + args.minutes * 60))
-    accepted = notes.load_reasons()
-    print(notes.survivors_text(tried, accepted))
+    accepted = runner.load_reasons()
+    print(runner.survivors_text(tried, accepted))
     out = args.notes or (Path("build/mutants.md") if args.paths else NOTES)
     settings = f"--seed {args.seed} --sample {args.sample} --minutes {args.minutes:g}"
     settings += f" --paths {' '.join(args.paths)}" if args.paths else ""
-    notes.write(ROOT / out, tried, accepted, settings)
+    runner.write_notes(ROOT / out, tried, accepted, settings)
     print(f"written: {out}")
-    print(notes.score_line(tried))
+    print(runner.score_line(tried))
     return 0
 
 
@@ -122,14 +122,14 @@ def _try_all(mutants: list[Mutant], copies: list[Path], timeouts_s: dict[tuple[s
                 if copy not in running and waiting and time.monotonic() < deadline_s:
                     mutant = waiting.popleft()
                     (copy / mutant.path).write_text(mutant.source, encoding="utf-8")
-                    tests = targets.tests_of(ROOT, mutant.path)
+                    tests = sites.tests_of(ROOT, mutant.path)
                     running[copy] = mutant, runner.TestRun(copy, tests, copy.with_suffix(".log"), timeouts_s[tests])
             for copy, (mutant, run) in list(running.items()):
                 outcome = run.outcome()
                 if outcome is not None:
                     del running[copy]
                     (copy / mutant.path).write_text(mutant.original, encoding="utf-8")
-                    tried = notes.tried(mutant.path, mutant.line, mutant.original, mutant.source, outcome)
+                    tried = runner.tried(mutant.path, mutant.line, mutant.original, mutant.source, outcome)
                     print(f"{outcome:9} {run.elapsed_s():5.1f} s  {tried}", flush=True)
                     yield tried
             time.sleep(runner.POLL_S)

@@ -19,17 +19,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from examples.demo_readers import REPOSITORY
+from examples.demo import REPOSITORY
 from serving.launcher.installation import PROJECT
 from tests.stress.faults import clients as client_faults
-from tests.stress.faults import fatal_requests
 from tests.stress.faults import files as file_faults
 from tests.stress.faults import processes as process_faults
 
 from .arena import Arena, ArenaError, run_fault
 from .questions import READERS, corpus_cases, limits_of, word_cases
-from .soak import growths
-from .tally import Tally, last_line, notes, table
+from .tally import Tally, growths, last_line, notes, table
 
 PASS_MINUTES = 10.0
 # Of a soak's time. glibc keeps what the largest burst so far has taken, and the largest is not in the first round.
@@ -57,7 +55,7 @@ CLIENT_FAULTS: dict[str, Fault] = {
 LEAKING_FAULTS: dict[str, Fault] = {"dropped at their error": client_faults.dropped_at_their_error}
 # what may end processes, or starts servers of its own
 OTHER_FAULTS: dict[str, Fault] = {
-    "fatal to Triton 2.51": fatal_requests.fatal_requests,
+    "fatal to Triton 2.51": process_faults.fatal_requests,
     **process_faults.KILLS,
     "kill -9 all models": process_faults.kill_all_models,
     "kill -9 tritonserver": process_faults.kill_tritonserver,

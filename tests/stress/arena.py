@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from clients.reader_client import ReaderClient, ReaderError
+import clients  # noqa: F401  (it makes fido_client importable in a checkout)
+from fido_client.reader_client import ReaderClient, ReaderError
 from serving.contract.limits import Limits
 
 from .asking import Asker, Outcome, ask_http

@@ -12,8 +12,9 @@ from typing import Any
 import grpc
 from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
 
-from clients.answer import StreamAssembler, answer_from_result
-from clients.errors import ReaderError
+import clients  # noqa: F401  (it makes fido_client importable in a checkout)
+from fido_client.answer import StreamAssembler, answer_from_result
+from fido_client.errors import ReaderError
 from serving.launcher.server import LOOPBACK
 from tests.stress.mutants.http import request
 

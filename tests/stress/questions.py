@@ -13,8 +13,9 @@ from google.protobuf import text_format
 from tritonclient.grpc import service_pb2
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from clients.examples import read_examples
-from clients.request import ReaderRequest, infer_message_from_tensors, tensors_from_request
+import clients  # noqa: F401  (it makes fido_client importable in a checkout)
+from fido_client.data.examples import read_examples
+from fido_client.request import ReaderRequest, infer_message_from_tensors, tensors_from_request
 from serving.contract.limits import Limits
 
 READERS = ("fid", "fido")

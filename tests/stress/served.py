@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,6 @@ from pathlib import Path
 from serving.launcher.installation import PROJECT
 from serving.launcher.server import LOOPBACK, free_ports, models_of
 
-from .metrics import Samples, parse
-from .processes import arguments, descendants, is_alive, resident_bytes
 from .questions import READERS
 
 START_TIMEOUT_S = 90.0
@@ -193,3 +192,80 @@ def private_shm_prefix() -> list[str]:
 def _end_with_parent() -> None:
     """In the child: be told to stop if the suite itself is killed."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+# Prometheus text -> samples. Pure.
+
+# name -> model -> value, summed over the other labels; a metric without a model is under ""
+Samples = dict[str, dict[str, float]]
+
+_LINE = re.compile(r"^(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})?\s+(?P<value>\S+)")
+_MODEL = re.compile(r'(?:^|,)model="([^"]*)"')
+
+
+def parse(text: str) -> Samples:
+    """Every sample of an exposition; comments and what is no sample are passed over."""
+    samples: Samples = {}
+    for line in text.splitlines():
+        if line.startswith("#") or not (match := _LINE.match(line)):
+            continue
+        model = _MODEL.search(match["labels"] or "")
+        by_model = samples.setdefault(match["name"], {})
+        name = model[1] if model else ""
+        by_model[name] = by_model.get(name, 0.0) + float(match["value"])
+    return samples
+
+
+# Processes as /proc shows them: who descends from whom, who is alive, how much memory each holds. Pure but for reading /proc.
+
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def state_and_parent(stat: str) -> tuple[str, int]:
+    """State letter and parent's process id from the text of /proc/PID/stat; the command in it may hold blanks and brackets."""
+    fields = stat.rpartition(")")[2].split()
+    return fields[0], int(fields[1])
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; one that ended and was not waited for does not."""
+    try:
+        return state_and_parent(Path(f"/proc/{pid}/stat").read_text())[0] not in "ZX"
+    except (OSError, IndexError):
+        return False
+
+
+def descendants(pid: int) -> list[int]:
+    """Live children of a process, their children, and so on."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state, parent = state_and_parent((entry / "stat").read_text())
+            except (OSError, IndexError):
+                continue  # it ended while we looked
+            if state not in "ZX":
+                children.setdefault(parent, []).append(int(entry.name))
+    found, open_ = [], [pid]
+    while open_:
+        direct = children.get(open_.pop(), [])
+        found += direct
+        open_ += direct
+    return found
+
+
+def arguments(pid: int) -> list[str]:
+    """The command line of a process; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory that the process alone holds: resident, less what it shares (libraries, /dev/shm); 0 if it is gone."""
+    try:
+        resident, shared = Path(f"/proc/{pid}/statm").read_text().split()[1:3]
+    except OSError:
+        return 0
+    return (int(resident) - int(shared)) * PAGE_BYTES

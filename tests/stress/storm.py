@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import random
 import subprocess
@@ -181,14 +182,21 @@ class Result:
         return f"storm: {sum(self.left.values())} left, {self.deaths} server deaths, {self.lost} lost, {self.held} slots still held"
 
 
-def storm(arena: Arena, plan: Sequence[tuple[str, int, int]], seed: int, until_s: float) -> Result:
-    """Run the blocks of a plan, one after the other, until all are done or the time is over."""
+def storm(arena: Arena, plan: Sequence[tuple[str, int, int]], wanted: int, seed: int, until_s: float) -> Result:
+    """Run the blocks of a plan, one after the other, until all are done or the time is over.
+
+    Where the plan is done before `wanted` clients have left, its blocks are run again: of some kinds many have their whole answer
+    before they can leave, and these do not count.
+    """
     result = Result({})
     target = Target(arena.server.grpc_url, arena.server.http_port, questions(arena, seed))
     watch, company = Watch(arena), Company(arena, seed)
-    for index, (kind, count, at_once) in enumerate(plan):
+    for index in itertools.count():
+        kind, count, at_once = plan[index % len(plan)]
+        if index >= len(plan) and sum(result.left.values()) >= wanted:
+            break
         if time.monotonic() > until_s:
-            print(f"the time is over: {len(plan) - index} of {len(plan)} blocks were not run", flush=True)
+            print(f"the time is over: {index} blocks were run, the plan has {len(plan)}", flush=True)
             break
         started, deaths = time.monotonic(), watch.deaths
         left = run(kind, target, f"{seed} {index}", count, at_once)
@@ -231,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
             arena.learn()
             plan = blocks(arguments.kinds, arguments.left, arguments.seed)
             with BusyCores(arguments.loops):
-                result = storm(arena, plan, arguments.seed, started + arguments.minutes * 60)
+                result = storm(arena, plan, arguments.left, arguments.seed, started + arguments.minutes * 60)
         except ArenaError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

@@ -16,11 +16,9 @@ from tests.stress.mutants.grpc import CHANGES, grpc_mutants
 from tests.stress.mutants.http import http_mutants, nested, request
 
 from .__main__ import FAULTS, main
-from .metrics import parse
-from .processes import descendants, is_alive, resident_bytes, state_and_parent
 from .questions import Case, largest_case, limits_of, word_cases
-from .soak import Growth, growths
-from .tally import Tally, Verdict, last_line, notes, table
+from .served import descendants, is_alive, parse, resident_bytes, state_and_parent
+from .tally import Growth, Tally, Verdict, growths, last_line, notes, table
 
 LIMITS = Limits(max_passages=6, max_question_characters=200, max_new_tokens=40, default_max_new_tokens=12, slots=3, max_in_flight=40)
 

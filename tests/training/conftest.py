@@ -8,7 +8,7 @@ import pathlib
 import pytest
 
 from training.corpus.build import build_corpus
-from training.corpus.factbook import Passage, load_passages
+from training.corpus.relations import Passage, load_passages
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,8 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from training.corpus.factbook import Passage, load_passages
-from training.corpus.records import real_questions, write_jsonl
-from training.corpus.relations import Fact, facts_from_passage, label_facts
+from training.corpus.examples import real_questions, write_jsonl
+from training.corpus.relations import Fact, Passage, facts_from_passage, label_facts, load_passages
 from training.corpus.retrieval import PassageIndex, adjectives_of
 from training.corpus.templates import HELD_OUT, LABEL_FRAMES, TRAIN, ask, with_article
 from training.corpus.tokenizer import save_tokenizer, train_tokenizer

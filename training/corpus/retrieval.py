@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import bm25s
 import numpy as np
 
-from training.corpus.factbook import Passage
+from training.corpus.relations import Passage
 from training.corpus.templates import ALIASES
 
 TITLE_WEIGHT = 3  # the title names country and field, so it counts three times

@@ -1,6 +1,6 @@
 """Greedy answers of a torch reader to FiD's JSONL questions, and their exact match.
 
-The served readers are compared with these answers, by the client's exact match (``clients/metrics.py``).
+The served readers are compared with these answers, by the client's exact match (``clients/fido_client/metrics.py``).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from clients.metrics import exact_match
 from export.model.reader import Reader
+from fido_client.metrics import exact_match
 from training.corpus.examples import MAX_TARGET_TOKENS
 from training.corpus.tokenizer import WordEncoder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import re
@@ -12,11 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export.checkpoint.config import ConfigError
-from export.checkpoint.convert import fido_from_fid
+from export.checkpoint.config import ConfigError, ReaderConfig, reader_preset, stack_preset
 from export.checkpoint.files import load_checkpoint, load_reader, save_reader
-from export.checkpoint.weights import CheckpointError, hf_name
-from tests.conftest import FIDO, RELEASED_FID, T5_V1_0, VOCAB_SIZE, random_passages, random_reader
+from export.checkpoint.weights import CheckpointError, expected_shapes, fido_from_fid, hf_name
+from tests.conftest import CONFIGS, FID, FIDO, RELEASED_FID, T5_V1_0, VOCAB_SIZE, random_passages, random_reader
 
 
 @pytest.fixture
@@ -184,3 +184,87 @@ def test_command_line_tells_faults_without_a_traceback():
     done = subprocess.run([sys.executable, "-m", "export", "onnx", "./nowhere", "out"], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ./nowhere") and "Traceback" not in done.stderr
+
+
+# One configuration class for FiD and FiDO, and the published sizes.
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_json_round_trips(config):
+    assert ReaderConfig.from_dict(json.loads(config.to_json())) == config
+
+
+def test_cross_attention_layers_follow_the_period():
+    large = reader_preset("large", fido=True)
+    assert large.cross_attention_layers == (5, 11, 17, 23)
+    assert FID.cross_attention_layers == (0, 1, 2) and FID.kind == "fid" and FIDO.kind == "fido"
+
+
+# Parameters in millions without embeddings, counted by hand from the layer sizes: per layer 4 d h (attention) and 3 d f (gated MLP).
+@pytest.mark.parametrize(
+    ("name", "fido", "encoder_millions", "decoder_millions"),
+    [
+        ("base", False, 85, 113),
+        ("base", True, 85, 75),
+        ("large", False, 308, 409),
+        ("base-xl", True, 85, 997),
+        ("large-xxl", True, 308, 3973),
+    ],
+)
+def test_presets_have_the_published_numbers_of_parameters(name, fido, encoder_millions, decoder_millions):
+    shapes = expected_shapes(reader_preset(name, fido=fido))
+
+    def millions(stack):
+        return sum(a * b for n, (a, b) in ((n, s) for n, s in shapes.items() if len(s) == 2) if n.startswith(f"{stack}.")) / 1e6
+
+    assert round(millions("encoder")) == encoder_millions
+    assert round(millions("decoder")) == decoder_millions
+
+
+def test_asymmetric_reader_has_an_embedding_for_each_side_and_no_bridge():
+    shapes = expected_shapes(reader_preset("base-xl", fido=True))
+    assert shapes["embedding.weight"] == (32128, 768) and shapes["decoder_embedding.weight"] == (32128, 2048)
+    assert shapes["decoder.layers.5.cross_attention.k.weight"] == (64, 768)
+    assert shapes["decoder.layers.5.cross_attention.q.weight"] == (2048, 2048)
+
+
+def test_all_faults_of_a_configuration_are_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        dataclasses.replace(
+            FID,
+            encoder=dataclasses.replace(FID.encoder, num_kv_heads=1),
+            encoder_decoder_attention_period=9,
+            eos_token_id=1000,
+            passage_length=1,
+        )
+    for fault in (
+        "encoder.num_kv_heads: wanted num_heads=3",
+        "period: wanted 1 to decoder.num_layers=3, got 9",
+        "eos_token_id",
+        "passage_length",
+    ):
+        assert fault in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_kv_heads": 3}, "wanted a divisor of num_heads=4, got 3"),
+        ({"d_ff": 0}, "decoder.d_ff: wanted a positive integer, got 0"),
+    ],
+)
+def test_decoder_sizes_are_checked(change, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(FID, decoder=dataclasses.replace(FID.decoder, **change))
+
+
+def test_unknown_and_missing_fields_are_named():
+    fields = json.loads(FID.to_json())
+    del fields["vocab_size"]
+    with pytest.raises(ConfigError, match=r"unknown field 'beams'[\s\S]*missing field 'vocab_size'"):
+        ReaderConfig.from_dict({**fields, "beams": 4})
+
+
+def test_unknown_preset_lists_those_there_are():
+    with pytest.raises(ConfigError, match="wanted one of small, base, large, xl, xxl, got 'huge'"):
+        stack_preset("huge")

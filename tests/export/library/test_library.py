@@ -12,8 +12,7 @@ import torch
 
 from export.errors import CompileError
 from export.graphs.cpu import EncoderGraph
-from export.graphs.fp16_scaling import Scales, rescale
-from export.graphs.gemms import stack_sizes
+from export.graphs.gemms import Scales, rescale, stack_sizes
 from export.library.compiler import compile_all
 from export.library.encoder import (
     _ordered,

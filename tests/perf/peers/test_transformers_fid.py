@@ -12,8 +12,16 @@ import torch
 from export.checkpoint.config import ReaderConfig
 from export.checkpoint.files import save_reader
 from perf.peers import transformers_fid
-from perf.peers.transformers_fid import Question, measure, random_questions
-from perf.peers.transformers_t5 import FusionPeer, Passages, PeerError, cast_as_from_pretrained, hugging_face_fid
+from perf.peers.transformers_fid import (
+    FusionPeer,
+    Passages,
+    PeerError,
+    Question,
+    cast_as_from_pretrained,
+    hugging_face_fid,
+    measure,
+    random_questions,
+)
 from perf.served.workload import WORKLOADS, Uniform, WorkloadSpec, exactly
 from tests.conftest import FID, FIDO, GROUPED, RELEASED_FID, VOCAB_SIZE, random_passages, random_reader
 

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import itertools
 import json
+import random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
+from fido_client.data.examples import Context, Example
+from fido_client.request import ReaderRequest, tensors_from_request
 from perf.report.verdict import FEW_TURNS
+from perf.served.concurrency import Row, Window, checks, row_from_windows, window_of
 from perf.served.perf_analyzer import PerfAnalyzer, PerfAnalyzerError, Timeline, find_perf_analyzer, timelines
-from perf.served.plans import PLANS, Series, cpu_plan
-from perf.served.sweep import READERS, Point, main, points_of, poisson_gaps_us, summary_of
-from perf.served.workload import WORKLOADS
+from perf.served.sweep import READERS, Point, points_of, poisson_gaps_us, summary_of
+from perf.served.sweep import main as run_sweep
+from perf.served.workload import (
+    PLANS,
+    WORKLOADS,
+    Request,
+    RequestMaker,
+    Series,
+    Uniform,
+    WorkloadError,
+    WorkloadSpec,
+    cpu_plan,
+    exactly,
+    requests_from,
+    uniform,
+)
+from perf.served.workload import (
+    main as write_workload,
+)
+from serving.contract.manifest import Manifest
+from serving.pipeline.prompt import PromptEncoder
 
 MS = 1_000_000
 
@@ -125,7 +153,7 @@ def test_a_small_sweep_with_the_real_perf_analyzer(engines, tmp_path, monkeypatc
         (folder / reader).symlink_to(engines[reader][1])
     run = tmp_path / "run"
     arguments = ["--plan", "smoke", "--rounds", "1", "--engines", str(folder), "--run", str(run), "--log", str(tmp_path / "log")]
-    assert main(arguments) == 0
+    assert run_sweep(arguments) == 0
     result = json.loads((run / "sweep.json").read_text())
     assert len(result["points"]) == 6 and not result["settings"]["failures"]
     for point in result["points"]:
@@ -134,3 +162,167 @@ def test_a_small_sweep_with_the_real_perf_analyzer(engines, tmp_path, monkeypatc
         assert point["server"][f"{point['model']} reader_generated_tokens_total"] >= 4 * point["requests"]
         assert point["mode"] == "concurrency" or point["sent_per_s"] == pytest.approx(point["load"], rel=0.3)
         assert (point["ttft_ms"] is not None) == point["model"].endswith("_stream")
+
+
+def row(concurrency: int, rate: float, p99_s: float) -> Row:
+    return Row(concurrency, rate, (rate, rate), p99_s / 2, p99_s)
+
+
+def test_a_row_is_the_median_of_its_windows():
+    windows = [Window((0.1,) * 10, 1.0), Window((0.2,) * 10, 2.0), Window((0.4,) * 10, 4.0)]
+    found = row_from_windows(4, windows)
+    assert (found.questions_per_s, found.questions_per_s_min_max) == (5.0, (2.5, 10.0))
+    assert (found.p50_s, found.p99_s) == (pytest.approx(0.2), pytest.approx(0.2))
+    assert found.p99_over_ideal == pytest.approx(0.2 * 5 / 4)
+
+
+def test_in_a_closed_loop_where_none_overtakes_p99_is_ideal():
+    assert row(64, 100.0, 0.64).p99_over_ideal == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "throughput_holds", "p99_holds"),
+    [
+        ([row(1, 50, 0.02), row(64, 100, 0.64)], True, True),
+        ([row(16, 100, 0.2), row(64, 95, 1.0)], True, True),
+        ([row(16, 100, 0.2), row(64, 94, 1.0)], False, True),
+        ([row(16, 100, 0.2), row(64, 100, 2.0)], True, False),
+    ],
+)
+def test_checks_say_what_does_not_hold(rows, throughput_holds, p99_holds):
+    found = checks(rows)
+    assert (found["throughput_holds"], found["p99_holds"]) == (throughput_holds, p99_holds)
+
+
+def test_a_window_keeps_its_concurrency_to_the_end_and_leaves_out_the_first_questions():
+    in_flight, most, asked = 0, 0, 0
+
+    async def answer(question, passages):
+        nonlocal in_flight, most, asked
+        in_flight, asked = in_flight + 1, asked + 1
+        most = max(most, in_flight)
+        await asyncio.sleep(0.001)
+        in_flight -= 1
+        return SimpleNamespace(latency_s=0.001)
+
+    examples = itertools.repeat(Example("0", "q", ("a",), (Context("p", "t"),)))
+    window = asyncio.run(window_of(SimpleNamespace(answer=answer), examples, 3, 10, 5))
+    assert (most, len(window.latencies_s)) == (3, 10)
+    assert 15 <= asked <= 17
+    assert window.wall_s > 0
+
+
+# Workloads: exact lengths with a real tokenizer, the same requests for the same seed, perf_analyzer's format.
+
+SPEC = WorkloadSpec(Uniform(1, 5), Uniform(20, 24), Uniform(1, 8))
+
+
+@pytest.fixture(scope="module")
+def reader(engines):
+    """Version directory of an exported reader, with its tokenizer and manifest."""
+    directory = engines["fido"][1]
+    return directory, Tokenizer.from_file(str(directory / "tokenizer.json")), Manifest.load(directory)
+
+
+def test_every_row_is_as_long_as_drawn(reader):
+    _, tokenizer, manifest = reader
+    maker, encoder = RequestMaker(tokenizer, manifest), PromptEncoder(tokenizer, manifest)
+    longest = manifest.prompt.passage_length
+    for length in {16, longest - 1, longest}:
+        spec = WorkloadSpec(exactly(3), exactly(length), exactly(7))
+        for request in maker.make(spec, 5, seed=1):
+            mask = encoder.encode(request.question, request.passages).attention_mask
+            assert mask.sum(axis=1).tolist() == [length] * 3 == maker.lengths(request)
+            assert request.new_tokens == 7
+
+
+def test_draws_stay_in_their_bounds_and_reach_them(reader):
+    _, tokenizer, manifest = reader
+    maker = RequestMaker(tokenizer, manifest)
+    requests = list(maker.make(SPEC, 200, seed=0))
+    rows = [length for request in requests for length in maker.lengths(request)]
+    assert {len(request.passages) for request in requests} == set(range(1, 6))
+    assert set(rows) == set(range(20, 25))
+    assert {request.new_tokens for request in requests} == set(range(1, 9))
+
+
+def test_the_seed_decides(reader):
+    _, tokenizer, manifest = reader
+    maker = RequestMaker(tokenizer, manifest)
+    first, again, other = (list(maker.make(SPEC, 4, seed)) for seed in (0, 0, 1))
+    assert first == again != other
+    assert len({request.passages for request in first}) == 4
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"), [(exactly(10_000), "wanted at most the reader's passage_length"), (exactly(2), "wanted more than the")]
+)
+def test_lengths_that_the_reader_cannot_have_are_refused(reader, tokens, message):
+    _, tokenizer, manifest = reader
+    spec = dataclasses.replace(SPEC, passage_tokens=tokens)
+    with pytest.raises(WorkloadError, match=message):
+        list(RequestMaker(tokenizer, manifest).make(spec, 1, 0))
+
+
+def test_uniform_is_uniform():
+    numbers = random.Random(0)
+    counts = [0] * 4
+    for _ in range(8000):
+        counts[Uniform(3, 6).draw(numbers) - 3] += 1
+    assert all(abs(count - 2000) < 200 for count in counts)
+    assert str(Uniform(3, 6)) == "3..6" and str(exactly(3)) == "3"
+
+
+@pytest.mark.parametrize("text", ["0", "5..4", "..3", "x", "-1..2"])
+def test_what_is_no_range_is_refused(text):
+    assert uniform("7") == exactly(7) and uniform("7..9") == Uniform(7, 9)
+    with pytest.raises(ValueError, match=r"wanted 1 <=|invalid literal"):
+        uniform(text)
+
+
+def tensors_of(entry: dict) -> dict[str, np.ndarray]:
+    """What perf_analyzer sends for an entry of its input data: `{"content": ..., "shape": ...}`, or a flat list of the model's own dims."""
+    tensors = {}
+    for name, value in entry.items():
+        content, shape = (value["content"], value["shape"]) if isinstance(value, dict) else (value, [len(value)])
+        values = [item.encode() if isinstance(item, str) else item for item in content]
+        tensors[name] = np.array(values, object if isinstance(content[0], str) else np.int32).reshape(shape)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Request("Où?", ("one", "two", "three"), None, 5),
+        *requests_from([Example("1", "q", ("x",), (Context("a", "A"), Context("b"))), Example("2", "q", ("x",), (Context("a"),))]),
+    ],
+    ids=["forced length", "titles", "no titles"],
+)
+def test_perf_analyzer_sends_the_tensors_that_our_client_sends(request_):
+    ours = tensors_from_request(
+        ReaderRequest(request_.question, request_.passages, request_.titles, request_.new_tokens, request_.new_tokens)
+    )
+    sent = tensors_of(request_.as_perf_analyzer())
+    assert {name: (array.shape, array.tolist()) for name, array in sent.items()} == {
+        name: (array.shape, array.tolist()) for name, array in ours.items()
+    }
+
+
+def test_the_command_writes_a_file_or_says_what_is_wrong(reader, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(WORKLOADS, "paper", SPEC)
+    out = tmp_path / "deep" / "input.json"
+    assert write_workload(["paper", "--reader", str(reader[0]), "--requests", "3", "--out", str(out)]) == 0
+    assert len(json.loads(out.read_text())["data"]) == 3
+    assert "3 requests: 1..5 passages x 20..24 tokens, answers of 1..8 tokens, seed 0" in capsys.readouterr().out
+    assert (
+        write_workload(
+            ["paper", "--reader", str(reader[0]), "--requests", "1", "--passages", "2", "--new-tokens", "3..3", "--out", str(out)]
+        )
+        == 0
+    )
+    (entry,) = json.loads(out.read_text())["data"]
+    assert entry["passages"]["shape"] == [2] and entry["max_new_tokens"] == [3] == entry["min_new_tokens"]
+    capsys.readouterr()
+    monkeypatch.setitem(WORKLOADS, "paper", dataclasses.replace(SPEC, passage_tokens=exactly(10_000)))
+    assert write_workload(["paper", "--reader", str(reader[0]), "--out", str(out)]) == 1
+    assert "error: passage_tokens: wanted at most" in capsys.readouterr().err

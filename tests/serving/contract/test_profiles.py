@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 
+import numpy as np
 import pytest
 
-from serving.contract.gemms import StackSizes, decoder_gemms, encoder_gemms, gemm_tensors, packed_cross_kv_tensors
+from serving.contract.call_sizes import (
+    TILE,
+    attention_tiles,
+    batch_buckets,
+    bucket_of,
+    calls_of_tokens,
+    captured_calls,
+    encoder_batch,
+    encoder_tokens,
+    max_tiles,
+)
+from serving.contract.gemms import StackSizes, decoder_gemms, encoder_gemms, gemm_tensors, packed_cross_kv_tensors, split_k_of
 from serving.contract.limits import Limits, LimitsError
 from serving.contract.profiles import choose_profile, fits, profile_ranges, profile_shapes, require_covered
 from serving.contract.tensors import EngineSizes, GraphTensors, encoder_tensors
@@ -75,3 +88,94 @@ def test_limits_up_to_those_of_the_build_are_accepted(name: str) -> None:
 def test_a_limit_beyond_the_profiles_is_refused_by_name(name: str, raised: dict[str, int], said: str) -> None:
     with pytest.raises(LimitsError, match=re.escape(f"fid/{name}.plan: ") + said):
         check(name, GRAPHS[name], dataclasses.replace(BUILT, **raised))
+
+
+# Sizes of calls on a GPU: buckets and captured sizes waste little, every passage and query is covered once.
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 8, 9, 16, 24, 30, 64])
+def test_buckets_end_with_the_slots_and_waste_little(slots: int) -> None:
+    buckets = batch_buckets(slots)
+    assert buckets == tuple(sorted(set(buckets))) and buckets[-1] == slots
+    for rows in range(1, slots + 1):
+        bucket = bucket_of(rows, buckets)
+        assert rows <= bucket < 2 * rows + 1 and bucket <= slots
+
+
+def test_captured_calls_are_no_larger_than_a_call_and_are_at_most_a_step_apart() -> None:
+    assert captured_calls(96) == () and captured_calls(700) == (128, 256, 512)
+    calls = captured_calls(30_720)
+    assert calls == tuple(sorted(set(calls))) and calls[-1] == 10_240  # a question of 40 passages of 256 tokens
+    assert all(later - earlier <= 512 for earlier, later in itertools.pairwise(calls))
+
+
+@pytest.mark.parametrize("lengths", [[1] * 40, [65] * 39, [64] * 8, [256] * 40, [63, 65, 1, 128, 129]])
+def test_max_tiles_bounds_the_tiles_of_a_call(lengths: list[int]) -> None:
+    assert len(attention_tiles(np.array(lengths))) <= max_tiles(sum(lengths), len(lengths))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_calls_hold_every_passage_once_and_not_too_many_tokens(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 256, rng.integers(1, 50))
+    max_tokens = int(rng.integers(256, 2000))
+    calls = list(calls_of_tokens(lengths, max_tokens))
+    assert np.concatenate([of_call for _, of_call in calls]).tolist() == lengths.tolist()
+    assert [tokens.start for tokens, _ in calls] == [0, *(tokens.stop for tokens, _ in calls[:-1])]
+    for (tokens, of_call), following in zip(calls, [*calls[1:], None], strict=True):
+        assert tokens.stop - tokens.start == of_call.sum() <= max_tokens
+        assert following is None or of_call.sum() + following[1][0] > max_tokens  # the next passage would not have fitted
+    assert not list(calls_of_tokens(lengths[:0], max_tokens))
+
+
+def test_tiles_cover_every_query_of_every_passage_once() -> None:
+    lengths = np.array([256, 1, 64, 65, 130])
+    covered = [[] for _ in lengths]  # type: list[list[int]]
+    firsts = (np.cumsum(lengths) - lengths).tolist()
+    for first, length, start in attention_tiles(lengths).tolist():
+        passage = firsts.index(first)
+        assert length == lengths[passage]
+        covered[passage] += range(start, min(start + TILE, length))
+    assert [sorted(queries) for queries in covered] == [list(range(length)) for length in lengths]
+
+
+def test_an_encoder_call_holds_the_largest_question() -> None:
+    assert encoder_batch(Limits(max_passages=40, encoder_batch=120)) == 120
+    assert encoder_batch(Limits(max_passages=40, encoder_batch=8)) == encoder_batch(Limits(max_passages=40)) == 40
+    assert encoder_tokens(Limits(max_passages=40), 256) == 10_240
+
+
+# A reader's GEMMs: every projection is one, their shapes chain, and narrow ones are split.
+
+FIDO_BASE = EngineSizes(768, 768, 12, (5, 11), 12, 1, 64, 32128)
+
+
+def test_every_projection_of_a_reader_is_one_gemm() -> None:
+    assert len(encoder_gemms(STACK)) == 12 * 4
+    for sizes, count in ((FID_BASE, 12 * 6), (FIDO_BASE, 12 * 4 + 2 * 2)):
+        gemms = decoder_gemms(sizes)
+        assert len(gemms) == count == len({p.weight for p in gemms}) and gemms[-1].kind == "wo"
+        assert sorted({p.layer for p in gemms if p.kind == "cross_q"}) == list(sizes.cross_attention_layers)
+    for gemm, following in zip(encoder_gemms(STACK), encoder_gemms(STACK)[1:], strict=False):
+        # an output is the next input, after attention (which keeps a third of qkv) and the gate (half of wi)
+        factor = {"qkv": 3, "wi": 2}.get(gemm.kind, 1)
+        output = gemm_tensors(STACK, gemm, "float16").outputs[0]
+        x = gemm_tensors(STACK, following, "float16").inputs[0]
+        assert output.axes[1] == factor * x.axes[1]
+
+
+def test_narrow_gemms_of_a_step_are_split_to_fill_a_gpu() -> None:
+    multi_query = dataclasses.replace(STACK, num_kv_heads=1)
+    xl = dataclasses.replace(STACK, d_model=2048, num_heads=32, num_kv_heads=1, d_kv=64, d_ff=5120)
+    for stack, wanted in (
+        (STACK, {"qkv": 1, "o": 4, "cross_q": 1, "cross_o": 4, "wi": 1, "wo": 4}),
+        (multi_query, {"qkv": 4, "o": 4, "cross_q": 1, "cross_o": 4, "wi": 1, "wo": 4}),
+        (xl, {"qkv": 1, "o": 2, "cross_q": 1, "cross_o": 2, "wi": 1, "wo": 2}),
+    ):
+        gemms = {p.kind: p for p in decoder_gemms(FID_BASE)}
+        assert {kind: split_k_of(stack, gemm) for kind, gemm in gemms.items()} == wanted
+        for kind, k_splits in wanted.items():
+            x, weight = gemm_tensors(stack, gemms[kind], "float16").inputs
+            columns, rows_of_weight = x.shape({"batch": 5})[-1], weight.shape({})[-2]
+            assert columns == rows_of_weight and len(x.axes) == len(weight.axes) == (3 if k_splits > 1 else 2)
+    assert {split_k_of(STACK, gemm) for gemm in encoder_gemms(STACK)} == {1}  # thousands of rows fill a GPU without

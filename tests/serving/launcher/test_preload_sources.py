@@ -5,9 +5,22 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
+from tritonclient.grpc import service_pb2_grpc
+
+from export.repository import repository_from_engines
+from fido_client.errors import ReaderError
+from fido_client.reader_client import ReaderClient
+from fido_client.request import ReaderRequest, infer_message_from_tensors, tensors_from_request
+from serving.contract.limits import Limits
+from serving.launcher.environment import HEAP_TRIM, NO_THREAD_CACHES, STREAM_LOCKS, environment
+from serving.launcher.installation import find_installation
+from serving.launcher.server import TritonServer, models_of
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 SOURCES = Path(__file__).parents[3] / "serving/launcher/preload"
@@ -100,3 +113,97 @@ def test_children_load_the_other_libraries_and_not_this_one(program, separator):
 def test_no_function_newer_than_glibc_2_30_is_needed(program):
     symbols = subprocess.run(["nm", "-D", str(program.parent / "libstream_locks.so")], capture_output=True, text=True).stdout
     assert "pthread_mutex_timedlock" in symbols and "pthread_mutex_clocklock" not in symbols
+
+
+# Free heap goes back to the system: glibc alone keeps it below a block that is still in use.
+
+# fills 100 MB of heap with small blocks, frees all but the last, and prints resident memory until it has shrunk
+HEAP_PROGRAM = """
+import ctypes, time
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+before = resident()
+blocks = [libc.malloc(1000) for _ in range(100_000)]
+for block in blocks:
+    ctypes.memset(block, 1, 1000)
+for block in blocks[:-1]:
+    libc.free(block)
+del blocks
+deadline = time.monotonic() + 15
+while resident() - before > 30e6 and time.monotonic() < deadline:
+    time.sleep(0.2)
+print(resident() - before)
+"""
+
+
+def grown_bytes(env: dict[str, str]) -> int:
+    return int(subprocess.run([sys.executable, "-c", HEAP_PROGRAM], env=env, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(not HEAP_TRIM.is_file(), reason="there was no C compiler at `make setup`")
+def test_what_is_free_is_given_back() -> None:
+    env = environment(find_installation())
+    assert str(HEAP_TRIM) in env["LD_PRELOAD"].split()
+    assert grown_bytes(env) < 30e6
+    assert grown_bytes({**os.environ}) > 60e6
+
+
+@pytest.mark.server
+@pytest.mark.skipif(not HEAP_TRIM.is_file(), reason="there was no C compiler at `make setup`")
+def test_tritonserver_alone_goes_without_thread_caches(engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    repository_from_engines(engines["fido"][1], tmp_path / "repository", "fido", Limits())
+    with TritonServer(models_of(["fido"], stream=False), tmp_path / "repository") as server:
+        settings = {
+            name: [line for line in Path(f"/proc/{pid}/environ").read_text().split("\0") if line.startswith("GLIBC_TUNABLES=")]
+            for name, pid in server.model_processes().items()
+        }
+    assert settings == {"tritonserver": [f"GLIBC_TUNABLES={NO_THREAD_CACHES}"], "fido": [], "fido_encoder": []}
+
+
+# A cancelled stream must not stop all others. Triton's own test hook holds a stream's lock for a while at every response: without
+# serving/launcher/preload/stream_locks.c the first stream that is cancelled then is the last one that is served.
+
+needs_stream_locks = pytest.mark.skipif(not STREAM_LOCKS.is_file(), reason="there was no C compiler at `make setup`")
+CANCELLED, TOKENS = 5, 24
+
+
+@pytest.fixture
+def server(engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[TritonServer]:
+    monkeypatch.setenv("TRITONSERVER_DELAY_GRPC_RESPONSE", "30")
+    monkeypatch.setattr("serving.launcher.environment.STREAM_LOCKS", request.param)
+    repository_from_engines(engines["fido"][1], tmp_path / "repository", "fido", Limits())
+    with TritonServer(models_of(["fido"], stream=True), tmp_path / "repository", drain_timeout_s=1.0) as server:
+        yield server
+
+
+def cancel_in_mid_answer(server: TritonServer) -> None:
+    """Cancel a stream after its first response, while more are on their way. Our client does not cancel, so this is a plain gRPC stub."""
+    request = ReaderRequest("w1", ["w2"], max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+    message = infer_message_from_tensors("fido_stream", tensors_from_request(request))
+    with grpc.insecure_channel(server.grpc_url, [("grpc.enable_http_proxy", 0)]) as channel:
+        call = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(iter([message]), timeout=20)
+        next(call)
+        call.cancel()
+
+
+@pytest.mark.server
+@needs_stream_locks
+@pytest.mark.parametrize("server", [STREAM_LOCKS], indirect=True, ids=["with it"])
+def test_streams_are_served_after_others_were_cancelled(server: TritonServer) -> None:
+    with ReaderClient(server.grpc_url, "fido_stream", timeout_s=20) as client:
+        for _ in range(CANCELLED):
+            cancel_in_mid_answer(server)
+            assert client.stream("w1", ["w2"], max_new_tokens=4, min_new_tokens=4).read_to_end().tokens == 4
+
+
+@pytest.mark.server
+@needs_stream_locks
+@pytest.mark.parametrize("server", [Path("/nowhere")], indirect=True, ids=["without it"])
+def test_triton_still_needs_it(server: TritonServer) -> None:
+    """If this fails, Triton has been mended: stream_locks.c can go."""
+    with ReaderClient(server.grpc_url, "fido_stream", timeout_s=3) as client, pytest.raises(ReaderError):
+        for _ in range(10 * CANCELLED):  # on busy cores the first few may come at another moment
+            cancel_in_mid_answer(server)
+            client.stream("w1", ["w2"], max_new_tokens=4, min_new_tokens=4).read_to_end()

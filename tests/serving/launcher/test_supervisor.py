@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from clients.reader_client import ReaderClient, ReaderError
 from export.repository import repository_from_engines
+from fido_client.reader_client import ReaderClient, ReaderError
 from serving.contract.limits import Limits
 from serving.launcher import liveness, supervisor
 from serving.launcher.installation import ServerError

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from export.graphs.onnx_export import PROMPT_TEMPLATE
 from serving.contract.limits import Limits, LimitsError
+from serving.contract.manifest import Manifest, ManifestError, Prompt
+from serving.contract.tensors import EngineSizes
+from serving.pipeline.prompt import IncrementalDetokenizer, PromptEncoder, PromptError
 from serving.pipeline.request import ReaderRequest, RequestError, checked_new_tokens, read_request
+from serving.pipeline.tokenizer_pool import TokenizerPool
+from tests.conftest import word_tokenizer
 
 LIMITS = Limits(max_passages=3, max_question_characters=20, max_passage_characters=30, max_new_tokens=8, default_max_new_tokens=4)
 
@@ -114,3 +127,136 @@ def test_bounds_of_new_tokens_hold_without_triton_too():
     ):
         with pytest.raises(RequestError, match=fault):
             checked_new_tokens(maximum, minimum, limits)
+
+
+# FiD's prompt, truncation that spares the question, positions, and text that comes in pieces.
+
+MANIFEST = Manifest(
+    reader="fid",
+    engine="onnxruntime",
+    precision="float32",
+    sizes=EngineSizes(12, 12, 3, (0, 1, 2), 4, 4, 5, 97),
+    prompt=Prompt(PROMPT_TEMPLATE, 16, True),
+    pad_token_id=0,
+    eos_token_id=1,
+    decoder_start_token_id=0,
+    files={},
+    weights_sha256="",
+    provenance={},
+)
+
+
+def encoder(**prompt) -> PromptEncoder:
+    manifest = dataclasses.replace(MANIFEST, prompt=dataclasses.replace(MANIFEST.prompt, **prompt))
+    return PromptEncoder(word_tokenizer(), manifest)
+
+
+def ids(text: str) -> list[int]:
+    return word_tokenizer().encode(text, add_special_tokens=False).ids
+
+
+def test_prompt_is_exactly_fids():
+    assert encoder().encode("w1 w2", ["w3"], ["w4"]).input_ids[0, :9].tolist() == [*ids("question: w1 w2 title: w4 context: w3"), 1, 0]
+
+
+def test_missing_titles_are_empty_ones():
+    without, empty = encoder().encode("w1", ["w3", "w4"]), encoder().encode("w1", ["w3", "w4"], ["", ""])
+    assert np.array_equal(without.input_ids, empty.input_ids)
+
+
+def test_long_passages_are_cut_on_the_right_and_still_end():
+    found = encoder().encode("w1", ["w3 " * 50], ["w4"])
+    assert found.input_ids.shape == (1, 16) and found.input_ids[0, -1] == 1
+    assert found.input_ids[0, :15].tolist() == ids("question: w1 title: w4 context: " + "w3 " * 50)[:15]
+
+
+def test_many_passages_are_tokenized_on_several_threads_and_stay_in_order():
+    passages = [" ".join(f"w{(i * j) % 90}" for j in range(i % 13 + 1)) for i in range(67)]
+    together = encoder().encode("w1 w2", passages)
+    for row, passage in enumerate(passages):
+        alone = encoder().encode("w1 w2", [passage])
+        length = int(alone.attention_mask.sum())
+        assert together.input_ids[row, :length].tolist() == alone.input_ids[0, :length].tolist()
+        assert together.attention_mask[row].sum() == length
+
+
+def test_pieces_are_the_whole_in_turn():
+    passages = [" ".join(f"w{(i * j) % 90}" for j in range(i % 13 + 1)) for i in range(11)]
+    whole, pieces = encoder().encode("w1 w2", passages), list(encoder().encode_in_chunks("w1 w2", passages, None, 4))
+    assert [len(piece.input_ids) for piece in pieces] == [4, 4, 3]
+    assert np.array_equal(np.concatenate([piece.encoder_positions for piece in pieces]), whole.encoder_positions)
+    tokens = [piece.input_ids[piece.attention_mask.astype(bool)] for piece in pieces]
+    assert np.array_equal(np.concatenate(tokens), whole.input_ids[whole.attention_mask.astype(bool)])
+
+
+def test_questions_tokenized_at_the_same_time_do_not_mix():
+    shared, questions = encoder(), [f"w{i} w{i + 1}" for i in range(40)]
+    wanted = [shared.encode(question, [f"w{i}"] * 20).input_ids for i, question in enumerate(questions)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: shared.encode(questions[i], [f"w{i}"] * 20).input_ids, range(40)))
+    assert all(np.array_equal(w, f) for w, f in zip(wanted, found, strict=True))
+
+
+def test_readers_without_end_token_get_none():
+    found = encoder(append_eos=False).encode("w1", ["w3"], ["w4"])
+    assert found.input_ids[0][found.attention_mask[0].astype(bool)].tolist() == ids("question: w1 title: w4 context: w3")
+
+
+def test_a_question_that_fills_the_prompt_is_refused_not_cut():
+    question = " ".join(f"w{i}" for i in range(13))
+    assert encoder().encode(question, ["w3"]).input_ids[0, :15].tolist() == [*ids(f"question: {question}"), *ids("title:")]
+    with pytest.raises(PromptError, match="question: 16 tokens with its prompt, but a passage holds 15"):
+        encoder().encode(question + " w1", ["w3"])
+
+
+def test_rows_are_padded_to_the_longest_and_positions_count_full_passages():
+    found = encoder(passage_length=100).encode("w1", ["w2", "w3 " * 20], ["", ""])
+    assert found.input_ids.shape == (2, 32)
+    lengths = found.attention_mask.sum(1)
+    assert lengths.tolist() == [6, 25]
+    assert found.encoder_positions.tolist() == [*range(6), *range(100, 125)]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_reader_is_refused():
+    with pytest.raises(ManifestError, match="wanted token ids below the reader's vocab_size=97, got 261"):
+        PromptEncoder(byte_tokenizer(), MANIFEST)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A byte a token, after the letters a to c: what is not one of these comes in as many tokens as it has bytes."""
+    vocab = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"<0x{b:02X}>": 3 + b for b in range(256)} | {"a": 259, "b": 260, "c": 261}
+    tokenizer = Tokenizer(models.Unigram([(t, 0.0) for t in vocab], unk_id=2, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    return tokenizer
+
+
+BYTE_PROMPT = PromptEncoder(byte_tokenizer(), dataclasses.replace(MANIFEST, sizes=dataclasses.replace(MANIFEST.sizes, vocab_size=262)))
+
+
+@given(
+    st.lists(
+        st.one_of(st.text(max_size=3).map(lambda t: [3 + b for b in t.encode()]), st.lists(st.integers(0, 261), max_size=3)), max_size=8
+    )
+)
+def test_pieces_join_to_exactly_the_text_whatever_the_tokens(chunks):
+    tokens = [token for chunk in chunks for token in chunk]
+    pieces = IncrementalDetokenizer(BYTE_PROMPT)
+    sent = [pieces.add(token) for token in tokens]
+    assert "".join([*sent, pieces.flush()]) == BYTE_PROMPT.text(tokens)
+
+
+def test_a_character_of_three_bytes_comes_whole():
+    pieces = IncrementalDetokenizer(BYTE_PROMPT)
+    assert [pieces.add(token) for token in [259, *(3 + b for b in "€".encode()), 260]] == ["a", "", "", "", "€b"]
+
+
+def test_a_tokenizer_that_cannot_be_copied_fails_the_load_and_hangs_nothing(monkeypatch):
+    def broken(serialized):
+        raise ValueError("no memory for another vocabulary")
+
+    stand_in = types.SimpleNamespace(from_str=broken)
+    monkeypatch.setattr("serving.pipeline.truncation.Tokenizer", stand_in)
+    with pytest.raises(ValueError, match="no memory for another vocabulary"):
+        TokenizerPool(word_tokenizer(), 16, threads=3)

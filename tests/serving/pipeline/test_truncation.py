@@ -14,11 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from serving.pipeline import truncation, word_cache
+from serving.pipeline import tokenizer_pool, truncation
 from serving.pipeline.scheduler import CancelledError
-from serving.pipeline.tokenizer_pool import TokenizerPool
+from serving.pipeline.tokenizer_pool import TokenizerPool, WordCache
 from serving.pipeline.truncation import TruncatingTokenizer
-from serving.pipeline.word_cache import WordCache
 from tests.conftest import word_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -291,7 +290,7 @@ def test_known_words_are_not_tokenized_again(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_full_table_starts_anew(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(word_cache, "MAX_WORDS", 8)
+    monkeypatch.setattr(tokenizer_pool, "MAX_WORDS", 8)
     cache = demo_cache()
     for n in range(50):
         text = f"word{n} the capital w{n}"

@@ -2,7 +2,7 @@
 
 Those that need the real server are in test_server.py: leftovers in shared memory (test_stopping_leaves_no_process_and_no_shared_memory),
 cancelled requests that keep their place (test_a_cancelled_question_frees_its_slot_and_its_place). Cancelled streams that stop all streams
-are in test_stream_locks.py, crashes and kills in tests/stress.
+are in ../launcher/test_preload_sources.py, crashes and kills in tests/stress.
 """
 
 from __future__ import annotations

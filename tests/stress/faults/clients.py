@@ -14,9 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from serving.launcher.server import LOOPBACK
 from tests.stress.arena import MODELS, Arena, good_company, judge_good, reader_of
 from tests.stress.asking import TIMEOUT_S, Asker, Outcome, exchange, judged, judged_http
-from tests.stress.mutants.grpc import grpc_mutants
+from tests.stress.mutants.grpc import Mutant, grpc_mutants, random_bytes
 from tests.stress.mutants.http import http_mutants, request
-from tests.stress.mutants.mutant import Mutant, random_bytes
 from tests.stress.questions import Case
 from tests.stress.tally import Tally, Verdict
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import struct
 from collections.abc import Callable, Iterator
@@ -13,7 +14,47 @@ from serving.contract.limits import Limits
 from serving.contract.tensors import READER_TENSORS, TRITON_DTYPES, TensorSpec
 from tests.stress.questions import Case
 
-from .mutant import INT32, UNLIKELY_TEXTS, Mutant, random_bytes
+# What gRPC and HTTP mutants share: the malformed request as a value, and the lists that both draw from.
+
+INT32 = (-(2**31), 2**31 - 1)
+UNLIKELY_TEXTS = (
+    "\0",
+    "\ufeff",
+    "\u202e right to left",
+    "👨‍👩‍👧‍👦" * 10,
+    "e" + "\u0301" * 200,
+    "<pad></s><extra_id_0>",
+    "{question} {title} {context} %s %n",
+    "a" * 150,
+    "'; drop table questions; --",
+    "\r\n\r\nGET / HTTP/1.1\r\n",
+)
+# for a JSON field that should be something else
+UNLIKELY_VALUES: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1.5, -0.0, 2**31, 2**63, 2**64, 10**400, "", "x", [], {}, [[]], [{}], [None], [[["x"]]], {"question": "x"},
+    ["x", 1], ["x", None], ["x"] * 1000, *UNLIKELY_TEXTS,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """A malformed request.
+
+    Attributes:
+        kind: what is wrong with it.
+        content: the bytes to send: a message for gRPC, a whole request from its first line on for HTTP.
+        must_be_refused: false where it may turn out to be a good request.
+    """
+
+    kind: str
+    content: bytes
+    must_be_refused: bool
+
+
+def random_bytes(rng: random.Random, length: int) -> bytes:
+    """So many random bytes."""
+    return rng.getrandbits(8 * length).to_bytes(length, "little") if length else b""
+
 
 Message = Any  # service_pb2.ModelInferRequest: protobuf's generated classes are untyped
 INPUTS = {spec.name: spec for spec in READER_TENSORS.inputs}
@@ -207,7 +248,7 @@ def unknown_output(rng: random.Random, message: Message, limits: Limits) -> bool
 
 
 def output_parameters(rng: random.Random, message: Message, limits: Limits) -> bool:
-    # not of a text: that kills Triton 2.51, see fatal_requests.py
+    # not of a text: that kills Triton 2.51, see faults/processes.py
     output = message.outputs.add(name=rng.choice([spec.name for spec in READER_TENSORS.outputs if spec.dtype != "bytes"]))
     output.parameters["classification"].int64_param = rng.choice([-1, 0, 1, 3, 2**40])
     message.outputs.add().CopyFrom(output)

@@ -11,10 +11,9 @@ from serving.contract.limits import Limits
 from serving.contract.tensors import READER_TENSORS
 from tests.stress.questions import Case
 
-from .grpc import damaged_bytes, datatype
-from .mutant import INT32, UNLIKELY_VALUES, Mutant, random_bytes
+from .grpc import INT32, UNLIKELY_VALUES, Mutant, damaged_bytes, datatype, random_bytes
 
-# Deeper nesting, or more chunks, than Triton's parser has stack for kills it: see fatal_requests.py.
+# Deeper nesting, or more chunks, than Triton's parser has stack for kills it: see faults/processes.py.
 DEPTHS = (2, 100, 5_000)
 Body = dict[str, Any]
 
@@ -92,7 +91,7 @@ def tensor_changed(rng: random.Random, case: Case) -> tuple[Body, bool]:
         return body, True
     if key == "shape":
         shapes = [[], [-1], [entry["shape"][0] + 1], "x", None, [[1]], 1.5, [10**30]]
-        if entry["datatype"] == "BYTES":  # of numbers, a huge one kills Triton 2.51: see fatal_requests.py
+        if entry["datatype"] == "BYTES":  # of numbers, a huge one kills Triton 2.51: see faults/processes.py
             shapes += [[2**62], [2**31, 2**31]]
         entry[key] = rng.choice(shapes)
         return body, True

@@ -9,11 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from export.checkpoint.config import ReaderConfig, StackConfig
-from export.checkpoint.convert import fido_from_fid
 from export.checkpoint.files import load_reader
+from export.checkpoint.weights import fido_from_fid
 from export.model.reader import Reader
-from training.corpus.examples import ExampleSource, Mixture
-from training.corpus.records import read_jsonl
+from training.corpus.examples import ExampleSource, Mixture, read_jsonl
 from training.fit import trainer as trainer_module
 from training.fit.batches import BatchPlan, make_batch
 from training.fit.evaluation import predict, score, scores_by_relation

@@ -1,3 +1,0 @@
-"""Alias of fido_client.data.examples, for one release."""
-
-from fido_client.data.examples import *  # noqa: F403

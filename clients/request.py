@@ -1,3 +1,0 @@
-"""Alias of fido_client.request, for one release."""
-
-from fido_client.request import *  # noqa: F403
