@@ -18,7 +18,7 @@ IMPORT_ALL = """
 import importlib, json, pkgutil, sys
 target, *packages = sys.argv[1:]
 sys.path.insert(0, target)
-hidden = ("torch", "transformers", "onnx", "onnxscript", "safetensors", "bm25s", "matplotlib", "cupy", "tensorrt")
+hidden = ("torch", "transformers", "onnx", "onnxscript", "safetensors", "bm25s", "matplotlib", "cupy", "tensorrt", "openvino")
 sys.modules.update(dict.fromkeys((*hidden, "triton_python_backend_utils")))
 failed, outside, names = {}, [], []
 for package in packages:
@@ -77,7 +77,12 @@ def test_the_wheel_has_every_module_and_nothing_comes_from_elsewhere(imports):
 
 @pytest.mark.slow
 def test_servers_and_clients_import_without_torch(imports):
-    optional = {"serving.triton": "triton_python_backend_utils", "serving.engines.gpu": "cupy", "serving.engines.gpu.tensorrt": "tensorrt"}
+    optional = {
+        "serving.triton": "triton_python_backend_utils",
+        "serving.engines.gpu": "cupy",
+        "serving.engines.gpu.tensorrt": "tensorrt",
+        "serving.engines.openvino": "openvino",
+    }
     for name, missing in imports["failed"].items():
         if name.startswith(("serving", "clients", "examples")):
             allowed = {package for prefix, package in optional.items() if name.startswith(prefix)}

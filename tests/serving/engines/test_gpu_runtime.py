@@ -127,7 +127,7 @@ def test_a_captured_call_holds_any_passages(graphs: dict[str, Path], runtime: An
     directory, manifest = graphs["fid"], Manifest.load(graphs["fid"])
     monkeypatch.setattr(Engine, "capturable", True)
     monkeypatch.setattr(runtime("encoder"), "CudaGraph", CudaGraph)
-    monkeypatch.setattr("serving.contract.profiles.MIN_CAPTURED", (5, 64))
+    monkeypatch.setattr("serving.contract.call_sizes.MIN_CAPTURED", (5, 64))
     encoder = runtime("encoder").GpuEncoder(directory, manifest, loader(directory), LIMITS)
     assert [(call.tokens, call.tiles) for call in encoder._captured] == [(5, 4), (64, 5)]
     reference = NumpyEncoder(directory, manifest)
