@@ -78,7 +78,7 @@ $(EVALUATE): requirements-evaluate.txt $(SERVE)
 	$(SET_UP) evaluate
 $(VENV)/.openvino: requirements-openvino.txt $(SERVE)
 	$(SET_UP) openvino
-$(DEV): requirements-dev.txt $(EXPORT_READY) $(EVALUATE)
+$(DEV): requirements-dev.txt $(EXPORT_READY) $(EVALUATE) $(VENV)/.openvino
 	$(SET_UP) dev
 
 # ---- Export and serving ----

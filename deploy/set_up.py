@@ -39,7 +39,7 @@ SETS = {
     "export": (["requirements-export.txt"], ["serve"], 2500),
     "evaluate": (["requirements-evaluate.txt"], ["serve"], 300),
     "openvino": (["requirements-openvino.txt"], ["serve"], 1000),
-    "dev": (["requirements-dev.txt"], ["serve", "export", "evaluate"], 2500),
+    "dev": (["requirements-dev.txt"], ["serve", "export", "evaluate", "openvino"], 3000),
 }
 SERVER = "requirements-triton.txt"
 VENV_ADVICE = "on Debian and Ubuntu, install python3-venv"

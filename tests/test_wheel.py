@@ -81,6 +81,7 @@ def test_servers_and_clients_import_without_torch(imports):
         "serving.triton": "triton_python_backend_utils",
         "serving.engines.gpu": "cupy",
         "serving.engines.gpu.tensorrt": "tensorrt",
+        "serving.engines.whole": "cupy",
         "serving.engines.openvino": "openvino",
     }
     for name, missing in imports["failed"].items():
