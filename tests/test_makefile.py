@@ -31,7 +31,7 @@ class Make:
         python = directory / "venv/bin/python"
         python.write_text(RECORDER)
         python.chmod(0o755)
-        for made in ("venv/.serve", "venv/.export", "venv/.evaluate", "venv/.dev", "build/corpus/heldout.jsonl"):
+        for made in ("venv/.serve", "venv/.export", "venv/.evaluate", "venv/.openvino", "venv/.dev", "build/corpus/heldout.jsonl"):
             (directory / made).write_text("")
 
     def __call__(self, *arguments: str, **variables: str) -> list[list[str]]:
