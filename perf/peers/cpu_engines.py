@@ -1,8 +1,9 @@
 """`python -m perf.peers.cpu_engines`: a base-sized FiD reader on a CPU, by every engine and precision, beside PyTorch.
 
-The encoder alone, on 8 passages of 256 tokens, and whole questions, one at a time, from token ids to token ids. Every round runs all of
-them in turn, so that a busy machine slows all alike; a gain is the median over rounds of the ratio within one. Weights are random: times do
-not depend on them. Excluded: Triton, tokenization, the network, loading, and a first round. Writes perf/results/cpu/cpu_engines.json.
+The encoder alone, on 8 passages of 256 tokens, and whole questions, one at a time: in this process from token ids to token ids, and served,
+from text to text through Triton and gRPC on loopback. Every round runs all of them in turn, so that a busy machine slows all alike; a gain
+is the median over rounds of the ratio within one. Weights are random: times do not depend on them. Excluded: loading and a first round; of
+the ways in this process also Triton, tokenization and the network. Writes perf/results/cpu/cpu_engines.json.
 
 On an idle machine, with two of its cores: `python -m perf.peers.cpu_engines --threads 2`. What is not installed is left out.
 """
@@ -10,6 +11,7 @@ On an idle machine, with two of its cores: `python -m perf.peers.cpu_engines --t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -17,24 +19,30 @@ import importlib.util
 import os
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from export.build import export_graphs, random_checkpoint
 from export.graphs.openvino import for_openvino
 from export.manifest_writer import atomic_directory
+from export.repository import repository_from_engines
+from fido_client.reader_client import ReaderClient
 from perf.bounds.machine import describe
 from perf.bounds.statistics import publish, spread
 from perf.peers.onnxruntime_engines import EnginePeer
 from perf.peers.transformers_fid import FusionPeer, hugging_face_fid
+from perf.served.workload import RequestMaker, Uniform, WorkloadSpec
 from serving.contract.limits import Limits
 from serving.contract.manifest import EngineError, Manifest, require_bf16
 from serving.engines.load import load_decoder, load_encoder, load_packer
+from serving.launcher.server import TritonServer, models_of
 
 RESULT, ENGINES = Path("perf/results/cpu/cpu_engines.json"), Path("build/cpu_engines_base")
 TOKENIZER, SAMPLES = Path("checkpoints/fid/tokenizer.json"), Path("examples/demo_questions.jsonl")
@@ -46,8 +54,8 @@ BASELINE = "fp32"  # ONNX Runtime, what is served where nothing else is asked fo
 class Way:
     """One way to run the reader."""
 
-    encode: Callable[[], Any]
     answer: Callable[[], Any]
+    encode: Callable[[], Any] | None = None
 
 
 def engine_ways(directory: Path, threads: int, new_tokens: int, question: tuple[np.ndarray, np.ndarray]) -> dict[str, Way]:
@@ -57,7 +65,8 @@ def engine_ways(directory: Path, threads: int, new_tokens: int, question: tuple[
         manifest, limits = Manifest.load(variant), Limits(intra_op_threads=threads, slots=1)
         loaded = load_encoder(variant, manifest, limits), load_decoder(variant, manifest, limits), load_packer(variant, manifest)
         peer = EnginePeer("fid", manifest, *loaded)
-        found[name] = Way(functools.partial(peer.encoder.encode, [question]), functools.partial(peer.answer, [question], new_tokens))
+        encode = functools.partial(peer.encoder.encode, [question])
+        found[name] = Way(functools.partial(peer.answer, [question], new_tokens), encode)
     return found
 
 
@@ -86,6 +95,27 @@ def engines(directory: Path) -> dict[str, Path]:
     return {name: directory / name for name in wanted}
 
 
+@contextlib.contextmanager
+def served_ways(directory: Path, threads: int, new_tokens: int) -> Iterator[dict[str, Way]]:
+    """The same engines behind one tritonserver, a reader each; a question is text, with passages of the same lengths."""
+    limits = Limits(max_passages=PASSAGES, max_new_tokens=new_tokens, default_max_new_tokens=new_tokens, slots=1, intra_op_threads=threads)
+    variants = {f"served_{name}": path for name, path in engines(directory).items() if name != "openvino_fp32"}
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as clients:
+        for name, path in variants.items():
+            repository_from_engines(path, Path(scratch), name, limits)
+        server = clients.enter_context(TritonServer(models_of(list(variants), stream=False), Path(scratch)))
+        manifest = Manifest.load(directory / BASELINE)
+        maker = RequestMaker(Tokenizer.from_file(str(TOKENIZER)), manifest)
+        spec = WorkloadSpec(Uniform(PASSAGES, PASSAGES), Uniform(LENGTH, LENGTH), Uniform(new_tokens, new_tokens))
+        (asked,) = maker.make(spec, 1, seed=0)
+        found = {}
+        for name in variants:
+            client = clients.enter_context(ReaderClient(server.grpc_url, name))
+            answer = functools.partial(client.answer, asked.question, asked.passages, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+            found[name] = Way(answer)
+        yield found
+
+
 def torch_ways(new_tokens: int, question: tuple[np.ndarray, np.ndarray]) -> dict[str, Way]:
     """The T5 of transformers in eager PyTorch, fp32 and bf16; FiD's fusion is ours (transformers_fid.py)."""
     ids, mask = (torch.from_numpy(array.astype(np.int64)) for array in question)
@@ -94,7 +124,7 @@ def torch_ways(new_tokens: int, question: tuple[np.ndarray, np.ndarray]) -> dict
         checkpoint = random_checkpoint("base", TOKENIZER, fido=False, period=None, num_kv_heads=None, passage_length=LENGTH, seed=0)
         model = hugging_face_fid(checkpoint.reader).to(dtype)
         encode = torch.inference_mode()(functools.partial(model.encoder, input_ids=ids, attention_mask=mask))
-        found[name] = Way(encode, functools.partial(FusionPeer(model).answer, [(ids, mask)], new_tokens, new_tokens))
+        found[name] = Way(functools.partial(FusionPeer(model).answer, [(ids, mask)], new_tokens, new_tokens), encode)
         del checkpoint
         gc.collect()
     return found
@@ -102,13 +132,14 @@ def torch_ways(new_tokens: int, question: tuple[np.ndarray, np.ndarray]) -> dict
 
 def measure(ways: dict[str, Way], rounds: int) -> dict[str, Any]:
     """Encoder and questions of every way, `rounds` times in turn after one uncounted round."""
-    taken: dict[str, dict[str, list[float]]] = {part: {name: [] for name in ways} for part in ("encode", "answer")}
-    worked: dict[str, list[float]] = {name: [] for name in ways}
+    encoders = [name for name, way in ways.items() if way.encode]
+    taken: dict[str, dict[str, list[float]]] = {"encode": {name: [] for name in encoders}, "answer": {name: [] for name in ways}}
+    worked: dict[str, list[float]] = {name: [] for name in encoders}
     for round_ in range(rounds + 1):
         for part, by_name in taken.items():
-            for name, way in ways.items():
+            for name in by_name:
                 started, used = time.perf_counter(), time.process_time()
-                getattr(way, part)()
+                getattr(ways[name], part)()
                 if round_:
                     by_name[name].append(time.perf_counter() - started)
                 if round_ and part == "encode":
@@ -116,14 +147,14 @@ def measure(ways: dict[str, Way], rounds: int) -> dict[str, Any]:
 
     def gain(part: str, name: str, over: str) -> float | None:
         pairs = zip(taken[part].get(over, []), taken[part].get(name, []), strict=False)
-        return round(statistics.median(slow / fast for slow, fast in pairs), 2) if name in ways and over in ways else None
+        return round(statistics.median(slow / fast for slow, fast in pairs), 2) if over in ways else None
 
     return {
         # time of all threads, which other processes lengthen less than the clock's; a thread that spins while it waits counts
         "encoder_processor_ms": {name: spread([s * 1e3 for s in seconds], 1) for name, seconds in worked.items()},
         "encoder_ms": {name: spread([s * 1e3 for s in seconds], 1) for name, seconds in taken["encode"].items()},
         "fid_questions_per_s": {name: spread([1 / s for s in seconds]) for name, seconds in taken["answer"].items()},
-        "encoder_gain": {name: gain("encode", name, BASELINE) for name in ways},
+        "encoder_gain": {name: gain("encode", name, BASELINE) for name in encoders},
         "fid_gain_over_pytorch_bf16": {name: gain("answer", name, "pytorch_bf16") for name in ways},
     }
 
@@ -138,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--engines", type=Path, default=ENGINES, help="where they are kept (default: %(default)s)")
     parser.add_argument("--no-torch", action="store_true", help="without PyTorch's rows")
+    parser.add_argument("--no-server", action="store_true", help="without the rows through Triton")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args(argv)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
@@ -147,7 +179,10 @@ def main(argv: list[str] | None = None) -> int:
     before = os.getloadavg()
     ways = engine_ways(arguments.engines, arguments.threads, arguments.new_tokens, question)
     ways |= {} if arguments.no_torch else torch_ways(arguments.new_tokens, question)
-    result = measure(ways, arguments.rounds)
+    with contextlib.ExitStack() as served:
+        if not arguments.no_server:
+            ways |= served.enter_context(served_ways(arguments.engines, arguments.threads, arguments.new_tokens))
+        result = measure(ways, arguments.rounds)
     settings = {"passages": PASSAGES, "passage_tokens": LENGTH, "new_tokens": arguments.new_tokens, "rounds": arguments.rounds}
     load = {"before": round(before[0], 2), "after": round(os.getloadavg()[0], 2)}
     publish(result | {"settings": settings | {"threads": arguments.threads, "load_average": load, "machine": describe()}}, arguments.out)

@@ -62,6 +62,7 @@ SHAPES: dict[str, Any] = {
     },
     "stages": {"readers": {"fid?": STAGES, "fido?": STAGES}},
     "cpu_engines": {"encoder_ms": {"*": SPREAD}, "fid_questions_per_s": {"*": RATE}},
+    "chain": {"demo_readers": {"fid": {"triton_throughput_cost_at_8": NUMBER}, "fido": {"triton_throughput_cost_at_8": NUMBER}}},
     "peers": {
         "peers": [
             {

@@ -244,7 +244,15 @@ def summary(run: Run) -> dict[str, Any]:
         "peak_tflops": machine["peak_tflops"],
         "copy_tb_per_s": machine["copy_tb_per_s"],
         **_cpu_engines(run.files["cpu_engines"]),
+        **_chain(run.files["chain"]),
     }
+
+
+def _chain(measured: Mapping[str, Any] | None) -> dict[str, float]:
+    """`triton_share_at_8`: what Triton costs the dearer of the demo's readers, of the questions/s at 8 in flight (perf/served/chain.py)."""
+    readers = measured["demo_readers"] if measured else {}
+    shares = [readers[name]["triton_throughput_cost_at_8"] for name in ("fid", "fido") if name in readers]
+    return {"triton_share_at_8": max(shares)} if shares else {}
 
 
 def _cpu_engines(measured: Mapping[str, Any] | None) -> dict[str, Any]:

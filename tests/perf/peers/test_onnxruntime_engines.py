@@ -63,21 +63,22 @@ def test_the_command_adds_rows_and_replaces_its_own(engines, tmp_path, capsys):
 def test_cpu_engines_run_in_turn_and_gains_are_those_within_a_round(monkeypatch):
     clock, calls = [0.0], []
     # seconds of each call: the second round is on a machine twice as busy
-    seconds = {"fp32": [9.0, 2.0, 4.0], "bf16": [9.0, 1.0, 2.0], "pytorch_bf16": [9.0, 4.0, 8.0]}
+    seconds = {"fp32": [9.0, 2.0, 4.0], "bf16": [9.0, 1.0, 2.0], "pytorch_bf16": [9.0, 4.0, 8.0], "served_bf16": [9.0, 2.0, 4.0]}
 
     def way(name: str) -> cpu_engines.Way:
         def work(part: str) -> None:
             calls.append(f"{name} {part}")
             clock[0] += seconds[name][sum(call == calls[-1] for call in calls) - 1]
 
-        return cpu_engines.Way(lambda: work("encode"), lambda: work("answer"))
+        return cpu_engines.Way(lambda: work("answer"), None if name.startswith("served") else lambda: work("encode"))
 
     monkeypatch.setattr(cpu_engines.time, "perf_counter", lambda: clock[0])
     found = cpu_engines.measure({name: way(name) for name in seconds}, rounds=2)
-    assert calls[:6] == [f"{name} {part}" for part in ("encode", "answer") for name in seconds] and len(calls) == 18
+    in_process = [name for name in seconds if not name.startswith("served")]
+    assert calls[:7] == [*(f"{name} encode" for name in in_process), *(f"{name} answer" for name in seconds)] and len(calls) == 21
     assert found["encoder_ms"]["bf16"] == {"median": 1500.0, "min": 1000.0, "max": 2000.0}
     assert found["encoder_gain"] == {"fp32": 1.0, "bf16": 2.0, "pytorch_bf16": 0.5}
-    assert found["fid_gain_over_pytorch_bf16"] == {"fp32": 2.0, "bf16": 4.0, "pytorch_bf16": 1.0}
+    assert found["fid_gain_over_pytorch_bf16"] == {"fp32": 2.0, "bf16": 4.0, "pytorch_bf16": 1.0, "served_bf16": 2.0}
 
 
 def test_the_summary_of_a_run_quotes_the_cpu_engines(tmp_path):
