@@ -135,8 +135,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cross_attention(
             value_bits[u] = load_cached(row_of_token + to_value);
         }
     };
-    // No kernel of a step writes this cache: the first tokens are read while the kernels before this one still run. In half precision that
-    // takes 80 registers instead of 64 (sm_90a), and fewer blocks fit on a multiprocessor.
+    // No kernel of a step writes this cache: it is read while others still run. In half precision that takes registers, and blocks, away.
     if (CROSS_FP8 && start < length) fetch(first);
     grid_dependency_wait(queries, partial);
     if (start >= length) return;
