@@ -220,6 +220,6 @@ lint: $(DEV) ## ruff and mypy
 
 clean: ## remove everything that was built, and the environment
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find model_repository -path '*/1/*' ! -name model.py -type f -delete
+	find model_repository -mindepth 1 ! -name README.md -delete
 
 .PHONY: help setup export demo-readers serve status ask demo evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation test stress storm gpu-test gpu-check container-test mutants lint clean

@@ -134,7 +134,7 @@ STREAM_LOCKS = WorkAround(
     "`stream_locks.c` is preloaded",
     "a cancelled gRPC stream may stop all streams",
     None,
-    "tests/serving/launcher/test_stream_locks.py::test_triton_still_needs_it",
+    "tests/serving/launcher/test_preload_sources.py::test_triton_still_needs_it",
 )
 FINAL_FLAG = WorkAround(
     "a stream's final flag comes 0.3 s after its totals",

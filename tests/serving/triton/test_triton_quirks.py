@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.repository import READERS, model_names, reader_config
+from export.repository import READERS, configs_of, model_names, reader_config, render_config
 from serving.contract import versions
 from serving.contract.limits import Limits
-from serving.contract.tensors import READER_TENSORS
+from serving.contract.tensors import READER_TENSORS, EngineSizes
 from serving.launcher import installation
 from serving.launcher.installation import ServerError
 from serving.pipeline.request import RequestError, read_request
@@ -26,6 +26,13 @@ from serving.pipeline.request import RequestError, read_request
 ROOT = Path(__file__).parents[3]
 SERVING = {path.name: path.read_text() for path in (ROOT / "serving").rglob("*.py")}
 assert len(SERVING) > 20, "the tests below would look at nothing"
+SIZES = EngineSizes(768, 768, 12, (5, 11), 12, 1, 64, 32128)
+CONFIGS = {
+    model_names(reader)[role]: render_config(fields)
+    for reader in READERS
+    for on_gpu in (False, True)
+    for role, fields in configs_of(reader, SIZES, Limits(), on_gpu=on_gpu).items()
+}
 
 
 def test_numpy_2_returns_empty_outputs_and_is_refused(monkeypatch):
@@ -99,8 +106,7 @@ def test_tensorrt_families_are_found_by_version():
 def test_bls_to_a_decoupled_model_corrupts_memory_so_the_encoder_is_not_one():
     assert not re.search(r"exec\(.*decoupled|async_exec", "".join(SERVING.values()))
     for reader in READERS:
-        text = (ROOT / "model_repository" / model_names(reader)["encoder"] / "config.pbtxt").read_text()
-        assert "model_transaction_policy" not in text
+        assert "model_transaction_policy" not in CONFIGS[model_names(reader)["encoder"]]
 
 
 def test_the_response_cache_ignores_request_parameters_so_what_changes_an_answer_is_a_tensor():
@@ -116,8 +122,8 @@ def test_the_response_cache_ignores_request_parameters_so_what_changes_an_answer
 
 
 def test_a_missing_max_batch_size_is_completed_by_triton_so_zero_is_written():
-    for path in (ROOT / "model_repository").glob("*/config.pbtxt"):
-        assert re.search(r"^max_batch_size: \d+$", path.read_text(), re.M), path
+    for model, text in CONFIGS.items():
+        assert re.search(r"^max_batch_size: \d+$", text, re.M), model
 
 
 def test_model_control_lets_clients_load_models_so_it_is_off():
@@ -125,7 +131,7 @@ def test_model_control_lets_clients_load_models_so_it_is_off():
 
 
 def test_iterative_sequences_lose_cancelled_requests_so_the_loop_is_ours():
-    assert not any("iterative_sequence" in path.read_text() for path in (ROOT / "model_repository").glob("*/config.pbtxt"))
+    assert not any("iterative_sequence" in text for text in CONFIGS.values())
 
 
 def test_metrics_cost_a_message_each_so_no_step_sets_one():
