@@ -272,7 +272,7 @@ class AsyncReaderClient:
             self._opened = {loop: connection for loop, connection in self._opened.items() if not loop.is_closed()}
             if running not in self._opened:
                 args = self.endpoint.channel_args()
-                client = triton_aio.InferenceServerClient(self.endpoint.url, creds=self._credentials, channel_args=args)
+                client = triton_aio.InferenceServerClient(self.endpoint.target, creds=self._credentials, channel_args=args)
                 self._opened[running] = _Connection(client)
             return self._opened[running]
 

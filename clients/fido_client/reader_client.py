@@ -83,7 +83,8 @@ class ReaderClient:
     """A client of one reader; safe to share between threads. It connects at the first question and reuses the connection.
 
     Args:
-        url: "host:port" of Triton's gRPC endpoint, or of its HTTP endpoint.
+        url: "host:port" of Triton's gRPC endpoint, or of its HTTP endpoint. Several servers, over gRPC: "10.0.0.1:8001,10.0.0.2:8001", or
+            "dns:///NAME:PORT" for all addresses of a name; requests go to those that can be reached, in turn.
         model: The reader's name on the server, such as "fido".
         timeout_s: Time-out in seconds of a request that sets none; math.inf for no limit.
         stream_model: The model that `stream` uses; None: `model` + "_stream".

@@ -24,8 +24,8 @@ class SyncFace:
         with ReaderClient(url, **(client or {})) as reader:
             return reader.answer(*args, **kwargs)
 
-    def answer_many(self, url: str, requests: Iterable[Any], **kwargs: Any) -> list[Any]:
-        with ReaderClient(url) as reader:
+    def answer_many(self, url: str, requests: Iterable[Any], client: dict[str, Any] | None = None, **kwargs: Any) -> list[Any]:
+        with ReaderClient(url, **(client or {})) as reader:
             return list(reader.answer_many(requests, **kwargs))
 
     def stream(self, url: str, *args: Any, client: dict[str, Any] | None = None, **kwargs: Any) -> tuple[list[StreamPiece], StreamedAnswer]:
@@ -55,9 +55,9 @@ class AsyncFace:
 
         return asyncio.run(run())
 
-    def answer_many(self, url: str, requests: Iterable[Any], **kwargs: Any) -> list[Any]:
+    def answer_many(self, url: str, requests: Iterable[Any], client: dict[str, Any] | None = None, **kwargs: Any) -> list[Any]:
         async def run() -> list[Any]:
-            async with AsyncReaderClient(url) as reader:
+            async with AsyncReaderClient(url, **(client or {})) as reader:
                 return [result async for result in reader.answer_many(requests, **kwargs)]
 
         return asyncio.run(run())

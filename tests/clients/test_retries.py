@@ -59,6 +59,59 @@ def test_other_failures_are_not_retried(server: ScriptedServer, reader: Any, cod
     assert len(server.received) == 1
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'fido' has no available versions"),
+        (grpc.StatusCode.INTERNAL, "Failed to process the request(s): fido_encoder: Server not ready"),
+    ],
+)
+def test_a_server_that_shuts_down_is_asked_again(server: ScriptedServer, reader: Any, code: grpc.StatusCode, message: str) -> None:
+    server.on_infer = _failing(1, code, message)
+    assert reader.answer(server.url, "q", ["p"], client={"retries": 1}).text == "q"
+
+
+def test_several_servers_are_asked_in_turn_and_a_dead_one_costs_no_answer(reader: Any) -> None:
+    servers = [ScriptedServer(), ScriptedServer()]
+    urls = ",".join(server.url for server in servers)
+    questions = [ReaderRequest(f"q{index}", ["p"]) for index in range(20)]
+    try:
+        for form in (urls, f"ipv4:{urls}"):
+            for server in servers:
+                server.received.clear()
+            answers = reader.answer_many(form, questions, client={"retries": 3}, concurrency=4)
+            assert [answer.text for answer in answers] == ["Paris"] * 20
+            assert min(len(server.received) for server in servers) >= 5, "round robin"
+        servers[0].stop()
+        servers[1].received.clear()
+        answers = reader.answer_many(urls, questions, client={"retries": 5}, concurrency=4)
+        assert [answer.text for answer in answers] == ["Paris"] * 20
+        assert len(servers[1].received) == 20
+    finally:
+        for server in servers:
+            server.stop()
+
+
+@pytest.mark.parametrize("kind", [ReaderClient, AsyncReaderClient])
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("one:8001,two:8001", "wanted ipv4 addresses with their ports, got 'one:8001' in .*dns:///NAME:PORT"),
+        ("127.0.0.1:8001,127.0.0.1", "got '127.0.0.1' in"),
+        ("ipv6:127.0.0.1:8001,[::1]:8001", "wanted ipv6 addresses with their ports, got '127.0.0.1:8001'"),
+        ("dns:///readers", "wanted a name and a port, such as dns:///readers:8001, got 'readers' in"),
+    ],
+)
+def test_addresses_that_grpc_would_not_understand_are_refused(kind: Any, url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(url)
+
+
+def test_over_http_there_is_one_server() -> None:
+    with pytest.raises(ValueError, match="url: wanted one server over HTTP"):
+        ReaderClient("127.0.0.1:8000,127.0.0.1:8010", transport="http")
+
+
 def test_deadline_covers_all_attempts(server: ScriptedServer, reader: Any) -> None:
     server.on_infer = _failing(10**9)
     start_s = time.monotonic()

@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 from tritonclient.grpc import service_pb2
 
+import clients  # noqa: F401  (it makes fido_client importable in a checkout)
 from export.repository import repository_from_engines
+from fido_client.data.examples import Context, Example
+from fido_client.errors import ReaderError, ReaderUnavailable
 from serving.contract.limits import Limits
 from tests.stress.faults.clients import unchunked
 from tests.stress.mutants.grpc import CHANGES, grpc_mutants
 from tests.stress.mutants.http import http_mutants, nested, request
 
+from . import recovery
 from .__main__ import FAULTS, main
 from .questions import Case, largest_case, limits_of, word_cases
 from .served import descendants, is_alive, parse, resident_bytes, state_and_parent
@@ -159,3 +163,22 @@ def test_a_few_faults_leave_tiny_readers_sound(repository, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert code == 0, "\n".join(printed)
     assert printed[-1].startswith("stress: 4 faults, ") and printed[-1].endswith(" tries, 0 wrong, 0 lost, 0 crashed")
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_one_of_two_servers_dies_and_clients_with_retries_lose_nothing(repository, tmp_path, monkeypatch):
+    monkeypatch.setattr(recovery, "BEFORE_S", 1.0)
+    monkeypatch.setattr(recovery, "AFTER_S", 4.0)
+    question = Example("0", "w1 w2", ("w3",), (Context("w4 w5", "w6"),))
+    row = recovery.measure("retries", 2, 20, repository, "fid", [question] * recovery.CLIENTS)
+    assert (row.lost, row.other_errors) == (0, 0) and row.asked > 100
+    assert row.answers_again_s < 3
+
+
+def test_what_clients_noticed_of_a_death_is_counted_from_it():
+    down, refused = ReaderUnavailable("down", status="UNAVAILABLE"), ReaderError("?")
+    outcomes = [recovery.Outcome(*o) for o in ((0, 1, None), (9, 12, down), (9.5, 10.5, refused), (11, 11.5, down), (13, 18, None))]
+    row = recovery.summary("x", outcomes, death_s=10)
+    assert (row.asked, row.in_flight, row.lost, row.other_errors) == (5, 2, 3, 1)
+    assert (row.failed_s, row.answers_again_s, row.slowest_s) == ((0.5, 2), 8, 5)

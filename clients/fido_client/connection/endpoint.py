@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import math
 import pathlib
 import ssl as tls
@@ -14,6 +15,8 @@ _MAX_MESSAGE_BYTES = 2**31 - 1
 # gRPC's default grows to two minutes, too long for a caller that waits for a server to start
 _MAX_RECONNECT_BACKOFF_MS = 2000
 _LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+# Addresses that may stand for several servers
+_SCHEMES = ("dns:///", "ipv4:", "ipv6:")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +24,9 @@ class Endpoint:
     """One reader on one server.
 
     Attributes:
-        url: "host:port" of Triton's gRPC endpoint, without a scheme.
+        url: "host:port" of Triton's gRPC endpoint. Several servers of the same readers: their IP addresses with commas between,
+            "10.0.0.1:8001,10.0.0.2:8001", or a name that stands for all, "dns:///readers.example:8001". Requests then go to those that
+            can be reached, in turn.
         model: The reader's name on the server, such as "fido"; its unary model.
         stream_model: The same reader under the decoupled policy; None: `model` + "_stream".
         timeout_s: Time-out in seconds of a request that sets none; math.inf for no limit.
@@ -41,7 +46,9 @@ class Endpoint:
     certificate_chain: str | None = None
 
     def __post_init__(self) -> None:
-        if self.host_and_port() is None and not self.url.startswith("unix:"):
+        if self.has_several_servers:
+            self._check_addresses()
+        elif self.host_and_port() is None and not self.url.startswith("unix:"):
             raise ValueError(f"url: wanted host:port of Triton's gRPC endpoint, such as 127.0.0.1:8001, got {self.url!r}")
         if not self.model:
             raise ValueError("model: wanted the name of a served model, such as fido, got an empty string")
@@ -51,12 +58,33 @@ class Endpoint:
         if bool(self.private_key) != bool(self.certificate_chain):
             raise ValueError("private_key and certificate_chain go together: wanted both or neither, got one of them")
 
+    @property
+    def has_several_servers(self) -> bool:
+        """Whether the address may stand for more than one server."""
+        return "," in self.url or self.url.startswith(_SCHEMES)
+
+    @property
+    def target(self) -> str:
+        """The address as gRPC takes it."""
+        if self.url.startswith(_SCHEMES) or not self.has_several_servers:
+            return self.url
+        return f"{'ipv6' if self.url.startswith('[') else 'ipv4'}:{self.url}"
+
+    def _check_addresses(self) -> None:
+        scheme, _, addresses = self.target.partition(":")
+        for address in addresses.removeprefix("//").removeprefix("/").split(","):
+            host, port = host_and_port(address) or ("", 0)
+            try:
+                fits = bool(port) and (scheme == "dns" or ipaddress.ip_address(host).version == int(scheme[-1]))
+            except ValueError:
+                fits = False
+            if not fits:
+                wanted = "a name and a port, such as dns:///readers:8001" if scheme == "dns" else f"{scheme} addresses with their ports"
+                raise ValueError(f"url: wanted {wanted}, got {address!r} in {self.url!r}; a name of several servers is dns:///NAME:PORT")
+
     def host_and_port(self) -> tuple[str, int] | None:
-        """The address's parts, an IPv6 host without its brackets; None if the address is not host:port."""
-        host, _, port = self.url.rpartition(":")
-        if not host or "/" in host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-            return None
-        return host.removeprefix("dns:").strip("[]"), int(port)
+        """The parts of one server's address; None if the address is not host:port."""
+        return None if self.has_several_servers else host_and_port(self.url)
 
     @property
     def streaming_model(self) -> str:
@@ -76,14 +104,16 @@ class Endpoint:
             raise ValueError(f"timeout_s: wanted seconds above 0 (math.inf for no limit), got {seconds!r}")
         return float(seconds)
 
-    def channel_args(self) -> list[tuple[str, int]]:
+    def channel_args(self) -> list[tuple[str, int | str]]:
         """The channel arguments for gRPC, complete."""
-        args = [
+        args: list[tuple[str, int | str]] = [
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_BACKOFF_MS),
         ]
-        if self.url.rsplit(":", 1)[0] in _LOOPBACK_HOSTS:
+        if self.has_several_servers:
+            args.append(("grpc.lb_policy_name", "round_robin"))
+        if self.target.rsplit(",", 1)[-1].removeprefix("ipv4:").removeprefix("ipv6:").rsplit(":", 1)[0] in _LOOPBACK_HOSTS:
             # gRPC applies http_proxy to loopback too, which no proxy can reach
             args.append(("grpc.enable_http_proxy", 0))
         return args
@@ -105,8 +135,8 @@ class Endpoint:
     def channel(self, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
         """A channel to the server; gRPC shares one connection between equal channels of a process."""
         if credentials is None:
-            return grpc.insecure_channel(self.url, self.channel_args())
-        return grpc.secure_channel(self.url, credentials, self.channel_args())
+            return grpc.insecure_channel(self.target, self.channel_args())
+        return grpc.secure_channel(self.target, credentials, self.channel_args())
 
     def _check_pem_files(self) -> None:
         # gRPC reports a bad file as a failed connection
@@ -126,6 +156,14 @@ class Endpoint:
                     "private_key, certificate_chain: wanted PEM files of a key without a password and of its certificate, "
                     f"got {self.private_key} and {self.certificate_chain} ({error.reason})"
                 ) from error
+
+
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """The address's parts, an IPv6 host without its brackets; None if it is not host:port."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        return None
+    return host.removeprefix("dns:").strip("[]"), int(port)
 
 
 def grpc_timeout_s(deadline_s: float) -> float | None:

@@ -1,7 +1,7 @@
 """When a failed request is sent again: exponential backoff with jitter. It sends nothing itself.
 
-A reader is a pure function of its request, so sending a request twice is safe. Only UNAVAILABLE is retried: the server is down, starts, is
-full, or the connection broke. A streamed answer is not retried: a part of it may have been shown.
+A reader is a pure function of its request, so sending one twice is safe. Retried are UNAVAILABLE (the server is down, starts or is full, or
+the connection broke) and what Triton says while it shuts down. A streamed answer is not retried: a part of it may have been shown.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from ..errors import ReaderError, ReaderUnavailable
 
 _FIRST_PAUSE_S = 0.1
 _MAX_PAUSE_S = 5.0
+# What Triton answers while it shuts down, by status: its models are unloaded before it stops to listen
+_SHUTTING_DOWN = {"NOT_FOUND": "has no available versions", "INTERNAL": "Server not ready"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +42,15 @@ class RetryPolicy:
             failures: Number of failed attempts, 1 after the first.
             remaining_s: Seconds until the request's deadline.
         """
-        if failures > self.retries or not isinstance(error, ReaderUnavailable) or error.status != "UNAVAILABLE":
+        if failures > self.retries or not _may_pass(error):
             return None
         longest_s = min(_MAX_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(failures - 1, 30))
         pause_s = random.uniform(longest_s / 2, longest_s)
         return pause_s if pause_s < remaining_s else None
+
+
+def _may_pass(error: ReaderError) -> bool:
+    """Whether the same request may succeed later, or on another server."""
+    unavailable = isinstance(error, ReaderUnavailable) and error.status == "UNAVAILABLE"
+    words = _SHUTTING_DOWN.get(error.status or "")
+    return unavailable or (words is not None and words in (error.message or ""))
