@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutants import __main__ as command
-from tests.mutants import notes, sites, targets
+from tests.mutants import targets
 from tests.mutants.runner import TestRun
 
 ROOT = Path(__file__).parents[2]
@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 def changes(source: str) -> set[str]:
     """Every mutant of a one-line module, without white space at its ends."""
-    variants = [variant for site in sites.mutation_sites(source) for variant in site.variants]
-    return {text.strip() for variant in variants if (text := sites.mutated(source, variant)) is not None}
+    variants = [variant for site in targets.mutation_sites(source) for variant in site.variants]
+    return {text.strip() for variant in variants if (text := targets.mutated(source, variant)) is not None}
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,13 @@ def test_a_mutant_is_killed_by_a_failing_test_or_the_time_and_survives_otherwise
 
 
 def test_survivors_are_listed_with_their_reasons_and_the_score_counts_them(tmp_path):
-    killed = notes.tried("a.py", 1, "x = 1\n", "x = 2\n", "failed")
-    late = notes.tried("a.py", 2, "while x:\n", "while not x:\n", "timed out")
-    survivor = notes.tried("b.py", 2, "a\nif  b < c:\n", "a\nif  b <= c:\n", "passed")
+    killed = command.tried_mutant("a.py", 1, "x = 1\n", "x = 2\n", "failed")
+    late = command.tried_mutant("a.py", 2, "while x:\n", "while not x:\n", "timed out")
+    survivor = command.tried_mutant("b.py", 2, "a\nif  b < c:\n", "a\nif  b <= c:\n", "passed")
     reasons = {("b.py", "if b < c:", "if b <= c:"): "equivalent: b is never c"}
-    assert notes.score_line([killed, late, survivor]) == "mutants: 3 tried, 2 killed, 66.7%"
-    assert notes.survivors_text([killed, survivor], {}) == "survived  b.py:2: if b < c:  ->  if b <= c:"
-    notes.write(tmp_path / "notes.md", [killed, late, survivor], reasons, "--seed 0")
+    assert command.score_line([killed, late, survivor]) == "mutants: 3 tried, 2 killed, 66.7%"
+    assert command.survivors_text([killed, survivor], {}) == "survived  b.py:2: if b < c:  ->  if b <= c:"
+    command.write_notes(tmp_path / "notes.md", [killed, late, survivor], reasons, "--seed 0")
     text = (tmp_path / "notes.md").read_text()
     assert "| a.py | 2 | 2 |" in text and "| b.py | 1 | 0 |" in text
     assert "- b.py:2: `if b < c:` -> `if b <= c:`: equivalent: b is never c" in text
