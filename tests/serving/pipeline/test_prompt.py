@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,6 +19,7 @@ from serving.contract.tensors import EngineSizes
 from serving.pipeline.detokenizer import IncrementalDetokenizer
 from serving.pipeline.prompt import PromptEncoder, PromptError
 from serving.pipeline.tokenizer_pool import TokenizerPool
+from serving.pipeline.truncation import TruncatingTokenizer
 from tests.conftest import word_tokenizer
 
 MANIFEST = Manifest(
@@ -109,6 +111,9 @@ def test_rows_are_padded_to_the_longest_and_positions_count_full_passages():
 def test_a_tokenizer_with_more_tokens_than_the_reader_is_refused():
     with pytest.raises(ManifestError, match="wanted token ids below the reader's vocab_size=97, got 261"):
         PromptEncoder(byte_tokenizer(), MANIFEST)
+    one_too_few = dataclasses.replace(MANIFEST, sizes=dataclasses.replace(MANIFEST.sizes, vocab_size=96))
+    with pytest.raises(ManifestError, match="below the reader's vocab_size=96, got 96"):
+        PromptEncoder(word_tokenizer(), one_too_few)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -149,3 +154,56 @@ def test_a_tokenizer_that_cannot_be_copied_fails_the_load_and_hangs_nothing(monk
     monkeypatch.setattr("serving.pipeline.truncation.Tokenizer", stand_in)
     with pytest.raises(ValueError, match="no memory for another vocabulary"):
         TokenizerPool(word_tokenizer(), 16, threads=3)
+
+
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_a_question_alone_is_tokenized_on_every_thread_whoever_came_before(before: int, monkeypatch):
+    """Each call waits until as many calls as there are threads have begun."""
+    pool = TokenizerPool(word_tokenizer(), 16, threads=3)
+    texts = [f"w{i}" for i in range(6)]
+    for _ in range(before):
+        pool.truncated_ids(texts)
+    all_threads, whole = threading.Barrier(3, timeout=20), TruncatingTokenizer.whole
+
+    def together(self, texts):
+        all_threads.wait()
+        return whole(self, texts)
+
+    monkeypatch.setattr(TruncatingTokenizer, "whole", together)
+    assert pool.truncated_ids(texts) == [ids(text) for text in texts]
+
+
+def test_questions_at_the_same_time_share_the_threads(monkeypatch):
+    """With as many questions as threads, each is one task: its texts come to one thread."""
+    pool = TokenizerPool(word_tokenizer(), 16, threads=2)
+    first_is_in, second_is_done, whole = threading.Event(), threading.Event(), TruncatingTokenizer.whole
+    seen: list[tuple[int, list[str]]] = []
+
+    def recorded(self, texts):
+        seen.append((threading.get_ident(), texts))
+        if texts[0] == "w0":
+            first_is_in.set()
+            assert second_is_done.wait(20)
+        return whole(self, texts)
+
+    monkeypatch.setattr(TruncatingTokenizer, "whole", recorded)
+    with ThreadPoolExecutor(1) as other:
+        first = other.submit(pool.truncated_ids, ["w0", "w0"])
+        assert first_is_in.wait(20)
+        texts = [f"w{i}" for i in range(10, 30)]
+        assert pool.truncated_ids(texts) == [ids(text) for text in texts]
+        second_is_done.set()
+        assert first.result() == [ids("w0")] * 2
+    threads = {thread for thread, texts in seen if "w0" not in texts}
+    assert len(threads) == 1 and [text for _, step in seen if "w0" not in step for text in step] == texts
+
+
+@pytest.mark.parametrize(
+    "texts", [["w1"], ["w1", "w2"], ["w3 " * 5000], ["w1 "] * 30 + ["w3 " * 5000] * 5], ids=["one", "two", "long", "many"]
+)
+def test_a_question_that_is_given_up_is_not_tokenized_further_and_frees_its_tokenizer(texts):
+    pool = TokenizerPool(word_tokenizer(), 16, threads=2)
+    for _ in range(5):
+        with pytest.raises(TimeoutError, match="left"):
+            pool.truncated_ids(texts, lambda: TimeoutError("left"))
+    assert pool.truncated_ids(texts) == [ids(text)[:16] for text in texts]

@@ -55,6 +55,33 @@ def test_each_fault_is_named_alone(change, message):
     assert str(caught.value) == message
 
 
+def test_what_is_as_large_as_it_may_be_is_taken():
+    tensors = {"question": texts("x" * 20), "passages": texts("a" * 30, "b", "c"), "titles": texts("t" * 30, "", "")}
+    found = read_request({**tensors, "max_new_tokens": number(8), "min_new_tokens": number(8)}, LIMITS, {"timeout": 0})
+    assert found == ReaderRequest("x" * 20, ["a" * 30, "b", "c"], ["t" * 30, "", ""], 8, 8)
+    least = {"question": texts("x"), "passages": texts("a"), "max_new_tokens": number(1), "min_new_tokens": number(0)}
+    assert read_request(least, LIMITS) == ReaderRequest("x", ["a"], None, 1, 0)
+
+
+def test_texts_may_come_decoded_and_in_any_shape():
+    tensors = {"question": np.array([["who?"]], np.object_), "passages": np.array([["ä"], ["b"]], np.object_)}
+    assert read_request(tensors, LIMITS) == ReaderRequest("who?", ["ä", "b"], None, 4, 0)
+
+
+def test_a_request_without_its_tensors_is_refused_by_their_names():
+    with pytest.raises(RequestError, match=r"^question: wanted text, got an empty string; passages: wanted 1 to 3, got 0$"):
+        read_request({"question": None}, LIMITS)
+
+
+def test_every_bad_text_is_named_and_bounds_that_cannot_be_compared_are_not():
+    with pytest.raises(RequestError, match=r"^passages\[0\]: wanted UTF-8, .*; passages\[1\]: wanted UTF-8, [^;]*$"):
+        read_request({**GOOD, "passages": texts(b"\xff", b"\xff")}, LIMITS)
+    with pytest.raises(RequestError, match=r"^max_new_tokens: wanted 1 to 8, got 0; min_new_tokens: wanted 0 to 8, got 9$"):
+        read_request({**GOOD, "max_new_tokens": number(0), "min_new_tokens": number(9)}, LIMITS)
+    with pytest.raises(RequestError, match=r"^max_new_tokens: wanted 1 to 8, got 0$"):
+        read_request({**GOOD, "max_new_tokens": number(0), "min_new_tokens": number(3)}, LIMITS)
+
+
 def test_all_faults_are_named_at_once():
     with pytest.raises(RequestError) as caught:
         read_request({"question": texts(""), "passages": texts(), "titles": texts("a"), "max_new_tokens": number(0)}, LIMITS)
@@ -78,6 +105,9 @@ def test_a_refusal_lists_a_bounded_number_of_faults():
     with pytest.raises(RequestError) as caught:
         read_request({**GOOD, "passages": texts(*["long"] * 1000)}, limits)
     assert str(caught.value).endswith("passages[9]: wanted at most 3 characters, got 4; and 990 more")
+    with pytest.raises(RequestError) as caught:
+        read_request({**GOOD, "passages": texts(*["long"] * 10)}, limits)
+    assert str(caught.value).endswith("passages[9]: wanted at most 3 characters, got 4")
 
 
 def test_contradicting_limits_are_refused():
@@ -96,6 +126,7 @@ def test_the_timeout_is_read_and_every_other_parameter_is_refused_by_name():
     for parameters, fault in (
         ({"max_tokens": 3}, r"^max_tokens: unknown; did you mean max_new_tokens\? known are question, .*, timeout \(microseconds\)$"),
         ({"zzz": 3}, "^zzz: unknown; known are question"),
+        ({"triton_own": 1, "titles": "a", "zzz": 3}, "^titles: .*; zzz: unknown"),
         ({"titles": "a"}, "^titles: wanted an input tensor, got a request parameter$"),
         ({"timeout": -1}, "^timeout: wanted a whole number of microseconds, got -1$"),
         ({"timeout": True}, "^timeout: wanted a whole number of microseconds, got True$"),
