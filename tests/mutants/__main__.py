@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[2]
 NOTES = Path("build/mutants.md")
 SURVIVED, TIMED_OUT = "passed", "timed out"
 TIMEOUT_FACTOR, TIMEOUT_EXTRA_S = 4.0, 20.0  # of the unmutated tests' time
-BASELINE_TIMEOUT_S, SLOW_BASELINE_S = 900.0, 20.0
+BASELINE_TIMEOUT_S = 900.0
+EXPORTING_TESTS = ("tests/serving/pipeline/test_in_flight.py",)
 ENGINES_VARIABLE = "TEST_ENGINES"  # tests/conftest.py keeps its exported engines there: no mutated module takes part in their export
 
 
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         for copy in copies:
             runner.copy_tree(ROOT, copy)
         started_s = time.monotonic()
-        timeouts_s = _baselines(copies[0], {targets.tests_of(ROOT, mutant.path) for mutant in chosen}, args.verbose)
+        timeouts_s = _baselines(copies, {targets.tests_of(ROOT, mutant.path) for mutant in chosen}, args.verbose)
         if timeouts_s is None:
             return 1
         tried = list(_try_all(chosen, copies, timeouts_s, started_s + args.minutes * 60))
@@ -121,23 +122,32 @@ def sample(paths: list[str], count: int, seed: int) -> list[Mutant]:
     return chosen
 
 
-def _baselines(copy: Path, groups: set[tuple[str, ...]], verbose: bool) -> dict[tuple[str, ...], float] | None:
-    """Time-outs in seconds for each group of tests, from a run without a mutant; None if that run fails."""
-    timeouts_s = {}
-    for index, tests in enumerate(sorted(groups)):
-        log = copy.parent / f"baseline{index}.log"
-        run = runner.TestRun(copy, tests, log, BASELINE_TIMEOUT_S)
-        outcome = run.wait()
-        if outcome != SURVIVED:
-            print(log.read_text(errors="replace"), file=sys.stderr)
-            print(f"error: the tests {outcome} without a mutant: {' '.join(tests)}", file=sys.stderr)
-            return None
-        if run.elapsed_s() > SLOW_BASELINE_S:  # the first run may have exported the engines, which the mutants' runs will not
-            run = runner.TestRun(copy, tests, log, BASELINE_TIMEOUT_S)
-            run.wait()
-        timeouts_s[tests] = TIMEOUT_FACTOR * run.elapsed_s() + TIMEOUT_EXTRA_S
-        if verbose:
-            print(f"{run.elapsed_s():.1f} s without a mutant: {' '.join(tests)}", flush=True)
+def _baselines(copies: list[Path], groups: set[tuple[str, ...]], verbose: bool) -> dict[tuple[str, ...], float] | None:
+    """Time-outs in seconds for each group of tests, from runs without a mutant, one in each copy at a time; None if one fails."""
+    warm_up = runner.TestRun(copies[0], EXPORTING_TESTS, copies[0].with_suffix(".log"), BASELINE_TIMEOUT_S)
+    warm_up.wait()  # exports the engines, which the runs below and the mutants' runs then find
+    waiting, timeouts_s = collections.deque(sorted(groups)), {}
+    running: dict[Path, tuple[tuple[str, ...], runner.TestRun]] = {}
+    while waiting or running:
+        for copy in copies:
+            if copy not in running and waiting:
+                tests = waiting.popleft()
+                running[copy] = tests, runner.TestRun(copy, tests, copy.with_suffix(".log"), BASELINE_TIMEOUT_S)
+        for copy, (tests, run) in list(running.items()):
+            outcome = run.outcome()
+            if outcome is None:
+                continue
+            del running[copy]
+            if outcome != SURVIVED:
+                print(copy.with_suffix(".log").read_text(errors="replace"), file=sys.stderr)
+                print(f"error: the tests {outcome} without a mutant: {' '.join(tests)}", file=sys.stderr)
+                for _, other in running.values():
+                    other.close()
+                return None
+            timeouts_s[tests] = TIMEOUT_FACTOR * run.elapsed_s() + TIMEOUT_EXTRA_S
+            if verbose:
+                print(f"{run.elapsed_s():.1f} s without a mutant: {' '.join(tests)}", flush=True)
+        time.sleep(runner.POLL_S)
     return timeouts_s
 
 
