@@ -28,18 +28,28 @@ def test_buckets_end_with_the_slots_and_waste_little(slots: int) -> None:
     for rows in range(1, slots + 1):
         bucket = bucket_of(rows, buckets)
         assert rows <= bucket < 2 * rows + 1 and bucket <= slots
+        assert rows <= 8 or bucket - rows < 8
+    assert all(bucket % 8 == 0 for bucket in buckets if 8 < bucket < slots)  # rows of a tensor core's tile
+    assert len(buckets) <= 4 + max(slots // 8, 1)  # each is a CUDA graph, which takes memory
 
 
 def test_captured_calls_are_no_larger_than_a_call_and_are_at_most_a_step_apart() -> None:
     assert captured_calls(96) == () and captured_calls(700) == (128, 256, 512)
     calls = captured_calls(30_720)
     assert calls == tuple(sorted(set(calls))) and calls[-1] == 10_240  # a question of 40 passages of 256 tokens
+    assert len(calls) == 22 and captured_calls(10_239) == calls[:-1] and captured_calls(128) == (128,)
     assert all(later - earlier <= 512 for earlier, later in itertools.pairwise(calls))
 
 
 @pytest.mark.parametrize("lengths", [[1] * 40, [65] * 39, [64] * 8, [256] * 40, [63, 65, 1, 128, 129]])
 def test_max_tiles_bounds_the_tiles_of_a_call(lengths: list[int]) -> None:
     assert len(attention_tiles(np.array(lengths))) <= max_tiles(sum(lengths), len(lengths))
+
+
+def test_max_tiles_is_reached_where_every_last_tile_holds_one_token() -> None:
+    for lengths in ([1] * 40, [65] * 39, [129, 1, 65]):
+        assert len(attention_tiles(np.array(lengths))) == max_tiles(sum(lengths), len(lengths))
+    assert max_tiles(3, 40) == 3  # no passage is empty
 
 
 @pytest.mark.parametrize("seed", range(20))
