@@ -91,3 +91,70 @@ def test_unknown_and_missing_fields_are_named():
 def test_unknown_preset_lists_those_there_are():
     with pytest.raises(ConfigError, match="wanted one of small, base, large, xl, xxl, got 'huge'"):
         stack_preset("huge")
+
+
+@pytest.mark.parametrize(
+    ("least", "too_little", "message"),
+    [
+        ({"passage_length": 2}, {"passage_length": 1}, "passage_length: wanted at least 2 tokens, got 1"),
+        ({"encoder_decoder_attention_period": 3}, {"encoder_decoder_attention_period": 4}, "wanted 1 to decoder.num_layers=3, got 4"),
+        ({"encoder_decoder_attention_period": 1}, {"encoder_decoder_attention_period": 0}, "wanted 1 to decoder.num_layers=3, got 0"),
+        ({"relative_attention_num_buckets": 4}, {"relative_attention_num_buckets": 0}, "wanted a multiple of 4, got 0"),
+        ({"relative_attention_num_buckets": 8}, {"relative_attention_num_buckets": 10}, "wanted a multiple of 4, got 10"),
+        ({"relative_attention_max_distance": 17}, {"relative_attention_max_distance": 16}, "more than half of .*=32, got 16"),
+        ({"layer_norm_epsilon": 1e-30}, {"layer_norm_epsilon": 0.0}, "layer_norm_epsilon: wanted a positive number, got 0.0"),
+        ({"layer_norm_epsilon": 1}, {"layer_norm_epsilon": float("inf")}, "layer_norm_epsilon: wanted a positive number, got inf"),
+        ({"pad_token_id": 96}, {"pad_token_id": 97}, "pad_token_id: wanted 0 to vocab_size-1=96, got 97"),
+        ({"eos_token_id": 0}, {"eos_token_id": -1}, "eos_token_id: wanted 0 to vocab_size-1=96, got -1"),
+        ({"append_eos": False}, {"append_eos": 0}, "append_eos: wanted bool, got 0"),
+        ({"passage_length": 3}, {"passage_length": True}, "passage_length: wanted int, got True"),
+        ({"feed_forward_proj": "relu"}, {"feed_forward_proj": "silu"}, "feed_forward_proj: wanted 'relu' or 'gated-gelu', got 'silu'"),
+    ],
+    ids=str,
+)
+def test_bounds_hold_at_their_edges(least, too_little, message):
+    dataclasses.replace(FID, **least)
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(FID, **too_little)
+
+
+@pytest.mark.parametrize("template", ["{question} {context}", "a {question} b {title} c {context} d", "{{x}} {question}{context}"])
+def test_templates_that_are_prompts(template):
+    assert dataclasses.replace(FID, prompt_template=template).prompt_template == template
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{context} {question}", "{question}", "{question} {title}", "{question!r} {context}", "{question:>9} {context}", "{question"],
+)
+def test_templates_that_are_none(template):
+    for field in ("prompt_template", "prompt_template_without_title"):
+        with pytest.raises(ConfigError, match=f"{field}: wanted .*question"):
+            dataclasses.replace(FID, **{field: template})
+
+
+def test_a_template_without_title_has_none():
+    assert dataclasses.replace(FID, prompt_template_without_title="{question} {context}") != FID
+    with pytest.raises(ConfigError, match=r"prompt_template_without_title: wanted no \{title\}"):
+        dataclasses.replace(FID, prompt_template_without_title=FID.prompt_template)
+
+
+def test_a_stack_that_is_no_object_or_has_other_fields_is_named():
+    fields = json.loads(FID.to_json())
+    with pytest.raises(
+        ConfigError, match=r"encoder: wanted an object, got 3; decoder: wanted exactly the fields .*'num_layers'.*, got \['d_kv'\]"
+    ):
+        ReaderConfig.from_dict({**fields, "encoder": 3, "decoder": {"d_kv": 3}})
+    del fields["encoder"]
+    with pytest.raises(ConfigError, match=r"^reader configuration: missing field 'encoder'$"):
+        ReaderConfig.from_dict(fields)
+
+
+def test_presets_take_other_periods_and_heads():
+    assert reader_preset("small", fido=True).cross_attention_layers == (5,)
+    ablation = reader_preset("base", fido=True, period=4, num_kv_heads=3)
+    assert ablation.cross_attention_layers == (3, 7, 11) and ablation.decoder.num_kv_heads == 3
+    assert ablation.encoder.num_kv_heads == 12 and ablation.kind == "fido"
+    multi_query = reader_preset("base", fido=False, num_kv_heads=1)
+    assert multi_query.kind == "fido" and len(multi_query.cross_attention_layers) == 12
+    assert reader_preset("base", fido=True).decoder.num_kv_heads == 1 and reader_preset("BASE", fido=False).kind == "fid"

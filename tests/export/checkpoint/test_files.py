@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import pickle
 import re
@@ -146,6 +147,97 @@ def test_damaged_directories_are_named(own, damage, message):
 def test_a_path_that_is_no_directory_is_not_looked_up_on_the_hub():
     with pytest.raises(CheckpointError, match="wanted a directory"):
         load_checkpoint("./no/such/place")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub with one repository in a directory; returns the directory and the patterns of each download."""
+    files, asked = tmp_path / "hub", []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append(allow_patterns)
+        if name != "org/reader":
+            raise OSError("404 Client Error.\nRepository Not Found")
+        snapshot = tmp_path / f"snapshot{len(asked)}"
+        snapshot.mkdir()
+        for path in files.iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                (snapshot / path.name).write_bytes(path.read_bytes())
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return files, asked
+
+
+def test_a_reader_of_the_hub_is_downloaded_without_what_is_not_read(hub, own):
+    files, asked = hub
+    own.rename(files)
+    for name in ("pytorch_model.bin", "flax_model.msgpack", "tf_model.h5", "README.md", "training_args.bin"):
+        (files / name).write_bytes(b"gigabytes")
+    loaded = load_checkpoint("org/reader")
+    assert loaded.reader.config == FIDO and loaded.source == "org/reader" and len(asked) == 1
+    assert sorted(path.name for path in loaded.directory.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_a_reader_of_the_hub_without_safetensors_is_downloaded_as_a_pickle(hub, released, tokenizer_file):
+    files, asked = hub
+    released[1].rename(files)
+    (files / "flax_model.msgpack").write_bytes(b"gigabytes")
+    loaded = load_checkpoint("org/reader", tokenizer=tokenizer_file)
+    assert loaded.layout == "facebookresearch/FiD" and len(asked) == 2
+    assert sorted(path.name for path in loaded.directory.iterdir()) == ["config.json", "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("name", ["org/other", "t5-nothing"])
+def test_what_the_hub_does_not_have_is_told_in_one_line(hub, name):
+    message = f"{name}: no such directory, and the hub does not have it: 404 Client Error. Repository Not Found"
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+        load_checkpoint(name)
+
+
+@pytest.mark.parametrize("place", ["/no/such/place", "~/place", "../place", "a/b/c"])
+def test_what_can_only_be_a_path_is_not_looked_up_on_the_hub(hub, place):
+    with pytest.raises(CheckpointError, match=f"^{re.escape(place)}: wanted a directory with config.json"):
+        load_checkpoint(place)
+    assert hub[1] == []
+
+
+def test_options_come_before_what_the_checkpoint_states_and_only_what_nobody_states_is_assumed(released, own, tokenizer_file, capsys):
+    options = {"passage_length": 99, "append_eos": True, "prompt_template": "{question} {context}"}
+    for directory in (released[1], own):
+        config = load_checkpoint(directory, tokenizer=tokenizer_file, **options).reader.config
+        assert {name: getattr(config, name) for name in options} == options
+        assert "assumed" not in capsys.readouterr().err
+    load_checkpoint(released[1], tokenizer=tokenizer_file, append_eos=True)
+    assert re.fullmatch(
+        r"warning: .*nq_reader: assumed the prompt 'question: .*', 200 tokens of it, which its files do not state; "
+        r"--prompt-template, --passage-length would\n",
+        capsys.readouterr().err,
+    )
+    load_checkpoint(own)
+    assert capsys.readouterr().err == ""
+
+
+@torch.no_grad()
+def test_the_bias_of_cross_attention_is_applied_as_stated_and_named_where_it_is_not(released, tokenizer_file, capsys):
+    directory = released[1]
+    loaded = load_checkpoint(directory, tokenizer=tokenizer_file, cross_attention_bias=False)
+    assert not loaded.reader.config.cross_attention_relative_bias
+    assert "the cross-attention bias is not applied; --cross-attention-bias applies it" in capsys.readouterr().err
+    loaded = load_checkpoint(directory, tokenizer=tokenizer_file)
+    assert loaded.reader.config.cross_attention_relative_bias and "cross-attention bias" not in capsys.readouterr().err
+    assert not loaded.reader.training and not any(weight.requires_grad for weight in loaded.reader.parameters())
+    assert not load_reader(directory).training and all(weight.requires_grad for weight in load_reader(directory).parameters())
+
+
+def test_a_reader_is_saved_over_a_former_one_and_keeps_nothing_else_there(own, tokenizer_file):
+    (own / "notes.txt").write_text("mine")
+    save_reader(own, random_reader(FIDO, seed=1), tokenizer_file)
+    assert sorted(path.name for path in own.iterdir()) == ["config.json", "model.safetensors", "notes.txt", "tokenizer.json"]
+    assert json.loads((own / "config.json").read_text())["notes"] == {}
+    stored = load_file(str(own / "model.safetensors"))
+    assert {weight.dtype for weight in stored.values()} == {torch.float16}
+    assert torch.equal(load_reader(own).embedding.weight, random_reader(FIDO, seed=1).embedding.weight.half().float())
 
 
 def test_weights_that_overflow_the_stored_type_are_not_saved(tmp_path, tokenizer_file):

@@ -115,8 +115,22 @@ def test_contradicting_limits_are_refused():
         Limits(max_new_tokens=8, default_max_new_tokens=9)
     with pytest.raises(LimitsError, match="slots: wanted an integer of at least 1, got 0"):
         Limits(slots=0)
+    assert Limits(max_new_tokens=8, default_max_new_tokens=8, slots=1, kv_cache_bytes=0) is not None
+    with pytest.raises(LimitsError, match=r"slots: .*at least 1, got 1\.5\n  kv_cache_bytes: wanted an integer of at least 0, got -1$"):
+        Limits(slots=1.5, kv_cache_bytes=-1)  # type: ignore[arg-type]
     with pytest.raises(LimitsError, match=r"parameter slots in config\.pbtxt: wanted a whole number, got 'many'"):
         Limits.from_parameters({"slots": {"string_value": "many"}})
+
+
+def test_limits_are_read_from_a_configuration_by_their_names_and_by_one_former_name():
+    def parameters(**values: int) -> dict[str, dict[str, str]]:
+        return {name: {"string_value": str(value)} for name, value in values.items()}
+
+    assert Limits.from_parameters({}) == Limits()
+    assert Limits.from_parameters(parameters(slots=3, reader=7)) == Limits(slots=3)
+    assert Limits.from_parameters(parameters(max_in_hand=5)) == Limits(max_in_flight=5)
+    assert Limits.from_parameters(parameters(max_in_flight=6, max_in_hand=5)) == Limits(max_in_flight=6)
+    assert Limits(slots=3).to_parameters(("slots", "log_text")) == {"slots": "3", "log_text": "0"}
 
 
 def test_the_timeout_is_read_and_every_other_parameter_is_refused_by_name():
