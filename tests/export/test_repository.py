@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,48 @@ def test_a_name_that_triton_or_the_other_models_cannot_have_is_refused(engines, 
     with pytest.raises(UsageError, match="reader name: wanted letters, digits"):
         repository_from_engines(engines["fid"][1], tmp_path / "repository", name, Limits())
     assert not (tmp_path / "repository").exists()
+
+
+def test_processes_and_batches_follow_the_limits_and_the_machine(engines) -> None:
+    sizes = Manifest.load(engines["fid"][1]).sizes
+    limits = Limits(max_passages=40, encoder_batch=120, encoder_instances=2, reader_instances=3, intra_op_threads=5)
+    for on_gpu, group, batch in ((False, ("KIND_CPU", 1, None), 40), (True, ("KIND_GPU", 2, [0]), 120)):
+        encoder = parsed(render_config(encoder_config("fid", sizes, limits, on_gpu=on_gpu)))
+        (instances,) = encoder["instance_group"]
+        assert (instances["kind"], instances["count"], instances.get("gpus")) == group and encoder["max_batch_size"] == batch
+        assert set(encoder["parameters"]) == {"intra_op_threads", *(("max_passages", "encoder_batch") if on_gpu else ())}
+        assert encoder["parameters"]["intra_op_threads"] == {"string_value": "5"}
+        for stream in (True, False):
+            (instances,) = parsed(render_config(reader_config("fid", limits, stream=stream, on_gpu=on_gpu)))["instance_group"]
+            assert (instances["kind"], instances["count"]) == (group[0], 3)
+    (native,) = parsed(render_config(native_encoder_config("fid", sizes, limits)))["instance_group"]
+    assert (native["kind"], native["count"]) == ("KIND_GPU", 1)
+
+
+def test_all_files_of_the_models_are_named_and_the_unchanged_ones_are_left_as_they_are(engines, tmp_path: Path) -> None:
+    placed = repository_from_engines(engines["fid"][1], tmp_path, "fid", Limits())
+    assert sorted(placed) == sorted(path for path in tmp_path.rglob("*") if path.is_file()) and len(placed) == len(set(placed))
+    before = {path: path.stat().st_ino for path in placed}
+    time.sleep(0.01)
+    repository_from_engines(engines["fid"][1], tmp_path, "fid", Limits(slots=3))
+    changed = {path.relative_to(tmp_path).as_posix() for path in placed if path.stat().st_ino != before[path]}
+    assert changed == {"fid/config.pbtxt", "fid_stream/config.pbtxt"}
+    assert (tmp_path / "fid" / "1" / "cross_kv.onnx").samefile(engines["fid"][1] / "cross_kv.onnx")  # a link takes no space
+
+
+@pytest.mark.parametrize("error", [OSError(18, "Invalid cross-device link"), None], ids=["another file system", "a link"])
+def test_engines_are_copied_where_they_cannot_be_linked_and_folders_are_left_alone(engines, error, tmp_path: Path, monkeypatch) -> None:
+    def link(source: Path, target: Path) -> None:
+        if error:
+            raise error
+        shutil.copyfile(source, target)
+
+    monkeypatch.setattr(os, "link", link)
+    (tmp_path / "fid" / "1" / "__pycache__").mkdir(parents=True)
+    for _ in range(2):
+        repository_from_engines(engines["fid"][1], tmp_path, "fid", Limits())
+        assert loadable(tmp_path) and (tmp_path / "fid" / "1" / "__pycache__").is_dir()
+        assert not [path for path in tmp_path.rglob(".*")]
 
 
 def files_of(model: Path) -> set[str]:
