@@ -20,17 +20,16 @@ from cosmic_ray.operators.provider import OperatorProvider
 TESTS_OF_MODULES: dict[str, tuple[str, ...]] = {
     "serving/contract/gemms.py": (
         "tests/serving/contract",
-        "tests/serving/engines",
-        "tests/export/tensorrt",
+        "tests/serving/engines/test_gpu_runtime.py",
+        "tests/export/tensorrt/test_compiler.py",
         "tests/export/test_repository.py",
     ),
-    "serving/contract/profiles.py": ("tests/serving/contract", "tests/serving/engines", "tests/export/tensorrt"),
+    "serving/contract/profiles.py": ("tests/serving/contract", "tests/serving/engines/test_tensorrt.py"),
     "serving/contract/manifest.py": (
         "tests/serving/contract",
         "tests/serving/pipeline/test_prompt.py",
         "tests/export/test_manifest_writer.py",
         "tests/export/test_repository.py",
-        "tests/export/tensorrt",
         "tests/serving/engines/test_device.py",
     ),
     "serving/contract/limits.py": (
@@ -39,9 +38,13 @@ TESTS_OF_MODULES: dict[str, tuple[str, ...]] = {
         "tests/export/test_repository.py",
         "tests/export/test_readers.py",
     ),
-    "serving/contract/library_kernels.py": ("tests/serving/contract", "tests/export/library", "tests/serving/engines"),
+    "serving/contract/library_kernels.py": ("tests/serving/contract", "tests/export/library"),
     "serving/contract/kv_memory.py": ("tests/serving/contract", "tests/serving/engines/test_gpu_runtime.py"),
-    "serving/contract/call_sizes.py": ("tests/serving/contract", "tests/serving/engines", "tests/export/test_repository.py"),
+    "serving/contract/call_sizes.py": (
+        "tests/serving/contract",
+        "tests/serving/engines/test_gpu_runtime.py",
+        "tests/export/test_repository.py",
+    ),
     "serving/contract": (
         "tests/serving/contract",
         "tests/serving/pipeline/test_request.py",
@@ -61,7 +64,11 @@ TESTS_OF_MODULES: dict[str, tuple[str, ...]] = {
         "tests/field/test_b_damaged_checkpoints.py",
     ),
     "export/tensorrt": ("tests/export/tensorrt",),
-    "export/manifest_writer.py": ("tests/export/test_manifest_writer.py", "tests/export/test_repository.py", "tests/export/tensorrt"),
+    "export/manifest_writer.py": (
+        "tests/export/test_manifest_writer.py",
+        "tests/export/test_repository.py",
+        "tests/export/tensorrt/test_compiler.py",
+    ),
     "export/repository.py": ("tests/export/test_repository.py",),
 }
 # Survivors that no test can or need notice: (module, line before, line after) -> `equivalent: ...` or `accepted: ...`. They count as
