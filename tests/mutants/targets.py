@@ -1,7 +1,8 @@
 """What is mutated: the modules, the fast tests that must notice, and the places of a module where one small change can be made.
 
 The changes are cosmic-ray's operators. This module keeps those that a careless programmer would make (`<` for `<=`, `+` for `-`) and drops
-those that no test should notice: type annotations, `frozen=True`, `strict=True`. It neither writes files nor runs tests.
+those that no test should notice: type annotations, `frozen=True`, `strict=True`, numbers that only decide speed. It neither writes files nor
+runs tests.
 """
 
 from __future__ import annotations
@@ -149,6 +150,12 @@ OTHER_OPERATORS = (
 )
 # Promises to the reader of the code, or to a type checker: their absence changes nothing that a caller sees.
 UNTESTED_ARGUMENTS = ("frozen", "slots", "strict", "kw_only")
+# Constants that decide how fast an answer comes or how much memory it takes, and never what it is. One more or less of them is no fault.
+TUNING = (
+    *("BOUNDARY_SEARCH", "CACHED_PER_STEP", "CHARACTERS_PER_TOKEN", "EOS_FORBIDDEN", "FIRST_MARGIN", "GROWTH", "MAX_CACHE_BYTES"),
+    *("MAX_CHARACTERS", "MAX_TOKENIZERS", "MAX_WORDS", "NAME_BYTES", "PASSAGES_PER_CHUNK", "PASSAGES_PER_STEP", "PASSAGES_PER_TASK"),
+    *("TIMINGS", "WAITING_CHECKED"),
+)
 UNTESTED_CODE = ("TYPE_CHECKING", "@abc.abstractmethod", "@functools.cache", "@functools.lru_cache", "@overload")
 
 
@@ -227,6 +234,8 @@ def _is_untested(node: Any) -> bool:
         if parent.type == "funcdef" and parent.annotation is child:
             return True
         if parent.type == "argument" and parent.children[0].get_code().strip() in UNTESTED_ARGUMENTS:
+            return True
+        if parent.type == "expr_stmt" and parent.children[0].get_code().strip() in TUNING:
             return True
         if parent.type == "decorator" and parent.get_code().strip().startswith(UNTESTED_CODE):
             return True

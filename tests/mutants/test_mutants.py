@@ -32,6 +32,8 @@ def changes(source: str) -> set[str]:
         ("x = dataclass(frozen=True, eq=True)", {"x = dataclass(frozen=True, eq=False)"}),
         ("zip(a, b, strict=True)", set()),
         ("f(*a, **b)", set()),
+        ("GROWTH = 4", set()),
+        ("FORMAT = 4", {"FORMAT = 3", "FORMAT = 5"}),
     ],
 )
 def test_changes_are_those_of_a_careless_programmer(source, mutants):
