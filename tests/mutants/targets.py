@@ -1,8 +1,8 @@
 """What is mutated: the modules, the fast tests that must notice, and the places of a module where one small change can be made.
 
 The changes are cosmic-ray's operators. This module keeps those that a careless programmer would make (`<` for `<=`, `+` for `-`) and drops
-those that no test should notice: type annotations, `frozen=True`, `strict=True`, numbers that only decide speed. It neither writes files nor
-runs tests.
+those that no test should notice: type annotations, `frozen=True`, `strict=True`, numbers that only decide speed. It neither writes files
+nor runs tests.
 """
 
 from __future__ import annotations
