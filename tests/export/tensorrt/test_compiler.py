@@ -276,6 +276,37 @@ def test_tensorrt_8_computes_in_the_types_of_the_graph_and_shares_no_timings(tmp
         compiler.Compiler("bfloat16")
 
 
+def test_tensorrt_10_takes_the_types_of_the_graph_and_one_build_s_timings_serve_the_next(tmp_path: Path, monkeypatch) -> None:
+    class Config:
+        def create_timing_cache(self, content: bytes) -> FakeTimings:
+            return FakeTimings(content)
+
+        def set_timing_cache(self, timings: FakeTimings, ignore_mismatch: bool) -> None:
+            self.timings = timings
+
+    def engine_bytes(network: tuple[str, object, str], config: Config) -> bytes:
+        seen.append((network[1], sorted(config.timings.lines)))
+        config.timings.lines.add(b"kernel%d" % len(seen))
+        return b"plan"
+
+    seen: list[object] = []
+    polygraphy = types.SimpleNamespace(
+        CreateConfig=lambda **options: lambda builder, network: Config(),
+        Profile=lambda: None,
+        engine_bytes_from_network=engine_bytes,
+        network_from_onnx_path=lambda path, strongly_typed: ("builder", strongly_typed, "parser"),
+    )
+    monkeypatch.setattr(compiler, "_tensorrt", fake_tensorrt)
+    monkeypatch.setitem(sys.modules, "polygraphy.backend.trt", polygraphy)
+    (tmp_path / "timings").write_bytes(b"before")
+    one = compiler.Compiler("float16", tmp_path / "timings")
+    for _ in range(2):
+        assert one.compile(tmp_path / "graph.onnx", []) == b"plan"
+    assert seen == [(True, [b"before"]), (True, [b"before", b"kernel1"])]
+    compiler.Compiler("float16", None).save_timings()
+    assert (tmp_path / "timings").read_bytes() == b"before"
+
+
 @pytest.mark.parametrize(("version", "refused"), [("9.3.0", True), ("10.0.0", False), ("11.4.0", False)])
 def test_bfloat16_needs_a_tensorrt_that_takes_types_from_the_graph(version: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     trt = fake_tensorrt()
