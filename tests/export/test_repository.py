@@ -20,6 +20,7 @@ from export.manifest_writer import engine_sizes
 from export.repository import (
     DEMO_READERS,
     HEADER,
+    configs_of,
     encoder_config,
     native_encoder_config,
     reader_config,
@@ -190,6 +191,19 @@ def test_processes_and_batches_follow_the_limits_and_the_machine(engines) -> Non
             assert (instances["kind"], instances["count"]) == (group[0], 3)
     (native,) = parsed(render_config(native_encoder_config("fid", sizes, limits)))["instance_group"]
     assert (native["kind"], native["count"]) == ("KIND_GPU", 1)
+
+
+def test_a_reader_is_for_the_cpu_unless_a_gpu_is_asked_for(engines) -> None:
+    sizes = Manifest.load(engines["fid"][1]).sizes
+    for options, kind, backends in (
+        ({}, "KIND_CPU", ["python"] * 3),
+        ({"on_gpu": True}, "KIND_GPU", ["python"] * 3),
+        ({"on_gpu": True, "native_encoder": True}, "KIND_GPU", ["tensorrt", "python", "python"]),
+    ):
+        configs = configs_of("fid", sizes, Limits(), **options)
+        assert list(configs) == ["encoder", "reader", "stream"]
+        assert [config["backend"] for config in configs.values()] == backends
+        assert {group["kind"] for config in configs.values() for group in config["instance_group"]} == {kind}
 
 
 def test_all_files_of_the_models_are_named_and_the_unchanged_ones_are_left_as_they_are(engines, tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, normalizers, processors
 
 from export.checkpoint.config import ConfigError
 from export.checkpoint.convert import fido_from_fid
 from export.checkpoint.files import load_checkpoint, load_reader, save_reader
+from export.checkpoint.tokenizer import end_token_id, require_embeddings
 from export.checkpoint.weights import CheckpointError, hf_name
 from tests.conftest import FIDO, RELEASED_FID, T5_V1_0, VOCAB_SIZE, random_passages, random_reader
 
@@ -276,3 +278,24 @@ def test_command_line_tells_faults_without_a_traceback():
     done = subprocess.run([sys.executable, "-m", "export", "onnx", "./nowhere", "out"], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ./nowhere") and "Traceback" not in done.stderr
+
+
+def test_inputs_end_with_the_token_that_the_tokenizer_puts_there(tokenizer_json):
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    assert end_token_id(tokenizer.to_str()) == 1  # no post-processor: </s>
+    for text, token in (("w5", tokenizer.token_to_id("▁w5")), ("</s>", 1)):
+        ending = Tokenizer.from_str(tokenizer_json)
+        name = "▁w5" if text == "w5" else text
+        ending.post_processor = processors.TemplateProcessing(single=f"$A {name}", special_tokens=[(name, token)])
+        assert end_token_id(ending.to_str()) == token
+        ending.normalizer = normalizers.Prepend("w7 w8")  # even an empty text has tokens of its own
+        assert end_token_id(ending.to_str()) == token
+    both = Tokenizer.from_str(tokenizer_json)
+    both.post_processor = processors.TemplateProcessing(single="<pad> $A ▁w5", special_tokens=[("<pad>", 0), ("▁w5", 11)])
+    assert end_token_id(both.to_str()) == 1  # not one token at the end: </s>
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(tokenizer_json):
+    require_embeddings(tokenizer_json, VOCAB_SIZE, "here")
+    with pytest.raises(CheckpointError, match="here: the tokenizer has token id 96, but the embedding has 96 rows"):
+        require_embeddings(tokenizer_json, VOCAB_SIZE - 1, "here")

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from export.graphs.onnx_export import PROMPT_TEMPLATE
 from serving.contract.manifest import Manifest, ManifestError, Prompt
 from serving.contract.tensors import EngineSizes
+from serving.contract.tokenizer import token_without_embedding
 from serving.pipeline.detokenizer import IncrementalDetokenizer
 from serving.pipeline.prompt import PromptEncoder, PromptError
 from serving.pipeline.tokenizer_pool import TokenizerPool
@@ -115,6 +116,16 @@ def test_a_tokenizer_with_more_tokens_than_the_reader_is_refused():
     one_too_few = dataclasses.replace(MANIFEST, sizes=dataclasses.replace(MANIFEST.sizes, vocab_size=96))
     with pytest.raises(ManifestError, match="below the reader's vocab_size=96, got 96"):
         PromptEncoder(word_tokenizer(), one_too_few)
+
+
+def test_added_tokens_need_an_embedding_too():
+    tokenizer = word_tokenizer()
+    assert token_without_embedding(tokenizer, 97) is None
+    assert token_without_embedding(tokenizer, 96) == 96
+    tokenizer.add_tokens(["<new>"])
+    assert token_without_embedding(tokenizer, 97) == 97 and token_without_embedding(tokenizer, 98) is None
+    with pytest.raises(ManifestError, match="vocab_size=97, got 97"):
+        PromptEncoder(tokenizer, MANIFEST)
 
 
 def byte_tokenizer() -> Tokenizer:
