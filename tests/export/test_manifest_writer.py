@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from export import manifest_writer
-from export.manifest_writer import atomic_directory, write_atomically
+from export.manifest_writer import atomic_directory, prompt_of, sha256_of_weights, write_atomically
+from tests.conftest import FID, FIDO, random_reader
 
 
 @pytest.fixture
@@ -69,3 +72,21 @@ def test_a_crash_between_the_two_renames_is_repaired_by_the_next_call(tmp_path: 
         raise ValueError
     assert (tmp_path / "engines" / "file").read_text() == "former"
     assert [path.name for path in tmp_path.iterdir()] == ["engines"]
+
+
+@torch.no_grad()
+def test_the_hash_of_weights_is_that_of_their_names_and_numbers():
+    wanted = sha256_of_weights(random_reader(FIDO))
+    assert sha256_of_weights(random_reader(FIDO)) == wanted
+    assert len({wanted, *(sha256_of_weights(random_reader(config, seed)) for config, seed in ((FIDO, 1), (FID, 0)))}) == 3
+    for name in ("embedding.weight", "decoder.layers.4.feed_forward.wo.weight"):
+        changed = random_reader(FIDO)
+        changed.get_parameter(name).view(-1)[-1] += 1
+        assert sha256_of_weights(changed) != wanted
+    rounded = random_reader(FIDO).half()
+    assert sha256_of_weights(rounded) == sha256_of_weights(random_reader(FIDO).half().float()) != wanted
+
+
+def test_a_prompt_names_its_end_token_only_where_answers_end_with_another(tokenizer_json: str):
+    assert prompt_of(FID, tokenizer_json).end_token_id is None
+    assert prompt_of(dataclasses.replace(FID, eos_token_id=7), tokenizer_json).end_token_id == 1

@@ -8,8 +8,10 @@ import json
 import pytest
 
 from export.checkpoint.config import ConfigError, ReaderConfig, reader_preset, stack_preset
+from export.checkpoint.hugging_face import t5_faults
+from export.checkpoint.source_files import listed, one_line
 from export.checkpoint.weights import expected_shapes
-from tests.conftest import CONFIGS, FID, FIDO
+from tests.conftest import CONFIGS, FID, FIDO, RELEASED_FID, T5_V1_0
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -158,3 +160,23 @@ def test_presets_take_other_periods_and_heads():
     multi_query = reader_preset("base", fido=False, num_kv_heads=1)
     assert multi_query.kind == "fido" and len(multi_query.cross_attention_layers) == 12
     assert reader_preset("base", fido=True).decoder.num_kv_heads == 1 and reader_preset("BASE", fido=False).kind == "fid"
+
+
+def test_everything_that_transformers_t5_has_no_place_for_is_named():
+    square = dataclasses.replace(T5_V1_0, decoder=T5_V1_0.encoder)
+    assert t5_faults(square) == []
+    decoder = dataclasses.replace(square.decoder, num_kv_heads=1)
+    assert t5_faults(dataclasses.replace(square, decoder=decoder)) == ["decoder.num_kv_heads: wanted num_heads=3, got 1"]
+    wide = dataclasses.replace(square.decoder, d_model=22, d_kv=3, d_ff=17, num_heads=6, num_kv_heads=6)
+    assert [fault.split(":")[0] for fault in t5_faults(dataclasses.replace(square, decoder=wide))] == [
+        f"decoder.{size}" for size in ("d_model", "d_kv", "d_ff", "num_heads")
+    ]
+    assert "encoder_decoder_attention_period: wanted 1, got 2" in t5_faults(FIDO)
+    assert t5_faults(RELEASED_FID)[-1].startswith("cross_attention_relative_bias: wanted none")
+
+
+def test_texts_and_lists_in_errors_are_bounded():
+    assert one_line(" a\n b\t") == "a b"
+    assert one_line("x" * 200) == "x" * 200 and one_line("x" * 201) == "x" * 200 + "..."
+    assert listed("abcde") == "a, b, c, d, e" and listed("abcdefg") == "a, b, c, d, e and 2 more"
+    assert listed([1, 2, 3], 2, "; ") == "1; 2 and 1 more"
