@@ -194,7 +194,7 @@ gpu-test: $(DEV) demo-readers $(CORPUS) ## on a GPU: engines, kernels, decoder a
 	$(PY) -m export onnx "$$FIDO" build/cpu_engines/fido $(FIDO_FLAGS)
 	$(PY) -m tests.gpu
 
-mutants: $(DEV) ## change the code in one place at a time: do the fast tests notice? about 10 minutes
+mutants: $(DEV) ## change the code in one place at a time: do the fast tests notice? about 20 minutes
 	$(PY) -m tests.mutants
 
 lint: $(DEV) ## ruff and mypy

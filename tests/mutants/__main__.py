@@ -254,9 +254,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tests.mutants", description="Change the code in one place at a time and see whether the fast tests notice."
     )
-    parser.add_argument("--sample", type=int, default=200, metavar="N", help="mutants at most (default: 200)")
+    parser.add_argument("--sample", type=int, default=60, metavar="N", help="mutants at most (default: 60)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sample (default: 0)")
-    parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="start no mutant after so many minutes (default: 10)")
+    parser.add_argument("--minutes", type=float, default=20.0, metavar="M", help="start no mutant after so many minutes (default: 20)")
     parser.add_argument("--paths", nargs="+", default=[], metavar="PATH", help="only modules at or below these paths (default: all)")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="test runs at a time (default: one for each CPU)"
