@@ -204,7 +204,10 @@ def mutation_sites(source: str) -> list[Site]:
 
 def mutated(source: str, variant: Variant) -> str | None:
     """The source with one change, or None if it does not compile or does not differ."""
-    changed = mutate_code(source, OperatorProvider()[variant.operator](), variant.occurrence)
+    try:
+        changed = mutate_code(source, OperatorProvider()[variant.operator](), variant.occurrence)
+    except AttributeError:  # cosmic-ray's ExceptionReplacer knows no exception with a dot in its name
+        return None
     if changed is None or changed == source:
         return None
     try:

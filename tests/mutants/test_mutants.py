@@ -32,6 +32,7 @@ def changes(source: str) -> set[str]:
         ("x = dataclass(frozen=True, eq=True)", {"x = dataclass(frozen=True, eq=False)"}),
         ("zip(a, b, strict=True)", set()),
         ("f(*a, **b)", set()),
+        ("try: x\nexcept (a.Error, E): y", {"try: x\nexcept (a.Error, CosmicRayTestingException): y"}),
         ("GROWTH = 4", set()),
         ("FORMAT = 4", {"FORMAT = 3", "FORMAT = 5"}),
     ],
