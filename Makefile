@@ -210,7 +210,7 @@ container-test: $(DEV) ## as root, with podman and debootstrap: build the plain 
 gpu-check: $(EXPORT_READY) $(EVALUATE) $(CORPUS) ## on a GPU: does it serve? card, TensorRT, Triton, engines, parity, questions/s, on one screen
 	@$(PY) -m perf.gpu.check --graphs $(GRAPHS)
 
-mutants: $(DEV) ## change the code in one place at a time: do the fast tests notice? about 10 minutes
+mutants: $(DEV) ## change the code in one place at a time: do the fast tests notice? about 20 minutes
 	$(PY) -m tests.mutants
 
 lint: $(DEV) ## ruff and mypy

@@ -6,21 +6,20 @@ import dataclasses
 import json
 import os
 import shutil
-import stat
-from collections.abc import Iterator
+import time
 from pathlib import Path
 
 import pytest
 from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from export import manifest_writer
 from export.checkpoint.files import Checkpoint, load_reader
 from export.errors import UsageError
 from export.graphs.gpu import export_gpu_reader
-from export.manifest_writer import atomic_directory, engine_sizes, write_atomically
+from export.manifest_writer import engine_sizes
 from export.repository import (
     HEADER,
+    configs_of,
     encoder_config,
     native_encoder_config,
     reader_config,
@@ -288,59 +287,56 @@ def test_a_crash_at_any_step_leaves_the_former_reader_or_the_new_one_or_none(eng
 # Engine directories: published whole, readable by others, and restored after a crash or a signal.
 
 
-@pytest.fixture
-def umask_022() -> Iterator[None]:
-    before = os.umask(0o022)
-    yield
-    os.umask(before)
+def test_processes_and_batches_follow_the_limits_and_the_machine(engines) -> None:
+    sizes = Manifest.load(engines["fid"][1]).sizes
+    limits = Limits(max_passages=40, encoder_batch=120, encoder_instances=2, reader_instances=3, intra_op_threads=5)
+    for on_gpu, group, batch in ((False, ("KIND_CPU", 1, None), 40), (True, ("KIND_GPU", 2, [0]), 120)):
+        encoder = parsed(render_config(encoder_config("fid", sizes, limits, on_gpu=on_gpu)))
+        (instances,) = encoder["instance_group"]
+        assert (instances["kind"], instances["count"], instances.get("gpus")) == group and encoder["max_batch_size"] == batch
+        assert set(encoder["parameters"]) == {"intra_op_threads", *(("max_passages", "encoder_batch") if on_gpu else ())}
+        assert encoder["parameters"]["intra_op_threads"] == {"string_value": "5"}
+        for stream in (True, False):
+            (instances,) = parsed(render_config(reader_config("fid", limits, stream=stream, on_gpu=on_gpu)))["instance_group"]
+            assert (instances["kind"], instances["count"]) == (group[0], 3)
+    (native,) = parsed(render_config(native_encoder_config("fid", sizes, limits)))["instance_group"]
+    assert (native["kind"], native["count"]) == ("KIND_GPU", 1)
 
 
-def mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
+def test_a_reader_is_for_the_cpu_unless_a_gpu_is_asked_for(engines) -> None:
+    sizes = Manifest.load(engines["fid"][1]).sizes
+    for options, kind, backends in (
+        ({}, "KIND_CPU", ["python"] * 3),
+        ({"on_gpu": True}, "KIND_GPU", ["python"] * 3),
+        ({"on_gpu": True, "native_encoder": True}, "KIND_GPU", ["tensorrt", "python", "python"]),
+    ):
+        configs = configs_of("fid", sizes, Limits(), **options)
+        assert list(configs) == ["encoder", "reader", "stream"]
+        assert [config["backend"] for config in configs.values()] == backends
+        assert {group["kind"] for config in configs.values() for group in config["instance_group"]} == {kind}
 
 
-def test_a_container_user_can_read_what_is_published(tmp_path: Path, umask_022: None):
-    with atomic_directory(tmp_path / "engines") as tmp_dir:
-        (tmp_dir / "file").write_text("x")
-    assert mode(tmp_path / "engines") == 0o755 and mode(tmp_path / "engines" / "file") == 0o644
-    write_atomically(tmp_path / "stamp", b"x")
-    assert mode(tmp_path / "stamp") == 0o644
+def test_all_files_of_the_models_are_named_and_the_unchanged_ones_are_left_as_they_are(engines, tmp_path: Path) -> None:
+    placed = repository_from_engines(engines["fid"][1], tmp_path, "fid", Limits())
+    assert sorted(placed) == sorted(path for path in tmp_path.rglob("*") if path.is_file()) and len(placed) == len(set(placed))
+    before = {path: path.stat().st_ino for path in placed}
+    time.sleep(0.01)
+    repository_from_engines(engines["fid"][1], tmp_path, "fid", Limits(slots=3))
+    changed = {path.relative_to(tmp_path).as_posix() for path in placed if path.stat().st_ino != before[path]}
+    assert changed == {"fid/config.pbtxt", "fid_stream/config.pbtxt"}
+    assert (tmp_path / "fid" / "1" / "cross_kv.onnx").samefile(engines["fid"][1] / "cross_kv.onnx")  # a link takes no space
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_after_an_error_the_former_content_is_there_and_nothing_else(error: type[BaseException], tmp_path: Path):
-    with atomic_directory(tmp_path / "engines") as tmp_dir:
-        (tmp_dir / "file").write_text("former")
-    with pytest.raises(error), atomic_directory(tmp_path / "engines") as tmp_dir:
-        (tmp_dir / "file").write_text("half")
-        raise error
-    assert [path.name for path in tmp_path.iterdir()] == ["engines"]
-    assert (tmp_path / "engines" / "file").read_text() == "former"
+@pytest.mark.parametrize("error", [OSError(18, "Invalid cross-device link"), None], ids=["another file system", "a link"])
+def test_engines_are_copied_where_they_cannot_be_linked_and_folders_are_left_alone(engines, error, tmp_path: Path, monkeypatch) -> None:
+    def link(source: Path, target: Path) -> None:
+        if error:
+            raise error
+        shutil.copyfile(source, target)
 
-
-def test_the_former_directory_is_deleted_only_after_the_new_one_is_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """At every deletion of former content, `engines` must hold the new content."""
-    with atomic_directory(tmp_path / "engines") as tmp_dir:
-        (tmp_dir / "file").write_text("former")
-    delete, seen = manifest_writer.shutil.rmtree, []
-
-    def recorded(path: Path, ignore_errors: bool = False) -> None:
-        if (Path(path) / "file").exists():
-            seen.append(((Path(path) / "file").read_text(), (tmp_path / "engines" / "file").read_text()))
-        delete(path, ignore_errors)
-
-    monkeypatch.setattr(manifest_writer.shutil, "rmtree", recorded)
-    with atomic_directory(tmp_path / "engines") as tmp_dir:
-        (tmp_dir / "file").write_text("new")
-    assert seen == [("former", "new")]
-    assert [path.name for path in tmp_path.iterdir()] == ["engines"]
-
-
-def test_a_crash_between_the_two_renames_is_repaired_by_the_next_call(tmp_path: Path):
-    old = tmp_path / ".engines.old"
-    old.mkdir()
-    (old / "file").write_text("former")
-    with pytest.raises(ValueError), atomic_directory(tmp_path / "engines"):
-        raise ValueError
-    assert (tmp_path / "engines" / "file").read_text() == "former"
-    assert [path.name for path in tmp_path.iterdir()] == ["engines"]
+    monkeypatch.setattr(os, "link", link)
+    (tmp_path / "fid" / "1" / "__pycache__").mkdir(parents=True)
+    for _ in range(2):
+        repository_from_engines(engines["fid"][1], tmp_path, "fid", Limits())
+        assert loadable(tmp_path) and (tmp_path / "fid" / "1" / "__pycache__").is_dir()
+        assert not [path for path in tmp_path.rglob(".*")]

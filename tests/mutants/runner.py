@@ -33,7 +33,9 @@ PRELOADED = (
     "pytest",
     "transformers",
 )
-PYTEST = ("-x", "-q", "-m", "not server and not slow and not gpu", "-p", "no:cacheprovider", "--hypothesis-seed=0", "--no-header")
+# Tests that start many processes or compile CUDA sources are left out: they take most of the time and decide about no mutant of the scope.
+LEFT_OUT_TESTS = "not signal and not b13_compare and not every_source_compiles"
+PYTEST = ("-x", "-q", "-m", "not server and not slow and not gpu", "-k", LEFT_OUT_TESTS, "-p", "no:cacheprovider", "--hypothesis-seed=0")
 POLL_S = 0.02
 LEFT_OUT = ("perf/results/",)  # large, and read by no test that is run
 
@@ -124,8 +126,11 @@ def _run_pytest(copy: Path, tests: tuple[str, ...], log: Path) -> None:
             del sys.modules[name]
         # `python -m` put the original tree first, or, as "", the working directory
         sys.path[:] = [str(copy), *(path for path in sys.path if path not in ("", str(copy)) and not (Path(path) / "serving").is_dir())]
+        import hypothesis
         import pytest
 
+        hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
+        hypothesis.settings.load_profile("mutants")  # that a mutant fails is enough: no smaller example is looked for
         code = int(pytest.main([*PYTEST, *tests]))
         sys.stdout.flush()
         sys.stderr.flush()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutants import __main__ as command
-from tests.mutants import runner, sites
+from tests.mutants import targets
 from tests.mutants.runner import TestRun
 
 ROOT = Path(__file__).parents[2]
@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 def changes(source: str) -> set[str]:
     """Every mutant of a one-line module, without white space at its ends."""
-    variants = [variant for site in sites.mutation_sites(source) for variant in site.variants]
-    return {text.strip() for variant in variants if (text := sites.mutated(source, variant)) is not None}
+    variants = [variant for site in targets.mutation_sites(source) for variant in site.variants]
+    return {text.strip() for variant in variants if (text := targets.mutated(source, variant)) is not None}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,9 @@ def changes(source: str) -> set[str]:
         ("x = dataclass(frozen=True, eq=True)", {"x = dataclass(frozen=True, eq=False)"}),
         ("zip(a, b, strict=True)", set()),
         ("f(*a, **b)", set()),
+        ("try: x\nexcept (a.Error, E): y", {"try: x\nexcept (a.Error, CosmicRayTestingException): y"}),
+        ("GROWTH = 4", set()),
+        ("FORMAT = 4", {"FORMAT = 3", "FORMAT = 5"}),
     ],
 )
 def test_changes_are_those_of_a_careless_programmer(source, mutants):
@@ -39,7 +42,7 @@ def test_changes_are_those_of_a_careless_programmer(source, mutants):
 
 
 def test_a_sample_depends_on_its_seed_alone_and_differs_from_the_module_in_the_stated_line():
-    paths = sites.modules(ROOT, ("serving/contract",))
+    paths = targets.modules(ROOT, ("serving/contract",))
     first, again, other = (command.sample(paths, 8, seed) for seed in (1, 1, 2))
     assert first == again != other
     assert len(first) == 8
@@ -50,7 +53,7 @@ def test_a_sample_depends_on_its_seed_alone_and_differs_from_the_module_in_the_s
 
 
 def test_every_module_in_the_scope_has_fast_tests():
-    modules = sites.modules(ROOT)
+    modules = targets.modules(ROOT)
     assert {module.rsplit("/", 1)[0] for module in modules} >= {
         "serving/contract",
         "serving/pipeline",
@@ -58,9 +61,9 @@ def test_every_module_in_the_scope_has_fast_tests():
         "export/tensorrt",
     }
     for module in modules:
-        assert sites.tests_of(ROOT, module)
+        assert targets.tests_of(ROOT, module)
     with pytest.raises(LookupError, match=r"clients/metrics.py: wanted tests in TESTS_OF_MODULES"):
-        sites.tests_of(ROOT, "clients/metrics.py")
+        targets.tests_of(ROOT, "clients/metrics.py")
 
 
 def outcome_of(tree: Path, source: str, timeout_s: float) -> str:
@@ -87,13 +90,13 @@ def test_a_mutant_is_killed_by_a_failing_test_or_the_time_and_survives_otherwise
 
 
 def test_survivors_are_listed_with_their_reasons_and_the_score_counts_them(tmp_path):
-    killed = runner.tried("a.py", 1, "x = 1\n", "x = 2\n", "failed")
-    late = runner.tried("a.py", 2, "while x:\n", "while not x:\n", "timed out")
-    survivor = runner.tried("b.py", 2, "a\nif  b < c:\n", "a\nif  b <= c:\n", "passed")
+    killed = command.tried_mutant("a.py", 1, "x = 1\n", "x = 2\n", "failed")
+    late = command.tried_mutant("a.py", 2, "while x:\n", "while not x:\n", "timed out")
+    survivor = command.tried_mutant("b.py", 2, "a\nif  b < c:\n", "a\nif  b <= c:\n", "passed")
     reasons = {("b.py", "if b < c:", "if b <= c:"): "equivalent: b is never c"}
-    assert runner.score_line([killed, late, survivor]) == "mutants: 3 tried, 2 killed, 66.7%"
-    assert runner.survivors_text([killed, survivor], {}) == "survived  b.py:2: if b < c:  ->  if b <= c:"
-    runner.write_notes(tmp_path / "notes.md", [killed, late, survivor], reasons, "--seed 0")
+    assert command.score_line([killed, late, survivor]) == "mutants: 3 tried, 2 killed, 66.7%"
+    assert command.survivors_text([killed, survivor], {}) == "survived  b.py:2: if b < c:  ->  if b <= c:"
+    command.write_notes(tmp_path / "notes.md", [killed, late, survivor], reasons, "--seed 0")
     text = (tmp_path / "notes.md").read_text()
     assert "| a.py | 2 | 2 |" in text and "| b.py | 1 | 0 |" in text
     assert "- b.py:2: `if b < c:` -> `if b <= c:`: equivalent: b is never c" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import pickle
 import re
@@ -12,11 +13,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, normalizers, processors
 
-from export.checkpoint.config import ConfigError, ReaderConfig, reader_preset, stack_preset
+from export.checkpoint.config import ConfigError
 from export.checkpoint.files import load_checkpoint, load_reader, save_reader
-from export.checkpoint.weights import CheckpointError, expected_shapes, fido_from_fid, hf_name
-from tests.conftest import CONFIGS, FID, FIDO, RELEASED_FID, T5_V1_0, VOCAB_SIZE, random_passages, random_reader
+from export.checkpoint.tokenizer import end_token_id, require_embeddings
+from export.checkpoint.weights import CheckpointError, fido_from_fid, hf_name
+from tests.conftest import FIDO, RELEASED_FID, T5_V1_0, VOCAB_SIZE, random_passages, random_reader
 
 
 @pytest.fixture
@@ -54,7 +57,6 @@ def fid_directory(path, reader, bias=True):
 
 @pytest.fixture
 def released(tmp_path):
-    import dataclasses
 
     stack = RELEASED_FID.encoder
     config = dataclasses.replace(RELEASED_FID, decoder=dataclasses.replace(stack, num_layers=3), passage_length=200)
@@ -102,7 +104,6 @@ def test_every_missing_extra_and_misshapen_weight_is_in_one_error(own):
 
 
 def test_a_copy_of_the_embedding_that_differs_is_refused(tmp_path, tokenizer_file):
-    import dataclasses
 
     config = dataclasses.replace(T5_V1_0, decoder=dataclasses.replace(T5_V1_0.encoder, num_layers=3))
     directory = fid_directory(tmp_path / "fid", random_reader(config))
@@ -189,82 +190,113 @@ def test_command_line_tells_faults_without_a_traceback():
 # One configuration class for FiD and FiDO, and the published sizes.
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_json_round_trips(config):
-    assert ReaderConfig.from_dict(json.loads(config.to_json())) == config
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub with one repository in a directory; returns the directory and the patterns of each download."""
+    files, asked = tmp_path / "hub", []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append(allow_patterns)
+        if name != "org/reader":
+            raise OSError("404 Client Error.\nRepository Not Found")
+        snapshot = tmp_path / f"snapshot{len(asked)}"
+        snapshot.mkdir()
+        for path in files.iterdir():
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+                (snapshot / path.name).write_bytes(path.read_bytes())
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return files, asked
 
 
-def test_cross_attention_layers_follow_the_period():
-    large = reader_preset("large", fido=True)
-    assert large.cross_attention_layers == (5, 11, 17, 23)
-    assert FID.cross_attention_layers == (0, 1, 2) and FID.kind == "fid" and FIDO.kind == "fido"
+def test_a_reader_of_the_hub_is_downloaded_without_what_is_not_read(hub, own):
+    files, asked = hub
+    own.rename(files)
+    for name in ("pytorch_model.bin", "flax_model.msgpack", "tf_model.h5", "README.md", "training_args.bin"):
+        (files / name).write_bytes(b"gigabytes")
+    loaded = load_checkpoint("org/reader")
+    assert loaded.reader.config == FIDO and loaded.source == "org/reader" and len(asked) == 1
+    assert sorted(path.name for path in loaded.directory.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
-# Parameters in millions without embeddings, counted by hand from the layer sizes: per layer 4 d h (attention) and 3 d f (gated MLP).
-@pytest.mark.parametrize(
-    ("name", "fido", "encoder_millions", "decoder_millions"),
-    [
-        ("base", False, 85, 113),
-        ("base", True, 85, 75),
-        ("large", False, 308, 409),
-        ("base-xl", True, 85, 997),
-        ("large-xxl", True, 308, 3973),
-    ],
-)
-def test_presets_have_the_published_numbers_of_parameters(name, fido, encoder_millions, decoder_millions):
-    shapes = expected_shapes(reader_preset(name, fido=fido))
-
-    def millions(stack):
-        return sum(a * b for n, (a, b) in ((n, s) for n, s in shapes.items() if len(s) == 2) if n.startswith(f"{stack}.")) / 1e6
-
-    assert round(millions("encoder")) == encoder_millions
-    assert round(millions("decoder")) == decoder_millions
+def test_a_reader_of_the_hub_without_safetensors_is_downloaded_as_a_pickle(hub, released, tokenizer_file):
+    files, asked = hub
+    released[1].rename(files)
+    (files / "flax_model.msgpack").write_bytes(b"gigabytes")
+    loaded = load_checkpoint("org/reader", tokenizer=tokenizer_file)
+    assert loaded.layout == "facebookresearch/FiD" and len(asked) == 2
+    assert sorted(path.name for path in loaded.directory.iterdir()) == ["config.json", "pytorch_model.bin"]
 
 
-def test_asymmetric_reader_has_an_embedding_for_each_side_and_no_bridge():
-    shapes = expected_shapes(reader_preset("base-xl", fido=True))
-    assert shapes["embedding.weight"] == (32128, 768) and shapes["decoder_embedding.weight"] == (32128, 2048)
-    assert shapes["decoder.layers.5.cross_attention.k.weight"] == (64, 768)
-    assert shapes["decoder.layers.5.cross_attention.q.weight"] == (2048, 2048)
+@pytest.mark.parametrize("name", ["org/other", "t5-nothing"])
+def test_what_the_hub_does_not_have_is_told_in_one_line(hub, name):
+    message = f"{name}: no such directory, and the hub does not have it: 404 Client Error. Repository Not Found"
+    with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+        load_checkpoint(name)
 
 
-def test_all_faults_of_a_configuration_are_named_at_once():
-    with pytest.raises(ConfigError) as caught:
-        dataclasses.replace(
-            FID,
-            encoder=dataclasses.replace(FID.encoder, num_kv_heads=1),
-            encoder_decoder_attention_period=9,
-            eos_token_id=1000,
-            passage_length=1,
-        )
-    for fault in (
-        "encoder.num_kv_heads: wanted num_heads=3",
-        "period: wanted 1 to decoder.num_layers=3, got 9",
-        "eos_token_id",
-        "passage_length",
-    ):
-        assert fault in str(caught.value)
+@pytest.mark.parametrize("place", ["/no/such/place", "~/place", "../place", "a/b/c"])
+def test_what_can_only_be_a_path_is_not_looked_up_on_the_hub(hub, place):
+    with pytest.raises(CheckpointError, match=f"^{re.escape(place)}: wanted a directory with config.json"):
+        load_checkpoint(place)
+    assert hub[1] == []
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_kv_heads": 3}, "wanted a divisor of num_heads=4, got 3"),
-        ({"d_ff": 0}, "decoder.d_ff: wanted a positive integer, got 0"),
-    ],
-)
-def test_decoder_sizes_are_checked(change, message):
-    with pytest.raises(ConfigError, match=message):
-        dataclasses.replace(FID, decoder=dataclasses.replace(FID.decoder, **change))
+def test_options_come_before_what_the_checkpoint_states_and_only_what_nobody_states_is_assumed(released, own, tokenizer_file, capsys):
+    options = {"passage_length": 99, "append_eos": True, "prompt_template": "{question} {context}"}
+    for directory in (released[1], own):
+        config = load_checkpoint(directory, tokenizer=tokenizer_file, **options).reader.config
+        assert {name: getattr(config, name) for name in options} == options
+        assert "assumed" not in capsys.readouterr().err
+    load_checkpoint(released[1], tokenizer=tokenizer_file, append_eos=True)
+    assert re.fullmatch(
+        r"warning: .*nq_reader: assumed the prompt 'question: .*', 200 tokens of it, which its files do not state; "
+        r"--prompt-template, --passage-length would\n",
+        capsys.readouterr().err,
+    )
+    load_checkpoint(own)
+    assert capsys.readouterr().err == ""
 
 
-def test_unknown_and_missing_fields_are_named():
-    fields = json.loads(FID.to_json())
-    del fields["vocab_size"]
-    with pytest.raises(ConfigError, match=r"unknown field 'beams'[\s\S]*missing field 'vocab_size'"):
-        ReaderConfig.from_dict({**fields, "beams": 4})
+@torch.no_grad()
+def test_the_bias_of_cross_attention_is_applied_as_stated_and_named_where_it_is_not(released, tokenizer_file, capsys):
+    directory = released[1]
+    loaded = load_checkpoint(directory, tokenizer=tokenizer_file, cross_attention_bias=False)
+    assert not loaded.reader.config.cross_attention_relative_bias
+    assert "the cross-attention bias is not applied; --cross-attention-bias applies it" in capsys.readouterr().err
+    loaded = load_checkpoint(directory, tokenizer=tokenizer_file)
+    assert loaded.reader.config.cross_attention_relative_bias and "cross-attention bias" not in capsys.readouterr().err
+    assert not loaded.reader.training and not any(weight.requires_grad for weight in loaded.reader.parameters())
+    assert not load_reader(directory).training and all(weight.requires_grad for weight in load_reader(directory).parameters())
 
 
-def test_unknown_preset_lists_those_there_are():
-    with pytest.raises(ConfigError, match="wanted one of small, base, large, xl, xxl, got 'huge'"):
-        stack_preset("huge")
+def test_a_reader_is_saved_over_a_former_one_and_keeps_nothing_else_there(own, tokenizer_file):
+    (own / "notes.txt").write_text("mine")
+    save_reader(own, random_reader(FIDO, seed=1), tokenizer_file)
+    assert sorted(path.name for path in own.iterdir()) == ["config.json", "model.safetensors", "notes.txt", "tokenizer.json"]
+    assert json.loads((own / "config.json").read_text())["notes"] == {}
+    stored = load_file(str(own / "model.safetensors"))
+    assert {weight.dtype for weight in stored.values()} == {torch.float16}
+    assert torch.equal(load_reader(own).embedding.weight, random_reader(FIDO, seed=1).embedding.weight.half().float())
+
+
+def test_inputs_end_with_the_token_that_the_tokenizer_puts_there(tokenizer_json):
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    assert end_token_id(tokenizer.to_str()) == 1  # no post-processor: </s>
+    for text, token in (("w5", tokenizer.token_to_id("▁w5")), ("</s>", 1)):
+        ending = Tokenizer.from_str(tokenizer_json)
+        name = "▁w5" if text == "w5" else text
+        ending.post_processor = processors.TemplateProcessing(single=f"$A {name}", special_tokens=[(name, token)])
+        assert end_token_id(ending.to_str()) == token
+        ending.normalizer = normalizers.Prepend("w7 w8")  # even an empty text has tokens of its own
+        assert end_token_id(ending.to_str()) == token
+    both = Tokenizer.from_str(tokenizer_json)
+    both.post_processor = processors.TemplateProcessing(single="<pad> $A ▁w5", special_tokens=[("<pad>", 0), ("▁w5", 11)])
+    assert end_token_id(both.to_str()) == 1  # not one token at the end: </s>
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(tokenizer_json):
+    require_embeddings(tokenizer_json, VOCAB_SIZE, "here")
+    with pytest.raises(CheckpointError, match="here: the tokenizer has token id 96, but the embedding has 96 rows"):
+        require_embeddings(tokenizer_json, VOCAB_SIZE - 1, "here")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import multiprocessing
+import os
+import re
+import signal
 import sys
 import threading
+import time
 import types
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import onnx
 import pytest
 
 from export.checkpoint.files import Checkpoint
@@ -57,6 +64,7 @@ class FakeCompiler:
 
     compiled: ClassVar[list[str]] = []
     builder_options: ClassVar[dict[str, str]] = {"profiling_verbosity": "detailed"}
+    log: ClassVar[list[str]] = []
 
     def __init__(self, precision: str, timing_cache: Path | None = None):
         self.options = self.builder_options
@@ -81,8 +89,9 @@ def compiled_names(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(compiler, "build_target", lambda: target)
         monkeypatch.setattr(FakeCompiler, "builder_options", options or {"profiling_verbosity": "detailed"})
         monkeypatch.setattr(FakeCompiler, "compiled", [])
+        monkeypatch.setattr(FakeCompiler, "log", [])
         directory = tmp_path / "engines"
-        built = build_engines(graphs, directory, limits or Limits(), tmp_path / "cache" / "timings", log=lambda _: None)
+        built = build_engines(graphs, directory, limits or Limits(), tmp_path / "cache" / "timings", log=FakeCompiler.log.append)
         built.verify(directory, tuple(built.files))
         assert built.build is not None and (built.build.gpu, built.build.version) == (target.gpu.name, target.tensorrt)
         for task in tasks_of(built, Limits()):
@@ -100,6 +109,19 @@ def test_only_what_has_changed_is_built_again(compiled_names, graphs: Path, tmp_
     assert compiled_names() == []
     assert compiled_names(limits=Limits(slots=3)) == [name for name in first if name.startswith("decoder.")]
     assert (tmp_path / "engines" / "encoder.wo.plan").read_bytes() == b"encoder.wo"
+
+
+def test_the_log_names_the_gpu_every_engine_its_time_and_its_size(compiled_names, graphs: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(FakeCompiler, "compile", lambda self, path, profiles: b"x" * 2_540_000)
+    compiled_names()
+    head, *lines = FakeCompiler.log
+    names = list(graphs_of(Manifest.load(graphs)))
+    assert head == f"{graphs}: {len(names)} engines with TensorRT 10.1.0 for NVIDIA H100"
+    assert len(lines) == len(names)
+    for name, line in zip(names, lines, strict=True):
+        assert re.fullmatch(rf"  {name}\.plan: \d+\.\d s, 2\.5 MB", line)
+    files = {path.name for path in (tmp_path / "engines").iterdir()}
+    assert not [file for file in files if ".onnx" in file] and "encoder.00.o.npy" in files
 
 
 @pytest.mark.parametrize(
@@ -177,6 +199,137 @@ def test_timings_of_processes_that_save_at_the_same_time_are_merged(tmp_path: Pa
     for thread in threads:
         thread.join()
     assert set(cache.read_bytes().split()) == {b"before", *(f"kernel{i}".encode() for i in range(8))}
+
+
+def test_timings_of_another_gpu_or_another_tensorrt_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "polygraphy.backend.trt", types.SimpleNamespace(get_trt_logger=lambda: None))
+    trt = fake_tensorrt()
+    assert compiler.merged_timings(trt, b"old", b"new") == b"new old"
+    monkeypatch.setattr(FakeTimings, "combine", lambda self, other, ignore_mismatch: ignore_mismatch)
+    assert compiler.merged_timings(trt, b"old", b"new") == b"new"
+    trt.Builder(None).create_builder_config().create_timing_cache = lambda content: None if content == b"old" else FakeTimings(content)
+    assert compiler.merged_timings(trt, b"old", b"new") == b"new"
+
+
+class Layer:
+    """A layer of a TensorRT network; `precision` and `types` are what it was pinned to."""
+
+    def __init__(self, name: str, kind: str):
+        self.name, self.type, self.num_outputs = name, kind, 1
+        self.precision: str | None = None
+        self.types: dict[int, str] = {}
+
+    def set_output_type(self, index: int, dtype: str) -> None:
+        self.types[index] = dtype
+
+
+def test_tensorrt_8_computes_in_the_types_of_the_graph_and_shares_no_timings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no types from a graph by itself: norms in half precision would overflow."""
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "w"], ["product"], name="gemm"),
+        onnx.helper.make_node("Cast", ["product"], ["wide"], name="cast", to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("Mul", ["wide", "wide"], ["y"], name="square"),
+    ]
+    half, full = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    values = [onnx.helper.make_tensor_value_info(name, kind, [2, 2]) for name, kind in (("x", half), ("w", half), ("y", full))]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "graph", values[:2], values[2:])), str(tmp_path / "graph.onnx"))
+    kinds = ("ELEMENTWISE", "REDUCE", "UNARY", "MATRIX_MULTIPLY", "SOFTMAX", "ACTIVATION")
+    network = [Layer("gemm", "MATRIX_MULTIPLY"), Layer("cast", "CAST"), Layer("square", "ELEMENTWISE"), Layer("of tensorrt", "ELEMENTWISE")]
+    trt = types.SimpleNamespace(
+        __name__="tensorrt",
+        __version__="8.6.1",
+        float16="half",
+        float32="float",
+        ProfilingVerbosity=types.SimpleNamespace(DETAILED=2),
+        TacticSource=types.SimpleNamespace(EDGE_MASK_CONVOLUTIONS=1, JIT_CONVOLUTIONS=2),
+        PreviewFeature=types.SimpleNamespace(PROFILE_SHARING_0806=3),
+        LayerType=types.SimpleNamespace(**{kind: kind for kind in kinds}),
+    )
+    asked: dict[str, object] = {}
+
+    def network_of(path: str, **options: object):
+        asked.update(path=path, network_options=options)
+        return "builder", network, "parser"
+
+    polygraphy = types.SimpleNamespace(
+        CreateConfig=lambda **options: asked.update(options) or (lambda builder, network: types.SimpleNamespace()),
+        Profile=lambda: None,
+        engine_bytes_from_network=lambda network, config: b"plan",
+        network_from_onnx_path=network_of,
+    )
+    monkeypatch.setattr(compiler, "_tensorrt", lambda: trt)
+    monkeypatch.setitem(sys.modules, "polygraphy.backend.trt", polygraphy)
+    (tmp_path / "timings").write_bytes(b"of 8.6, which cannot read them")
+    one = compiler.Compiler("float16", tmp_path / "timings")
+    assert one.compile(tmp_path / "graph.onnx", []) == b"plan"
+    assert {layer.name: (layer.precision, layer.types) for layer in network} == {
+        "gemm": ("half", {0: "half"}),
+        "cast": (None, {}),
+        "square": ("float", {0: "float"}),
+        "of tensorrt": (None, {}),
+    }
+    assert asked["network_options"] == {}  # 8.6 has no strong types
+    assert (asked["fp16"], asked["precision_constraints"]) == (True, "obey")
+    one.save_timings()
+    assert (tmp_path / "timings").read_bytes() == b"of 8.6, which cannot read them"
+    with pytest.raises(EngineError, match=r"precision bfloat16 needs TensorRT 10 or later, here is 8\.6\.1; export float16"):
+        compiler.Compiler("bfloat16")
+
+
+def test_tensorrt_10_takes_the_types_of_the_graph_and_one_build_s_timings_serve_the_next(tmp_path: Path, monkeypatch) -> None:
+    class Config:
+        def create_timing_cache(self, content: bytes) -> FakeTimings:
+            return FakeTimings(content)
+
+        def set_timing_cache(self, timings: FakeTimings, ignore_mismatch: bool) -> None:
+            self.timings = timings
+
+    def engine_bytes(network: tuple[str, object, str], config: Config) -> bytes:
+        seen.append((network[1], sorted(config.timings.lines)))
+        config.timings.lines.add(b"kernel%d" % len(seen))
+        return b"plan"
+
+    seen: list[object] = []
+    polygraphy = types.SimpleNamespace(
+        CreateConfig=lambda **options: lambda builder, network: Config(),
+        Profile=lambda: None,
+        engine_bytes_from_network=engine_bytes,
+        network_from_onnx_path=lambda path, strongly_typed: ("builder", strongly_typed, "parser"),
+    )
+    monkeypatch.setattr(compiler, "_tensorrt", fake_tensorrt)
+    monkeypatch.setitem(sys.modules, "polygraphy.backend.trt", polygraphy)
+    (tmp_path / "timings").write_bytes(b"before")
+    one = compiler.Compiler("float16", tmp_path / "timings")
+    for _ in range(2):
+        assert one.compile(tmp_path / "graph.onnx", []) == b"plan"
+    assert seen == [(True, [b"before"]), (True, [b"before", b"kernel1"])]
+    compiler.Compiler("float16", None).save_timings()
+    assert (tmp_path / "timings").read_bytes() == b"before"
+
+
+@pytest.mark.parametrize(("version", "refused"), [("9.3.0", True), ("10.0.0", False), ("11.4.0", False)])
+def test_bfloat16_needs_a_tensorrt_that_takes_types_from_the_graph(version: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = fake_tensorrt()
+    trt.__version__ = version
+    monkeypatch.setattr(compiler, "_tensorrt", lambda: trt)
+    with pytest.raises(EngineError, match=version) if refused else contextlib.nullcontext():
+        compiler.Compiler("bfloat16")
+
+
+def test_processes_that_build_end_with_the_build_and_leave_ctrl_c_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_compile_shard", signal.getsignal)
+    shards: Any = [signal.SIGINT] * 2
+    assert list(compiler._in_processes(shards)) == [signal.SIG_IGN] * 2
+    monkeypatch.setattr(compiler, "_compile_shard", os._exit)
+    shards = [3, 3]
+    with pytest.raises(EngineError, match=r"a process that builds engines died, .*; build with fewer --jobs"):
+        list(compiler._in_processes(shards))
+    started_s = time.monotonic()
+    monkeypatch.setattr(compiler, "_compile_shard", time.sleep)
+    shards = [600, -1]
+    with pytest.raises(ValueError, match="non-negative"):  # of the one; the other would build for ten minutes
+        list(compiler._in_processes(shards))
+    assert time.monotonic() - started_s < 300 and not multiprocessing.active_children()
 
 
 def test_a_failed_write_leaves_the_former_timings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.contract.kv_memory import cache_capacities, cache_length, decoder_memory, plan, self_cache_length
+from serving.contract.kv_memory import GpuMemory, cache_capacities, cache_length, decoder_memory, plan, self_cache_length
 from serving.contract.limits import Limits, LimitsError
 from serving.contract.manifest import Manifest
 from serving.contract.tensors import EngineSizes
@@ -30,6 +30,12 @@ def test_cross_attention_cache_of_the_base_size(sizes, megabytes):
 @given(st.integers(1, 200_000))
 def test_reserved_lengths_cover_and_waste_at_most_a_quarter(tokens):
     assert tokens <= cache_length(tokens) <= max(tokens + 63, tokens * 1.25)
+    assert cache_length(tokens) % 64 == 0
+
+
+def test_lengths_of_similar_questions_are_the_same():
+    assert len({cache_length(tokens) for tokens in range(1024, 2048)}) <= 5
+    assert [cache_length(tokens) for tokens in (1, 64, 65, 512, 513, 1024, 1025, 2049)] == [64, 64, 128, 512, 640, 1024, 1280, 2560]
 
 
 @given(st.integers(1, 200_000))
@@ -45,6 +51,12 @@ def test_only_a_budget_lowers_the_slots():
     assert free.slots == 16
     tight = plan(FID_BASE, Limits(max_passages=40, max_new_tokens=32, slots=16, kv_cache_bytes=3 * free.bytes_per_question + 1), 256, 4)
     assert tight.slots == 3
+    exact = dataclasses.replace(limits, kv_cache_bytes=free.bytes_per_question)
+    assert plan(FID_BASE, exact, 256, 4) == dataclasses.replace(free, slots=1)
+    with pytest.raises(LimitsError, match="kv_cache_bytes"):
+        plan(FID_BASE, dataclasses.replace(exact, kv_cache_bytes=exact.kv_cache_bytes - 1), 256, 4)
+    assert plan(FID_BASE, dataclasses.replace(exact, kv_cache_bytes=1000 * exact.kv_cache_bytes), 256, 4) == free
+    assert str(free).startswith("16 slots, ") and str(free).endswith(f", {16 * free.bytes_per_question:,} in all")
     assert f"{free.bytes_per_question:,} bytes of keys and values a question" in str(free)
 
 
@@ -96,4 +108,7 @@ def test_gpu_memory_is_that_of_the_slots_and_lengths() -> None:
     # 377 MB of cross-attention keys and values a question: 10,240 tokens, 12 layers, key and value, 768 halves
     assert memory.cross_kv == 24 * 10240 * 12 * 2 * 768 * 2 and memory.self_kv == 24 * 512 * 12 * 2 * 768 * 2
     assert memory.total == memory.cross_kv + memory.self_kv + 1010
+    assert str(GpuMemory(1_000_000, 2_000_000, 3_000_000_000, 499_999)) == (
+        "3,003 MB of GPU memory (weights 1 MB, scratch 2 MB, cross_kv 3,000 MB, self_kv 0 MB)"
+    )
     assert decoder_memory(FIDO_BASE, 24, capacities, 0, 0).cross_kv == 24 * 10240 * 2 * 2 * 64 * 2

@@ -7,9 +7,12 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from serving.contract.gemms import StackSizes
+from serving.contract.library_kernels import Choice, EncoderKernel, EncoderLibrary, Tiling
 from serving.contract.manifest import BuildTarget, EngineBuild, EngineError, Manifest, ManifestError, Prompt, require_bf16
 from serving.contract.tensors import EngineSizes
 
@@ -117,3 +120,64 @@ def test_bf16_is_refused_by_name_where_it_would_be_emulated(tmp_path: Path) -> N
         require_bf16("reader", tmp_path / "cpuinfo")
     with pytest.raises(EngineError, match="got an unknown CPU"):
         require_bf16("reader", tmp_path / "missing")
+
+
+def test_a_manifest_survives_its_file(manifest: Manifest, tmp_path: Path) -> None:
+    stack = StackSizes(8, 1, 1, 1, 8, 16, True, 1e-6)
+    library = EncoderLibrary(
+        "sm_90a", "float8", "float16", (Choice(0, EncoderKernel("qkv", "float8", Tiling(128, 192, 2, pingpong=True))),)
+    )
+    build = EngineBuild("GPU", "9.0", "8.6.0", {"encoder.plan": [{"input_ids": ((1, 1), (4, 8), (4, 8))}]}, {"encoder.plan": 1.5})
+    some: dict[str, Any] = {"encoder": stack, "build": build}
+    others: dict[str, Any] = {"decoder": stack, "encoder_library": library, "cross_kv_precision": "float8"}
+    for parts in ({}, some, others):
+        full = dataclasses.replace(manifest, **parts)
+        (tmp_path / "manifest.json").write_text(full.to_json())
+        assert Manifest.load(tmp_path) == full
+
+
+def test_a_manifest_that_cannot_be_used_says_why_and_what_to_do(manifest: Manifest, tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+
+    def refused() -> str:
+        with pytest.raises(ManifestError, match=rf"^{path}: .*`make export` makes") as caught:
+            Manifest.load(tmp_path)
+        return str(caught.value).removeprefix(f"{path}: ")
+
+    assert refused().startswith("missing; ")
+    path.mkdir()
+    assert refused().startswith("unreadable (")
+    path.rmdir()
+    fields = json.loads(manifest.to_json())
+    for content, said in (
+        ("{", "unreadable ("),
+        ("[]", "format: wanted 4, got None"),
+        (json.dumps({**fields, "format": 3}), "format: wanted 4, got 3"),
+        (json.dumps({**fields, "eos_token_id": 2}), "its SHA-256: wanted "),
+        (json.dumps({name: value for name, value in fields.items() if name != "sha256"}), "its SHA-256: wanted None, got "),
+        (dataclasses.replace(manifest, sizes={"cross_attention_layers": []}).to_json(), "other fields than wanted ("),  # type: ignore[arg-type]
+        (dataclasses.replace(manifest, sizes={}).to_json(), "other fields than wanted ("),  # type: ignore[arg-type]
+    ):
+        path.write_text(content)
+        assert refused().startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("engine", "file", "on_gpu"),
+    [("onnxruntime", "encoder.onnx", False), ("onnxruntime-gpu", "encoder.onnx", True), ("tensorrt", "encoder.plan", True)],
+)
+def test_the_backend_decides_where_an_engine_runs_and_how_its_file_is_called(
+    manifest: Manifest, engine: str, file: str, on_gpu: bool
+) -> None:
+    found = dataclasses.replace(manifest, engine=engine)
+    assert (found.engine_file("encoder"), found.on_gpu) == (file, on_gpu)
+
+
+def test_a_prompt_is_its_template_and_its_head_is_all_before_what_may_be_cut() -> None:
+    plain = Prompt("q: {question} t: {title} c: {context}", 8, True)
+    assert plain.text("Q", "T", "C") == "q: Q t: T c: C" and plain.text("Q", "", "C") == "q: Q t:  c: C"
+    assert plain.head("Q", "T") == plain.head("Q", "") == "q: Q t: "
+    untitled = dataclasses.replace(plain, template_without_title="{question}: {context}")
+    assert untitled.text("Q", "T", "C") == "q: Q t: T c: C" and untitled.text("Q", "", "C") == "Q: C"
+    assert untitled.head("Q", "T") == "q: Q t: " and untitled.head("Q", "") == "Q: "
+    assert Prompt("only {question}", 8, True).head("Q", "") == "only Q"

@@ -21,9 +21,18 @@ from serving.contract.call_sizes import (
     max_tiles,
 )
 from serving.contract.gemms import StackSizes, decoder_gemms, encoder_gemms, gemm_tensors, packed_cross_kv_tensors, split_k_of
+from serving.contract.library_kernels import EncoderKernel, Tiling, narrow_order, sum_tiles
 from serving.contract.limits import Limits, LimitsError
 from serving.contract.profiles import choose_profile, fits, profile_ranges, profile_shapes, require_covered
-from serving.contract.tensors import EngineSizes, GraphTensors, encoder_tensors
+from serving.contract.tensors import (
+    EngineSizes,
+    GraphTensors,
+    ShapeError,
+    TensorSpec,
+    cross_kv_tensors,
+    decoder_step_tensors,
+    encoder_tensors,
+)
 
 STACK = StackSizes(768, 12, 12, 12, 64, 2048, True, 1e-6)
 FID_BASE = EngineSizes(768, 768, 12, tuple(range(12)), 12, 12, 64, 32128)
@@ -100,12 +109,16 @@ def test_buckets_end_with_the_slots_and_waste_little(slots: int) -> None:
     for rows in range(1, slots + 1):
         bucket = bucket_of(rows, buckets)
         assert rows <= bucket < 2 * rows + 1 and bucket <= slots
+        assert rows <= 8 or bucket - rows < 8
+    assert all(bucket % 8 == 0 for bucket in buckets if 8 < bucket < slots)  # rows of a tensor core's tile
+    assert len(buckets) <= 4 + max(slots // 8, 1)  # each is a CUDA graph, which takes memory
 
 
 def test_captured_calls_are_no_larger_than_a_call_and_are_at_most_a_step_apart() -> None:
     assert captured_calls(96) == () and captured_calls(700) == (128, 256, 512)
     calls = captured_calls(30_720)
     assert calls == tuple(sorted(set(calls))) and calls[-1] == 10_240  # a question of 40 passages of 256 tokens
+    assert len(calls) == 22 and captured_calls(10_239) == calls[:-1] and captured_calls(128) == (128,)
     assert all(later - earlier <= 512 for earlier, later in itertools.pairwise(calls))
 
 
@@ -179,3 +192,54 @@ def test_narrow_gemms_of_a_step_are_split_to_fill_a_gpu() -> None:
             columns, rows_of_weight = x.shape({"batch": 5})[-1], weight.shape({})[-2]
             assert columns == rows_of_weight and len(x.axes) == len(weight.axes) == (3 if k_splits > 1 else 2)
     assert {split_k_of(STACK, gemm) for gemm in encoder_gemms(STACK)} == {1}  # thousands of rows fill a GPU without
+
+
+def test_max_tiles_is_reached_where_every_last_tile_holds_one_token() -> None:
+    for lengths in ([1] * 40, [65] * 39, [129, 1, 65]):
+        assert len(attention_tiles(np.array(lengths))) == max_tiles(sum(lengths), len(lengths))
+    assert max_tiles(3, 40) == 3  # no passage is empty
+
+
+def test_an_array_is_checked_against_its_tensor() -> None:
+    spec = TensorSpec("hidden", "float16", ("tokens", 8))
+    assert str(spec) == "hidden: float16[tokens, 8]"
+    spec.check(np.zeros((5, 8), np.float16))
+    spec.check(np.zeros((0, 8), np.float16))
+    for wrong in (np.zeros((5, 7), np.float16), np.zeros((5, 8), np.float32), np.zeros((1, 5, 8), np.float16), np.zeros(8, np.float16)):
+        with pytest.raises(ShapeError, match=r"wanted hidden: float16\[tokens, 8\], got float"):
+            spec.check(wrong)
+    assert spec.triton(batched=False) == {"name": "hidden", "data_type": "TYPE_FP16", "dims": [-1, 8]}
+    assert spec.triton(batched=True) == {"name": "hidden", "data_type": "TYPE_FP16", "dims": [8]}
+    assert dataclasses.replace(spec, optional=True).triton(batched=True)["optional"] is True
+
+
+def test_a_step_reads_positions_only_where_the_reader_has_a_bias_for_them() -> None:
+    def names(sizes: EngineSizes) -> list[str]:
+        return [spec.name for spec in decoder_step_tensors(sizes).inputs]
+
+    biased = dataclasses.replace(FIDO_BASE, reads_encoder_positions=True)
+    assert set(names(biased)) - set(names(FIDO_BASE)) == {"encoder_positions"}
+    assert [name for name in names(FIDO_BASE) if ".encoder." in name] == [
+        f"past_key_values.{layer}.encoder.{part}" for layer in (5, 11) for part in ("key", "value")
+    ]
+    assert [spec.name for spec in cross_kv_tensors(FIDO_BASE).outputs] == [
+        f"present.{layer}.encoder.{part}" for layer in (5, 11) for part in ("key", "value")
+    ]
+
+
+def test_a_library_kernel_is_called_by_all_that_tells_it_from_others() -> None:
+    plain, other = Tiling(128, 192), Tiling(128, 192, 2, 4, pingpong=True, epilogue_n=32)
+    assert (str(plain), str(other)) == ("128x192-1x1", "128x192-2x4-pingpong-out32")
+    assert (plain.cluster_size, other.cluster_size) == (1, 8)
+    assert EncoderKernel("wo", "float8", other, narrow=True).file == "encoder.wo.float8.narrow.128x192-2x4-pingpong-out32.so"
+    assert EncoderKernel("wo", "float8", plain).file == "encoder.wo.float8.128x192-1x1.so"
+    assert [sum_tiles(dataclasses.replace(STACK, d_model=width), plain) for width in (192, 193, 768)] == [1, 2, 4]
+
+
+def test_the_stream_in_8_bits_has_the_four_channels_of_a_thread_side_by_side() -> None:
+    """A thread of Hopper's tensor cores makes channels 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of sixteen."""
+    order = narrow_order("sm_90a")
+    assert [order[4 * thread : 4 * thread + 4] for thread in range(4)] == [
+        (2 * thread, 2 * thread + 1, 2 * thread + 8, 2 * thread + 9) for thread in range(4)
+    ]
+    assert narrow_order("sm_100a") == (0,)  # as they come

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.contract.manifest import Manifest
+from serving.contract.limits import Limits
+from serving.contract.manifest import Manifest, ManifestError
+from serving.engines.cpu import OnnxDecoder
+from serving.pipeline.in_process import InProcessReader
+from serving.pipeline.prompt import PromptError
+from serving.pipeline.request import RequestError
 from serving.pipeline.scheduler import DecodeSequence, Scheduler
 from tests.conftest import CONFIGS, CPU_BACKENDS, random_passages
 from tests.export.graphs.test_cpu import loaded, packed
@@ -76,3 +85,41 @@ def test_answers_do_not_depend_on_who_else_is_in_flight(prepared, name, backend,
         assert done.wait(20) and errors == [None]
         assert found == reader.tokens[which][:most]
     loop.stop()
+
+
+def test_the_chain_in_one_process_answers_as_torch_and_refuses_as_the_server(engines):
+    checkpoint, directory = engines["fid"]
+    asked = [(f"w{i} w{i + 1}", [f"w{i + j} w{j}" for j in range(i + 1)], i + 3) for i in range(4)]
+    with InProcessReader(directory, Limits(slots=2, max_new_tokens=12, default_max_new_tokens=5, max_passages=9)) as reader:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda a: reader.answer(a[0], a[1], max_new_tokens=a[2], min_new_tokens=a[2]), asked))
+        for (question, passages, length), answer in zip(asked, found, strict=True):
+            tokens = reader.prompt.encode(question, passages)
+            ids, mask = (torch.from_numpy(array[None].astype(np.int64)) for array in (tokens.input_ids, tokens.attention_mask))
+            wanted = checkpoint.reader.generate(ids, mask, length, min_new_tokens=length)
+            assert answer.tokens == wanted.tokens[0] and len(answer.log_probs) == length
+            assert answer.text == reader.prompt.text(answer.tokens) and max(answer.log_probs) <= 0
+        assert len(reader.answer("w1", ["w2"], min_new_tokens=5).tokens) == 5
+        titled = reader.answer("w1", ["w2"], ["w3 w4"], min_new_tokens=5)
+        assert titled.log_probs != reader.answer("w1", ["w2"], min_new_tokens=5).log_probs
+        with pytest.raises(RequestError, match="max_new_tokens: wanted 1 to 12, got 13"):
+            reader.answer("w1", ["w2"], max_new_tokens=13)
+        with pytest.raises(PromptError, match="question: "):
+            reader.answer("w1 " * 30, ["w2"])
+
+
+def test_an_error_of_the_decoder_reaches_who_asked(engines, monkeypatch):
+    def broken(self, *_):
+        raise RuntimeError("the decoder broke")
+
+    monkeypatch.setattr(OnnxDecoder, "step", broken)
+    with InProcessReader(engines["fid"][1]) as reader, pytest.raises(RuntimeError, match="the decoder broke"):
+        reader.answer("w1", ["w2"])
+
+
+def test_a_changed_tokenizer_is_refused_before_anything_is_loaded(engines, tmp_path):
+    shutil.copytree(engines["fid"][1], tmp_path / "fid")
+    with (tmp_path / "fid" / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ManifestError, match=r"tokenizer\.json: SHA-256"):
+        InProcessReader(tmp_path / "fid")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,11 +16,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from export.graphs.onnx_export import PROMPT_TEMPLATE
 from serving.contract.limits import Limits, LimitsError
-from serving.contract.manifest import Manifest, ManifestError, Prompt
+from serving.contract.manifest import Manifest, ManifestError, Prompt, token_without_embedding
 from serving.contract.tensors import EngineSizes
 from serving.pipeline.prompt import IncrementalDetokenizer, PromptEncoder, PromptError
 from serving.pipeline.request import ReaderRequest, RequestError, checked_new_tokens, read_request
 from serving.pipeline.tokenizer_pool import TokenizerPool
+from serving.pipeline.truncation import TruncatingTokenizer
 from tests.conftest import word_tokenizer
 
 LIMITS = Limits(max_passages=3, max_question_characters=20, max_passage_characters=30, max_new_tokens=8, default_max_new_tokens=4)
@@ -68,6 +71,33 @@ def test_each_fault_is_named_alone(change, message):
     assert str(caught.value) == message
 
 
+def test_what_is_as_large_as_it_may_be_is_taken():
+    tensors = {"question": texts("x" * 20), "passages": texts("a" * 30, "b", "c"), "titles": texts("t" * 30, "", "")}
+    found = read_request({**tensors, "max_new_tokens": number(8), "min_new_tokens": number(8)}, LIMITS, {"timeout": 0})
+    assert found == ReaderRequest("x" * 20, ["a" * 30, "b", "c"], ["t" * 30, "", ""], 8, 8)
+    least = {"question": texts("x"), "passages": texts("a"), "max_new_tokens": number(1), "min_new_tokens": number(0)}
+    assert read_request(least, LIMITS) == ReaderRequest("x", ["a"], None, 1, 0)
+
+
+def test_texts_may_come_decoded_and_in_any_shape():
+    tensors = {"question": np.array([["who?"]], np.object_), "passages": np.array([["ä"], ["b"]], np.object_)}
+    assert read_request(tensors, LIMITS) == ReaderRequest("who?", ["ä", "b"], None, 4, 0)
+
+
+def test_a_request_without_its_tensors_is_refused_by_their_names():
+    with pytest.raises(RequestError, match=r"^question: wanted text, got an empty string; passages: wanted 1 to 3, got 0$"):
+        read_request({"question": None}, LIMITS)
+
+
+def test_every_bad_text_is_named_and_bounds_that_cannot_be_compared_are_not():
+    with pytest.raises(RequestError, match=r"^passages\[0\]: wanted UTF-8, .*; passages\[1\]: wanted UTF-8, [^;]*$"):
+        read_request({**GOOD, "passages": texts(b"\xff", b"\xff")}, LIMITS)
+    with pytest.raises(RequestError, match=r"^max_new_tokens: wanted 1 to 8, got 0; min_new_tokens: wanted 0 to 8, got 9$"):
+        read_request({**GOOD, "max_new_tokens": number(0), "min_new_tokens": number(9)}, LIMITS)
+    with pytest.raises(RequestError, match=r"^max_new_tokens: wanted 1 to 8, got 0$"):
+        read_request({**GOOD, "max_new_tokens": number(0), "min_new_tokens": number(3)}, LIMITS)
+
+
 def test_all_faults_are_named_at_once():
     with pytest.raises(RequestError) as caught:
         read_request({"question": texts(""), "passages": texts(), "titles": texts("a"), "max_new_tokens": number(0)}, LIMITS)
@@ -91,6 +121,9 @@ def test_a_refusal_lists_a_bounded_number_of_faults():
     with pytest.raises(RequestError) as caught:
         read_request({**GOOD, "passages": texts(*["long"] * 1000)}, limits)
     assert str(caught.value).endswith("passages[9]: wanted at most 3 characters, got 4; and 990 more")
+    with pytest.raises(RequestError) as caught:
+        read_request({**GOOD, "passages": texts(*["long"] * 10)}, limits)
+    assert str(caught.value).endswith("passages[9]: wanted at most 3 characters, got 4")
 
 
 def test_contradicting_limits_are_refused():
@@ -98,8 +131,22 @@ def test_contradicting_limits_are_refused():
         Limits(max_new_tokens=8, default_max_new_tokens=9)
     with pytest.raises(LimitsError, match="slots: wanted an integer of at least 1, got 0"):
         Limits(slots=0)
+    assert Limits(max_new_tokens=8, default_max_new_tokens=8, slots=1, kv_cache_bytes=0) is not None
+    with pytest.raises(LimitsError, match=r"slots: .*at least 1, got 1\.5\n  kv_cache_bytes: wanted an integer of at least 0, got -1$"):
+        Limits(slots=1.5, kv_cache_bytes=-1)
     with pytest.raises(LimitsError, match=r"parameter slots in config\.pbtxt: wanted a whole number, got 'many'"):
         Limits.from_parameters({"slots": {"string_value": "many"}})
+
+
+def test_limits_are_read_from_a_configuration_by_their_names_and_by_one_former_name():
+    def parameters(**values: int) -> dict[str, dict[str, str]]:
+        return {name: {"string_value": str(value)} for name, value in values.items()}
+
+    assert Limits.from_parameters({}) == Limits()
+    assert Limits.from_parameters(parameters(slots=3, reader=7)) == Limits(slots=3)
+    assert Limits.from_parameters(parameters(max_in_hand=5)) == Limits(max_in_flight=5)
+    assert Limits.from_parameters(parameters(max_in_flight=6, max_in_hand=5)) == Limits(max_in_flight=6)
+    assert Limits(slots=3).to_parameters(("slots", "log_text")) == {"slots": "3", "log_text": "0"}
 
 
 def test_the_timeout_is_read_and_every_other_parameter_is_refused_by_name():
@@ -109,6 +156,7 @@ def test_the_timeout_is_read_and_every_other_parameter_is_refused_by_name():
     for parameters, fault in (
         ({"max_tokens": 3}, r"^max_tokens: unknown; did you mean max_new_tokens\? known are question, .*, timeout \(microseconds\)$"),
         ({"zzz": 3}, "^zzz: unknown; known are question"),
+        ({"triton_own": 1, "titles": "a", "zzz": 3}, "^titles: .*; zzz: unknown"),
         ({"titles": "a"}, "^titles: wanted an input tensor, got a request parameter$"),
         ({"timeout": -1}, "^timeout: wanted a whole number of microseconds, got -1$"),
         ({"timeout": True}, "^timeout: wanted a whole number of microseconds, got True$"),
@@ -220,6 +268,9 @@ def test_rows_are_padded_to_the_longest_and_positions_count_full_passages():
 def test_a_tokenizer_with_more_tokens_than_the_reader_is_refused():
     with pytest.raises(ManifestError, match="wanted token ids below the reader's vocab_size=97, got 261"):
         PromptEncoder(byte_tokenizer(), MANIFEST)
+    one_too_few = dataclasses.replace(MANIFEST, sizes=dataclasses.replace(MANIFEST.sizes, vocab_size=96))
+    with pytest.raises(ManifestError, match="below the reader's vocab_size=96, got 96"):
+        PromptEncoder(word_tokenizer(), one_too_few)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -260,3 +311,67 @@ def test_a_tokenizer_that_cannot_be_copied_fails_the_load_and_hangs_nothing(monk
     monkeypatch.setattr("serving.pipeline.truncation.Tokenizer", stand_in)
     with pytest.raises(ValueError, match="no memory for another vocabulary"):
         TokenizerPool(word_tokenizer(), 16, threads=3)
+
+
+def test_added_tokens_need_an_embedding_too():
+    tokenizer = word_tokenizer()
+    assert token_without_embedding(tokenizer, 97) is None
+    assert token_without_embedding(tokenizer, 96) == 96
+    tokenizer.add_tokens(["<new>"])
+    assert token_without_embedding(tokenizer, 97) == 97 and token_without_embedding(tokenizer, 98) is None
+    with pytest.raises(ManifestError, match="vocab_size=97, got 97"):
+        PromptEncoder(tokenizer, MANIFEST)
+
+
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_a_question_alone_is_tokenized_on_every_thread_whoever_came_before(before: int, monkeypatch):
+    """Each call waits until as many calls as there are threads have begun."""
+    pool = TokenizerPool(word_tokenizer(), 16, threads=3)
+    texts = [f"w{i}" for i in range(6)]
+    for _ in range(before):
+        pool.truncated_ids(texts)
+    all_threads, whole = threading.Barrier(3, timeout=20), TruncatingTokenizer.whole
+
+    def together(self, texts):
+        all_threads.wait()
+        return whole(self, texts)
+
+    monkeypatch.setattr(TruncatingTokenizer, "whole", together)
+    assert pool.truncated_ids(texts) == [ids(text) for text in texts]
+
+
+def test_a_question_beside_another_is_one_task_and_leaves_the_other_threads_free(monkeypatch):
+    """Each task takes turns of Python's lock, so that a question in many tasks would slow the other."""
+    pool = TokenizerPool(word_tokenizer(), 16, threads=3)
+    first_is_in, second_is_done, whole = threading.Event(), threading.Event(), TruncatingTokenizer.whole
+    tokenizers: list[TruncatingTokenizer] = []
+
+    def recorded(self, texts):
+        if "w0" in texts:
+            first_is_in.set()
+            assert second_is_done.wait(20)
+        else:
+            tokenizers.append(self)
+            time.sleep(0.02)  # long enough for another thread to take the next task, if there is one
+        return whole(self, texts)
+
+    monkeypatch.setattr(TruncatingTokenizer, "whole", recorded)
+    with ThreadPoolExecutor(1) as other:
+        first = other.submit(pool.truncated_ids, ["w0", "w0"])
+        assert first_is_in.wait(20)
+        texts = [f"w{i}" for i in range(10, 30)]
+        assert pool.truncated_ids(texts) == [ids(text) for text in texts]
+        second_is_done.set()
+        assert first.result() == [ids("w0")] * 2
+    assert len(set(map(id, tokenizers))) == 1
+
+
+@pytest.mark.parametrize(
+    "texts", [["w1"], ["w1", "w2"], ["w3 " * 5000], ["w1 "] * 30 + ["w3 " * 5000] * 5], ids=["one", "two", "long", "many"]
+)
+def test_a_question_that_is_given_up_is_not_tokenized_further_and_frees_its_tokenizer(texts):
+    pool = TokenizerPool(word_tokenizer(), 16, threads=2)
+    for _ in range(5):
+        with pytest.raises(TimeoutError, match="left"):
+            pool.truncated_ids(texts, lambda: TimeoutError("left"))
+    assert pool.truncated_ids(texts) == [ids(text)[:16] for text in texts]

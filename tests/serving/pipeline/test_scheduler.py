@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import threading
 import time
 
@@ -187,6 +189,59 @@ def test_waiting_questions_that_are_given_up_leave_the_queue_while_others_run():
     engine.permits.release(100)
     assert alive.done.wait(10) and alive.tokens == expected(3, 2, 2)
     loop.stop()
+
+
+def test_a_question_that_is_given_up_is_told_from_equal_ones():
+    """A sequence holds arrays: compared by value, one would leave the queue for another, or the comparison would fail."""
+    engine = FakeEngine(1)
+    engine.permits = threading.Semaphore(1)
+    loop = loop_over(engine)
+    running, alive, dead = Client(1, most=30, least=30), Client(2, most=2, least=2), Client(2, most=2, least=2)
+    hidden, positions = np.full((3, 2), 2, np.float32), np.zeros(3, np.int32)
+    loop.submit(running.question())
+    for client in (alive, dead):
+        loop.submit(dataclasses.replace(client.question(), hidden=hidden, encoder_positions=positions))
+    dead.cancelled = True
+    engine.permits.release(5)
+    assert dead.done.wait(10) and isinstance(dead.ends[0], CancelledError) and not alive.done.is_set()
+    engine.permits.release(100)
+    assert alive.done.wait(10) and alive.ends == [None] and alive.tokens == expected(2, 2, 2)
+    loop.stop()
+
+
+def test_counts_tell_what_runs_waits_and_was_done():
+    engine = FakeEngine(2)
+    engine.permits = threading.Semaphore(0)
+    loop = loop_over(engine)
+    assert set(dataclasses.astuple(loop.counts())) == {0}
+    clients = [Client(key, most=3, least=3) for key in range(4)]
+    for client, n_tokens in zip(clients, (5, 7, 11, 13), strict=True):
+        loop.submit(dataclasses.replace(client.question(), encoder_positions=np.zeros(n_tokens, np.int32)))
+        deadline = time.monotonic() + 10
+        while client in clients[:1] and loop.counts().running < 1 and time.monotonic() < deadline:
+            time.sleep(0.001)  # the first one runs before the others come
+    counts = loop.counts()
+    assert (counts.steps, counts.tokens, counts.running, counts.waiting, counts.encoder_tokens) == (0, 0, 1, 3, 5)
+    engine.permits.release()
+    while len(engine.batches) < 1 or loop.counts().running < 2:
+        time.sleep(0.001)
+    counts = loop.counts()
+    assert (counts.steps, counts.tokens, counts.running, counts.waiting, counts.encoder_tokens) == (1, 1, 2, 2, 12)
+    engine.permits.release(100)
+    assert all(client.done.wait(10) for client in clients)
+    loop.stop()
+    counts = loop.counts()
+    assert (counts.steps, counts.tokens) == (len(engine.batches), sum(engine.batches)) == (len(engine.batches), 12)
+    assert 0 < counts.step_s < 100
+    assert (counts.running, counts.waiting, counts.encoder_tokens) == (0, 0, 0)
+
+
+def test_a_scheduler_that_nobody_stops_does_not_keep_its_process_alive():
+    code = (
+        "from types import SimpleNamespace; from serving.pipeline.scheduler import Scheduler\n"
+        "Scheduler(SimpleNamespace(slots=1), start_token=0, eos_token=1, max_waiting=1)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
 def test_a_full_queue_refuses_at_once():
