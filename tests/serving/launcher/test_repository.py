@@ -72,7 +72,9 @@ def test_why_an_engine_serves_is_said_where_export_chose_it(engines, tmp_path, c
     write_manifest(dataclasses.replace(manifest, engine="openvino", provenance=manifest.provenance | {"chosen_engine": chosen}), directory)
     repository_from_engines(directory, tmp_path / "repository", "fid", Limits())
     url = "127.0.0.1:1"
-    server: Any = SimpleNamespace(repository=tmp_path / "repository", models=["fid"], log="", request_log="", missing_guards=[])
+    server: Any = SimpleNamespace(
+        repository=tmp_path / "repository", models=["fid"], log="", request_log="", missing_guards=[], triton=None
+    )
     announce(SimpleNamespace(**vars(server), grpc_url=url, http_url=url, metrics_url=url), ["fid"])
     lines = capsys.readouterr().out.splitlines()
     assert "engine     fid: openvino; a question at export: openvino 35.1 ms, onnxruntime 1,053.2 ms on A CPU" in lines

@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -156,7 +157,7 @@ def test_an_old_server_that_others_can_reach_is_warned_of(tmp_path, monkeypatch,
     for triton, address, warned in (((2, 51), "0.0.0.0", True), ((2, 51), "127.0.0.1", False), ((2, 71, 0), "0.0.0.0", False)):
         server = TritonServer([], tmp_path, address=address)
         server.triton = triton
-        monkeypatch.setattr(command, "served_reader", lambda *_: None)
+        monkeypatch.setattr(command, "served_reader", lambda *_: SimpleNamespace(name="fid", why=""))
         command.announce(server, ["fid"])
         server.stop()
         assert ("warning    Triton 2.51 on 0.0.0.0: some requests end it" in capsys.readouterr().out) == warned
