@@ -14,7 +14,7 @@ from serving.launcher.endpoints import LOOPBACK, fetch
 from serving.launcher.installation import PROJECT, ServerError
 from serving.launcher.repository import STREAM, chosen_readers, models_of, reader_table, served_reader
 from serving.launcher.server import TritonServer
-from serving.launcher.supervisor import keep_serving
+from serving.launcher.supervisor import Draining, keep_serving
 from serving.launcher.tls import tls_arguments
 
 READY = "ready; Ctrl-C stops"
@@ -24,9 +24,13 @@ STATUS_TIMEOUT_S = 2.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse arguments, serve, stop cleanly; returns the exit code."""
     arguments = parse_arguments(argv)
-    stop = threading.Event()
+    stop, hurry = threading.Event(), threading.Event()
+
+    def on_signal(*_: object) -> None:
+        (hurry if stop.is_set() else stop).set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, on_signal)
 
     try:
         readers = chosen_readers(arguments.readers, arguments.repository)
@@ -44,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 extra=[*tls_arguments(arguments.tls_certificate, arguments.tls_key, arguments.tls_root), *arguments.extra],
             )
 
-        keep_serving(new_server, stop, lambda server: announce(server, readers))
+        draining = Draining(arguments.drain_timeout, arguments.drain_delay, hurry)
+        keep_serving(new_server, stop, lambda server: announce(server, readers), draining)
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -113,11 +118,35 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=PROJECT / "build" / "log" / "tritonserver.log",
         help="Triton's output; requests go to requests.jsonl in the same folder (default: %(default)s)",
     )
+    parser.add_argument(
+        "--drain-timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="S",
+        help="how long the questions in flight may take once the server is told to end (default: %(default)g); a second signal ends it at once",
+    )
+    parser.add_argument(
+        "--drain-delay",
+        type=_seconds,
+        default=0.0,
+        metavar="S",
+        help="how long the server is not ready and takes questions still, so that a balancer can leave it first (default: %(default)g)",
+    )
     parser.add_argument("extra", nargs="*", help="after --: more arguments for tritonserver")
     arguments = parser.parse_args(argv)
     if (arguments.tls_certificate is None) != (arguments.tls_key is None) or (arguments.tls_root and arguments.tls_key is None):
         parser.error("--tls-certificate and --tls-key go together, and --tls-root goes with both")
     return arguments
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"wanted seconds from 0 to 86400, got {text!r}")
+    return seconds
 
 
 def _port(text: str) -> int:

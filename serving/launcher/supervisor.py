@@ -6,6 +6,7 @@ of the whole server helps. Clients notice it as a closed connection.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import threading
 import time
@@ -24,18 +25,40 @@ DRAIN_AFTER_DEATH_S = 2.0
 MIN_BACKOFF_S, MAX_BACKOFF_S, BACKOFF_RESET_S = 0.5, 30.0, 60.0
 
 
-def keep_serving(new_server: Callable[[], TritonServer], stop: threading.Event, announce: Callable[[TritonServer], None]) -> None:
+@dataclasses.dataclass(frozen=True)
+class Draining:
+    """How a server is drained that is told to end; see TritonServer.drain.
+
+    Attributes:
+        timeout_s: how long the questions in flight may take.
+        delay_s: between "not ready" and the first refusal.
+        hurry: set it to end at once.
+    """
+
+    timeout_s: float = 30.0
+    delay_s: float = 0.0
+    hurry: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+
+def keep_serving(
+    new_server: Callable[[], TritonServer],
+    stop: threading.Event,
+    announce: Callable[[TritonServer], None],
+    draining: Draining | None = None,
+) -> None:
     """Serve until `stop` is set.
 
     Args:
         new_server: makes a server that is not yet started.
-        stop: ends serving; requests in flight may finish.
+        stop: ends serving: the server is drained first.
         announce: called with each server when it is ready.
+        draining: how; None takes the defaults.
 
     Raises:
         ServerError: if the first start fails; a later one is tried again.
         PortError: if a port is taken, at the first start or a later one.
     """
+    draining = draining or Draining()
     backoff_s = 0.0
     served_before = False
     while not stop.is_set():
@@ -47,6 +70,9 @@ def keep_serving(new_server: Callable[[], TritonServer], stop: threading.Event, 
                 failure = _wait_for_failure(server, stop)
                 if failure is None:
                     print("stopping", flush=True)
+                    if not server.drain(draining.timeout_s, draining.delay_s, draining.hurry):
+                        print(f"not all questions in flight were answered within {draining.timeout_s:g} s", file=sys.stderr, flush=True)
+                        server.stop(DRAIN_AFTER_DEATH_S)
                     return
                 server.stop(DRAIN_AFTER_DEATH_S)
         except PortError:

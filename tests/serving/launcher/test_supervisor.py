@@ -111,6 +111,9 @@ class DyingServer:
     def failure(self):
         return "the process of fido has died"
 
+    def drain(self, *_):
+        return True
+
     def stop(self, drain_timeout_s):
         pass
 
