@@ -40,9 +40,9 @@ START_ATTEMPTS = 3
 READY_POLL_S = 0.1
 # How long no question must be in flight before the server counts as drained: the gauge is up to 0.25 s old, a stream's end comes 0.3 s late.
 DRAIN_POLL_S, DRAIN_QUIET_S = 0.1, 0.7
-# Triton waits for every open HTTP connection, also one that only keeps alive. Once its models have ended, nothing can be in flight but
-# responses on their way to their clients: they get this long.
-LAST_RESPONSES_S = 1.5
+# Triton's first act at its end is to wait for every open HTTP connection, also one that only keeps alive, for its whole exit timeout. Once
+# it is drained only responses on their way to their clients can be left: they get this long.
+LAST_RESPONSES_S = 2.0
 NOT_READY_FILE_VARIABLE = "FIDO_NOT_READY_FILE"  # preload/readiness.c
 
 
@@ -81,6 +81,7 @@ class TritonServer:
         self._running: GuardedProcess | None = None
         self._pump: LogPump | None = None
         self._python_models: list[str] = []
+        self._is_drained = False
         self._processes: set[str] = set()  # names of the models' processes once the server was ready
 
     @property
@@ -263,12 +264,13 @@ class TritonServer:
         while not hurry.wait(DRAIN_POLL_S) and time.monotonic() < deadline_s and self.failure() is None:
             try:
                 is_quiet = questions_in_flight(self.metrics_url) == 0
-            except OSError:
-                return False
+            except OSError:  # no metrics: Triton's own end waits for its inferences
+                break
             quiet_since_s = (quiet_since_s or time.monotonic()) if is_quiet else None
             if quiet_since_s is not None and time.monotonic() - quiet_since_s >= DRAIN_QUIET_S:
-                return True
-        return False
+                self._is_drained = True
+                break
+        return self._is_drained
 
     def stop(self, drain_timeout_s: float | None = None) -> None:
         """End the server: requests in flight may finish, then its processes, shared memory regions and scratch folder are removed.
@@ -279,10 +281,14 @@ class TritonServer:
         self._end_process(self._drain_timeout_s + 10 if drain_timeout_s is None else drain_timeout_s)
         self._workspace.remove()
 
+    def _waits_for_connections(self, pid: int) -> bool:
+        """Whether a drained Triton has not begun to unload its models."""
+        return self._is_drained and set(model_processes(pid, self._python_models)) >= self._processes - {"tritonserver"}
+
     def _end_process(self, timeout_s: float) -> None:
         running, self._running = self._running, None
         if running is not None:
-            running.end(timeout_s, lambda: not model_processes(running.popen.pid, self._python_models), LAST_RESPONSES_S)
+            running.end(timeout_s, lambda: self._waits_for_connections(running.popen.pid), LAST_RESPONSES_S)
             self._workspace.remove_regions()
         if self._pump is not None:
             self._pump.join()
