@@ -123,7 +123,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=_seconds,
         default=30.0,
         metavar="S",
-        help="how long the questions in flight may take once the server is told to end (default: %(default)g); a second signal ends it at once",
+        help="how long questions in flight may take once the server is told to end (default: %(default)g); a second signal ends it at once",
     )
     parser.add_argument(
         "--drain-delay",

@@ -38,7 +38,8 @@ SHM_BYTES = 8 << 20
 CUDA_POOL_BYTES = 1 << 30  # a question of 40 x 256 tokens has 16 MB of hidden states at base size, and many are in flight
 START_ATTEMPTS = 3
 READY_POLL_S = 0.1
-# How long no question must be in flight before the server counts as drained: the gauge is up to 0.25 s old, a stream's end comes 0.3 s late.
+# How long no question must be in flight before the server counts as drained: the gauge is up to 0.25 s old, and a stream's end comes 0.3 s
+# after its answer.
 DRAIN_POLL_S, DRAIN_QUIET_S = 0.1, 0.7
 # Triton's first act at its end is to wait for every open HTTP connection, also one that only keeps alive, for its whole exit timeout. Once
 # it is drained only responses on their way to their clients can be left: they get this long.
