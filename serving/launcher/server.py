@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -59,6 +59,7 @@ class TritonServer:
         start_timeout_s: how long loading may take.
         drain_timeout_s: how long requests in flight may take to finish after the server was asked to stop.
         extra: more arguments for tritonserver.
+        variables: environment variables that it has besides those of this process.
     """
 
     def __init__(
@@ -71,10 +72,12 @@ class TritonServer:
         start_timeout_s: float = 120.0,
         drain_timeout_s: float = 30.0,
         extra: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
     ):
         self.models, self.repository, self.address = tuple(models), Path(repository), address
         self.http_port, self.grpc_port, self.metrics_port = ports or free_ports(3)
         self._start_timeout_s, self._drain_timeout_s, self._extra = start_timeout_s, drain_timeout_s, tuple(extra)
+        self._variables = dict(variables or {})
         self._workspace = Workspace()
         self.log = log or self._workspace.scratch / "tritonserver.log"
         self.triton: tuple[int, ...] | None = None  # version, once it is known
@@ -173,7 +176,7 @@ class TritonServer:
             *self._extra,
         ]
         variables = environment(installation, preloaded)
-        variables |= {name: str(path) for name, path in self._drain_files.items()}
+        variables |= self._variables | {name: str(path) for name, path in self._drain_files.items()}
         alone = {name: variables.pop(name) for name in SERVER_ALONE if name in variables}
         try:
             self._pump = LogPump(self.log, self.request_log)

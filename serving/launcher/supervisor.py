@@ -45,6 +45,7 @@ def keep_serving(
     stop: threading.Event,
     announce: Callable[[TritonServer], None],
     draining: Draining | None = None,
+    name: str = "",
 ) -> None:
     """Serve until `stop` is set.
 
@@ -53,6 +54,7 @@ def keep_serving(
         stop: ends serving: the server is drained first.
         announce: called with each server when it is ready.
         draining: how; None takes the defaults.
+        name: of the server, before every message; "" if it is the only one.
 
     Raises:
         ServerError: if the first start fails; a later one is tried again.
@@ -69,9 +71,11 @@ def keep_serving(
                 served_before = True
                 failure = _wait_for_failure(server, stop)
                 if failure is None:
-                    print("stopping", flush=True)
+                    print(f"{name}stopping\n", end="", flush=True)  # in one piece: other servers of a fleet print too
                     if not server.drain(draining.timeout_s, draining.delay_s, draining.hurry):
-                        print(f"not all questions in flight were answered within {draining.timeout_s:g} s", file=sys.stderr, flush=True)
+                        print(
+                            f"{name}not all questions in flight were answered within {draining.timeout_s:g} s", file=sys.stderr, flush=True
+                        )
                         server.stop(DRAIN_AFTER_DEATH_S)
                     return
                 server.stop(DRAIN_AFTER_DEATH_S)
@@ -83,7 +87,7 @@ def keep_serving(
             failure = str(error)
         lived_long = time.monotonic() - started_s > BACKOFF_RESET_S
         backoff_s = 0.0 if lived_long else min(MAX_BACKOFF_S, max(MIN_BACKOFF_S, 2 * backoff_s))
-        print(f"{failure}; starting again" + (f" in {backoff_s:.1f} s" if backoff_s else ""), file=sys.stderr, flush=True)
+        print(f"{name}{failure}; starting again" + (f" in {backoff_s:.1f} s" if backoff_s else ""), file=sys.stderr, flush=True)
         stop.wait(backoff_s)
 
 
