@@ -36,6 +36,9 @@ READERS ?=
 DEMO ?=
 STREAM ?=
 SERVE_FLAGS ?=
+# Several servers behind one address: one for each of these GPUs (0,1 or all), or so many on the CPU.
+GPUS ?=
+REPLICAS ?=
 
 # The question of `make ask`.
 MODEL ?= fido
@@ -101,8 +104,8 @@ PLACE := build/demo
 demo-readers: $(SERVE)
 	@$(EXPORT) $(BOTH) $(call flags,$(BOTH)) --engines $(PLACE)/engines --repository $(PLACE)/model_repository $(EXPORT_OPTIONS)
 
-serve: $(if $(DEMO),demo-readers,$(if $(NAMED),export,$(SERVE))) ## run Triton on what was exported until Ctrl-C (READERS="a b", STREAM=1, DEMO=1)
-	@exec $(PY) -m serving --readers $(READERS) $(if $(DEMO),--repository $(PLACE)/model_repository) $(if $(STREAM),--stream) $(SERVE_FLAGS)
+serve: $(if $(DEMO),demo-readers,$(if $(NAMED),export,$(SERVE))) ## run Triton on what was exported until Ctrl-C (READERS="a b", STREAM=1, DEMO=1, GPUS=0,1)
+	@exec $(PY) -m serving --readers $(READERS) $(if $(DEMO),--repository $(PLACE)/model_repository) $(if $(STREAM),--stream) $(if $(GPUS),--gpus "$(GPUS)") $(if $(REPLICAS),--replicas $(REPLICAS)) $(SERVE_FLAGS)
 
 status: $(SERVE) ## what is exported and what is served: checkpoint, parameters, engine, precision, limits
 	@$(PY) -m serving --status --readers $(READERS) $(if $(DEMO),--repository $(PLACE)/model_repository)

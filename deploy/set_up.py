@@ -45,8 +45,8 @@ SERVER = "requirements-triton.txt"
 VENV_ADVICE = "on Debian and Ubuntu, install python3-venv"
 # PyTorch's own index of CPU builds, a twentieth as large as the build for CUDA; PyPI where it cannot be reached. Empty: PyPI at once.
 TORCH_CPU_INDEX = os.environ.get("TORCH_CPU_INDEX", "https://download.pytorch.org/whl/cpu")
-# Libraries that tritonserver preloads: they bound its memory, and keep cancelled streams from stopping it.
-PRELOADED = ("heap_trim", "stream_locks")
+# Libraries that tritonserver preloads: they bound its memory, keep cancelled streams from stopping it, and say when it is about to end.
+PRELOADED = ("heap_trim", "stream_locks", "readiness")
 SIZE = re.compile(r"^\s*(?:Downloading|(Using cached)) (\S+?)-\d(\S*) \(([\d.]+) ([kMG]?)B\)", re.I)
 LOCAL = re.compile(r"^Processing (\S+\.whl)")
 MEGABYTES = {"": 1e-6, "k": 1e-3, "M": 1.0, "G": 1e3}

@@ -107,6 +107,11 @@ class StreamAssembler:
         """Whether the totals arrived: an error after them does not matter, since the answer is complete."""
         return self._totals is not None
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a response with outputs arrived: a part of the answer may have been shown."""
+        return bool(self._texts)
+
     def feed(self, result: InferResult, elapsed_s: float) -> StreamPiece | None:
         """Add the next response, `elapsed_s` after the start; return its piece, or None if it has no text.
 

@@ -12,6 +12,7 @@ from tritonclient.utils import InferenceServerException
 
 from .answer import StreamAssembler, StreamedAnswer, StreamPiece
 from .connection.grpc_transport import Stream
+from .connection.retry import RetryPolicy
 from .connection.stop import deadline_exceeded
 from .errors import ReaderError
 
@@ -26,8 +27,19 @@ class AnswerStream(Iterator[StreamPiece]):
     hangs up. Over gRPC it reads the stream to its end in the background: cancelling it may end Triton (connection/stop.py).
     """
 
-    def __init__(self, call: Stream, failure: Failure, model: str, *, deadline_s: float, start_s: float) -> None:
+    def __init__(
+        self,
+        call: Stream,
+        failure: Failure,
+        model: str,
+        *,
+        deadline_s: float,
+        start_s: float,
+        retry: RetryPolicy | None = None,
+        again: Callable[[], Stream] | None = None,
+    ) -> None:
         self._call = call
+        self._retry, self._again, self._failures = retry or RetryPolicy(), again, 0
         self._failure = failure
         self._model = model
         self._deadline_s = deadline_s
@@ -44,7 +56,11 @@ class AnswerStream(Iterator[StreamPiece]):
         """
         try:
             while not self._ended:
-                piece = self._next_response()
+                try:
+                    piece = self._next_response()
+                except ReaderError as error:
+                    self._ask_again(error)
+                    continue
                 if piece is not None:
                     return piece
         except BaseException:
@@ -82,6 +98,17 @@ class AnswerStream(Iterator[StreamPiece]):
 
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+    def _ask_again(self, error: ReaderError) -> None:
+        """Send the question once more after a pause, or raise the error: where it stands, or a part of the answer has come."""
+        self._failures += 1
+        remaining_s = self._start_s + self._deadline_s - time.perf_counter()
+        pause_s = self._retry.pause_s(error, failures=self._failures, remaining_s=remaining_s)
+        if pause_s is None or self._again is None or self._assembler.has_begun:
+            raise error
+        self._call.leave()
+        time.sleep(pause_s)
+        self._call = self._again()
 
     def _next_response(self) -> StreamPiece | None:
         try:

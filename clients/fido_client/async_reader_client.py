@@ -9,9 +9,10 @@ Cancelling the task that waits for an answer cancels the request on the server. 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -22,8 +23,9 @@ from tritonclient.utils import InferenceServerException
 
 from .answer import Answer, StreamAssembler, StreamedAnswer, StreamPiece, answer_from_result
 from .connection.async_stream_call import AsyncStreamCall, StreamTasks
+from .connection.balancer import Balancer
 from .connection.diagnosis import Diagnosis
-from .connection.endpoint import Endpoint, grpc_timeout_s
+from .connection.endpoint import Endpoint, grpc_timeout_s, url_of
 from .connection.retry import RetryPolicy
 from .connection.stop import deadline_exceeded
 from .errors import ReaderError, RequestRefused, error_from_exception, status_and_message
@@ -41,8 +43,18 @@ class AsyncAnswerStream(AsyncIterator[StreamPiece]):
     stream is then read to its end in the background.
     """
 
-    def __init__(self, call: AsyncStreamCall, failure: AsyncFailure, model: str, *, deadline_s: float, start_s: float) -> None:
-        self._call = call
+    def __init__(
+        self,
+        again: Callable[[], tuple[AsyncStreamCall, Callable[[Exception | None], None]]],
+        failure: AsyncFailure,
+        model: str,
+        *,
+        deadline_s: float,
+        start_s: float,
+        retry: RetryPolicy,
+    ) -> None:
+        self._again, self._retry, self._failures = again, retry, 0
+        self._call, self._report = again()
         self._failure = failure
         self._model = model
         self._deadline_s = deadline_s
@@ -64,7 +76,11 @@ class AsyncAnswerStream(AsyncIterator[StreamPiece]):
         """
         try:
             while not self._ended:
-                piece = await self._next_response()
+                try:
+                    piece = await self._next_response()
+                except ReaderError as error:
+                    await self._ask_again(error)
+                    continue
                 if piece is not None:
                     return piece
         except BaseException:
@@ -100,17 +116,30 @@ class AsyncAnswerStream(AsyncIterator[StreamPiece]):
     async def __aexit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
         await self.aclose()
 
+    async def _ask_again(self, error: ReaderError) -> None:
+        """As AnswerStream's: another attempt, or the error."""
+        self._failures += 1
+        remaining_s = self._start_s + self._deadline_s - time.perf_counter()
+        pause_s = self._retry.pause_s(error, failures=self._failures, remaining_s=remaining_s)
+        if pause_s is None or self._assembler.has_begun:
+            raise error
+        self._call.leave()
+        await asyncio.sleep(pause_s)
+        self._call, self._report = self._again()
+
     async def _next_response(self) -> StreamPiece | None:
         try:
             response = await self._call.next_response()
         except TimeoutError as timeout:
             raise await self._failure(deadline_exceeded(), self._model, self._deadline_s) from timeout
         except grpc.RpcError as rpc_error:
+            self._report(rpc_error)
             raise await self._failure(rpc_error, self._model, self._deadline_s) from rpc_error
         if response is None:
             self._answer, self._ended = self._assembler.finish(), True
             return None
         result, error = response
+        self._report(error)
         if error is not None:
             raise await self._failure(error, self._model, self._deadline_s)
         piece = self._assembler.feed(result, time.perf_counter() - self._start_s)
@@ -120,15 +149,17 @@ class AsyncAnswerStream(AsyncIterator[StreamPiece]):
 
 
 class _Connection:
-    """What one event loop has open."""
+    """What one event loop has open: a client for each address."""
 
-    def __init__(self, client: triton_aio.InferenceServerClient) -> None:
-        self.client = client
+    def __init__(self, clients: Sequence[triton_aio.InferenceServerClient]) -> None:
+        self.clients = tuple(clients)
+        self.balancer = Balancer(len(self.clients))
         self.streams = StreamTasks()
 
     async def aclose(self) -> None:
         await self.streams.aclose()
-        await self.client.close()
+        for client in self.clients:
+            await client.close()
 
 
 class AsyncReaderClient:
@@ -139,7 +170,7 @@ class AsyncReaderClient:
 
     def __init__(
         self,
-        url: str = "127.0.0.1:8001",
+        url: str | Sequence[str] = "127.0.0.1:8001",
         model: str = "fido",
         timeout_s: float = 60.0,
         *,
@@ -150,7 +181,7 @@ class AsyncReaderClient:
         private_key: str | None = None,
         certificate_chain: str | None = None,
     ) -> None:
-        self.endpoint = Endpoint(url, model, timeout_s, stream_model, ssl, root_certificates, private_key, certificate_chain)
+        self.endpoint = Endpoint(url_of(url), model, timeout_s, stream_model, ssl, root_certificates, private_key, certificate_chain)
         self._credentials = self.endpoint.credentials()
         self._retry = RetryPolicy(retries)
         self._diagnosis = Diagnosis(self.endpoint)
@@ -160,10 +191,11 @@ class AsyncReaderClient:
 
     async def is_ready(self, timeout_s: float = 5.0) -> bool:
         """Whether the server responds and the unary model is ready."""
-        try:
-            return bool(await self._connection().client.is_model_ready(self.endpoint.model, client_timeout=timeout_s))
-        except InferenceServerException:
-            return False
+        for client in self._connection().clients:
+            with contextlib.suppress(InferenceServerException):
+                if await client.is_model_ready(self.endpoint.model, client_timeout=timeout_s):
+                    return True
+        return False
 
     async def answer(
         self,
@@ -177,17 +209,21 @@ class AsyncReaderClient:
     ) -> Answer:
         """Ask one question and wait for the answer; arguments and errors are those of ReaderClient.answer."""
         start_s = time.perf_counter()
-        client, endpoint, deadline_s = self._connection().client, self.endpoint, self.endpoint.deadline_s(timeout_s)
+        connection, endpoint, deadline_s = self._connection(), self.endpoint, self.endpoint.deadline_s(timeout_s)
         request = ReaderRequest(question, passages, titles, max_new_tokens, min_new_tokens)
         inputs = infer_inputs_from_tensors(tensors_from_request(request, model=endpoint.model))
         failures = 0
         while True:
             left_s = start_s + deadline_s - time.perf_counter()
             timeout_left_s = grpc_timeout_s(max(left_s, 0.001) if failures else deadline_s)
+            index = connection.balancer.pick()
             try:
-                result: InferResult = await client.infer(endpoint.model, inputs, client_timeout=timeout_left_s)
+                result: InferResult = await connection.clients[index].infer(endpoint.model, inputs, client_timeout=timeout_left_s)
+                connection.balancer.report(index, None)
+                self._retry.budget.answered()
                 return answer_from_result(result, model=endpoint.model, latency_s=time.perf_counter() - start_s)
             except InferenceServerException as exception:
+                connection.balancer.report(index, exception)
                 failures += 1
                 error = error_from_exception(exception, model=endpoint.model, url=endpoint.url, timeout_s=deadline_s)
                 remaining_s = start_s + deadline_s - time.perf_counter()
@@ -240,8 +276,12 @@ class AsyncReaderClient:
         request = ReaderRequest(question, passages, titles, max_new_tokens, min_new_tokens)
         inputs = infer_inputs_from_tensors(tensors_from_request(request, model=model))
 
-        call = AsyncStreamCall(connection.client, connection.streams, model, inputs, deadline_s, start_s)
-        return AsyncAnswerStream(call, self._failure, model, deadline_s=deadline_s, start_s=start_s)
+        def open_call() -> tuple[AsyncStreamCall, Callable[[Exception | None], None]]:
+            index = connection.balancer.pick()
+            call = AsyncStreamCall(connection.clients[index], connection.streams, model, inputs, deadline_s, start_s)
+            return call, lambda error: connection.balancer.report(index, error)
+
+        return AsyncAnswerStream(open_call, self._failure, model, deadline_s=deadline_s, start_s=start_s, retry=self._retry)
 
     async def aclose(self) -> None:
         """Stop the streams, wait for their end, and close the connections of all event loops, which cancels other requests.
@@ -271,9 +311,12 @@ class AsyncReaderClient:
         with self._lock:
             self._opened = {loop: connection for loop, connection in self._opened.items() if not loop.is_closed()}
             if running not in self._opened:
-                args = self.endpoint.channel_args()
-                client = triton_aio.InferenceServerClient(self.endpoint.target, creds=self._credentials, channel_args=args)
-                self._opened[running] = _Connection(client)
+                self._opened[running] = _Connection(
+                    [
+                        triton_aio.InferenceServerClient(each.url, creds=self._credentials, channel_args=each.channel_args())
+                        for each in self.endpoint.each()
+                    ]
+                )
             return self._opened[running]
 
     async def _failure(self, exception: Exception, model: str, timeout_s: float) -> ReaderError:

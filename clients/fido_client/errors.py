@@ -38,6 +38,14 @@ class ReaderUnavailable(ReaderError):  # noqa: N818
 
 
 # NOT_FOUND means an unknown model in Triton: changing the question does not help.
+# What Triton and the readers say, under other statuses or inside a stream without one, while a server starts, is full or shuts down.
+_TEMPORARY = (
+    "has no available versions",
+    "has stopped accepting new inference requests",
+    "Server not ready",
+    "the server is shutting down",
+    "in flight and no more may",
+)
 _CLASS_OF_STATUS: dict[str | None, type[ReaderError]] = {
     "INVALID_ARGUMENT": RequestRefused,
     "OUT_OF_RANGE": RequestRefused,
@@ -73,12 +81,17 @@ def error_from_exception(exception: Exception, *, model: str, url: str, timeout_
 
 
 def status_and_message(exception: Exception) -> tuple[str | None, str]:
-    """The gRPC status and the server's message; the status is None for an error inside a stream, which Triton sends without one."""
+    """The gRPC status and the server's message; the status is None for most errors inside a stream, which Triton sends without one.
+
+    The status is UNAVAILABLE wherever the message says that the server starts, is full or shuts down: Triton has no one status for that.
+    """
     if isinstance(exception, grpc.RpcError):
-        return exception.code().name, exception.details() or ""
-    if isinstance(exception, InferenceServerException):
-        return (exception.status() or "").removeprefix("StatusCode.") or None, exception.message() or ""
-    raise TypeError(f"wanted a grpc.RpcError or an InferenceServerException, got {type(exception).__name__}") from exception
+        status, message = exception.code().name, exception.details() or ""
+    elif isinstance(exception, InferenceServerException):
+        status, message = (exception.status() or "").removeprefix("StatusCode.") or None, exception.message() or ""
+    else:
+        raise TypeError(f"wanted a grpc.RpcError or an InferenceServerException, got {type(exception).__name__}") from exception
+    return ("UNAVAILABLE" if any(words in message for words in _TEMPORARY) else status), message
 
 
 def _reason(status: str | None, message: str, hint: str | None) -> str:

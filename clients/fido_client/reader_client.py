@@ -12,7 +12,7 @@ import dataclasses
 import heapq
 import queue
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Union
 
@@ -24,9 +24,10 @@ from tritonclient.utils import InferenceServerException
 from .answer import Answer, StreamedAnswer, StreamPiece, answer_from_result
 from .answer_stream import AnswerStream
 from .async_reader_client import AsyncAnswerStream, AsyncReaderClient
+from .connection.balancer import BalancedTransport
 from .connection.diagnosis import Diagnosis
-from .connection.endpoint import Endpoint
-from .connection.grpc_transport import GrpcTransport, Transport
+from .connection.endpoint import Endpoint, url_of
+from .connection.grpc_transport import GrpcTransport, Stream, Transport
 from .connection.http_transport import HttpTransport
 from .connection.retry import RetryPolicy
 from .connection.served_models import TIMEOUT_S, ServedModel
@@ -83,13 +84,14 @@ class ReaderClient:
     """A client of one reader; safe to share between threads. It connects at the first question and reuses the connection.
 
     Args:
-        url: "host:port" of Triton's gRPC endpoint, or of its HTTP endpoint. Several servers, over gRPC: "10.0.0.1:8001,10.0.0.2:8001", or
-            "dns:///NAME:PORT" for all addresses of a name; requests go to those that can be reached, in turn.
+        url: "host:port" of Triton's gRPC endpoint, or of its HTTP endpoint. Several servers of one reader, which then take turns: a list
+            of addresses, addresses by commas, "ipv4:A:PORT,B:PORT", or "dns:///NAME:PORT" for all addresses of a name. Over HTTP a name's
+            addresses are those that it has now.
         model: The reader's name on the server, such as "fido".
         timeout_s: Time-out in seconds of a request that sets none; math.inf for no limit.
         stream_model: The model that `stream` uses; None: `model` + "_stream".
         retries: How often a request is sent again while the server is not available, with a growing pause and within its time-out. A reader
-            is a pure function of the request, so this is safe. Streamed answers are not retried.
+            is a pure function of the request, so this is safe. A streamed answer is retried until its first part has come.
         ssl: Encrypt the connection.
         root_certificates: PEM file of trusted certificates; None: gRPC's default.
         private_key: PEM file of the client's key, for servers that require a client certificate.
@@ -104,7 +106,7 @@ class ReaderClient:
 
     def __init__(
         self,
-        url: str = "127.0.0.1:8001",
+        url: str | Sequence[str] = "127.0.0.1:8001",
         model: str = "fido",
         timeout_s: float = 60.0,
         *,
@@ -116,13 +118,18 @@ class ReaderClient:
         certificate_chain: str | None = None,
         transport: str = "grpc",
     ) -> None:
-        self.endpoint = Endpoint(url, model, timeout_s, stream_model, ssl, root_certificates, private_key, certificate_chain)
+        self.endpoint = Endpoint(url_of(url), model, timeout_s, stream_model, ssl, root_certificates, private_key, certificate_chain)
         self._retry = RetryPolicy(retries)
         if transport not in ("grpc", "http"):
             raise ValueError(f'transport: wanted "grpc" or "http", got {transport!r}')
         # over HTTP, errors of the connection are plain, and a probe of gRPC would mislead
         self._diagnosis = Diagnosis(self.endpoint) if transport == "grpc" else None
-        self._transport: Transport = GrpcTransport(self.endpoint) if transport == "grpc" else HttpTransport(self.endpoint)
+        transports: list[Transport] = (
+            [GrpcTransport(each) for each in self.endpoint.each()]
+            if transport == "grpc"
+            else [HttpTransport(each) for each in self.endpoint.each_resolved()]
+        )
+        self._transport: Transport = transports[0] if len(transports) == 1 else BalancedTransport(transports)
         self._closed = False
 
     def is_ready(self, timeout_s: float = 5.0) -> bool:
@@ -177,6 +184,7 @@ class ReaderClient:
             timeout_left_s = max(pending.remaining_s, 0.001) if pending.failures else deadline_s
             try:
                 result = self._transport.infer(pending.tensors, timeout_left_s)
+                self._retry.budget.answered()
                 return answer_from_result(result, model=endpoint.model, latency_s=time.perf_counter() - start_s)
             except InferenceServerException as error:
                 pause_s = self._pause_s(pending, error)
@@ -220,8 +228,13 @@ class ReaderClient:
         start_s = time.perf_counter()
         model, deadline_s = self.endpoint.streaming_model, self.endpoint.deadline_s(timeout_s)
         request = ReaderRequest(question, passages, titles, max_new_tokens, min_new_tokens)
-        call = self._transport.open_stream(tensors_from_request(request, model=model), deadline_s, start_s)
-        return AnswerStream(call, self._failure, model, deadline_s=deadline_s, start_s=start_s)
+        tensors = tensors_from_request(request, model=model)
+
+        def open_again() -> Stream:
+            self._check_open()
+            return self._transport.open_stream(tensors, deadline_s, start_s)
+
+        return AnswerStream(open_again(), self._failure, model, deadline_s=deadline_s, start_s=start_s, retry=self._retry, again=open_again)
 
     def close(self) -> None:
         """Cancel the requests in flight, stop the streams, and close the connection. Calling it twice is harmless."""
@@ -310,6 +323,7 @@ class ReaderClient:
         model = self.endpoint.model
         if arrival.error is not None:
             return self._failure(arrival.error, model, deadline_s)
+        self._retry.budget.answered()
         try:
             return answer_from_result(arrival.result, model=model, latency_s=arrival.latency_s)
         except ReaderError as error:

@@ -1,4 +1,4 @@
-"""Environment variables of tritonserver and its Python models: packages, memory settings, and the two libraries that are preloaded.
+"""Environment variables of tritonserver and its Python models: packages, memory settings, and the libraries that are preloaded.
 
 `make setup` compiles the libraries (preload/*.c) where there is a C compiler. A server without them serves, with the risks that GUARDS
 names.
@@ -15,10 +15,11 @@ from pathlib import Path
 
 from .installation import PROJECT, Installation
 
-HEAP_TRIM, STREAM_LOCKS = (Path(sys.prefix, "lib", f"lib{name}.so") for name in ("heap_trim", "stream_locks"))
+HEAP_TRIM, STREAM_LOCKS, READINESS = (Path(sys.prefix, "lib", f"lib{name}.so") for name in ("heap_trim", "stream_locks", "readiness"))
 GUARDS = {
     "heap_trim": "its memory may grow for hours",
     "stream_locks": "a cancelled gRPC stream may stop all streams, until the next restart",
+    "readiness": "it says that it is ready while it answers its last questions",
 }
 # glibc gives up to eight heaps per core to the threads of a process. Each heap keeps what its largest burst took, and glibc raises the size
 # from which it returns a block to the system with every large block that is freed. One heap per core, and blocks from this size on always
@@ -55,7 +56,7 @@ def environment(installation: Installation, preloaded: Sequence[Path] | None = N
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
     libraries = [str(folder) for folder in installation.libraries]
     env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
-    preloaded = [library for library in (HEAP_TRIM, STREAM_LOCKS) if library.is_file()] if preloaded is None else preloaded
+    preloaded = [library for library in (HEAP_TRIM, STREAM_LOCKS, READINESS) if library.is_file()] if preloaded is None else preloaded
     if any(library.name == HEAP_TRIM.name for library in preloaded):
         env.setdefault("GLIBC_TUNABLES", NO_THREAD_CACHES)
     if preloaded:
@@ -69,7 +70,7 @@ def preloadable(scratch: Path) -> list[Path]:
     A library at another path is copied into `scratch`. One that `scratch` cannot hold either is left out.
     """
     found = []
-    for library in (HEAP_TRIM, STREAM_LOCKS):
+    for library in (HEAP_TRIM, STREAM_LOCKS, READINESS):
         if library.is_file():
             copy = scratch / library.name
             if not _fits(library) and _fits(copy):

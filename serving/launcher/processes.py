@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 # The shell becomes the server, so that the server has the process id that Popen returns. $1 is how many seconds the server may drain,
@@ -36,6 +37,7 @@ shift 3
 exec "$@"
 """
 GUARD_NAME = "fido-guard"
+END_POLL_S = 0.1
 
 
 class GuardedProcess:
@@ -82,13 +84,24 @@ class GuardedProcess:
         finally:
             os.close(guard_fd)
 
-    def end(self, timeout_s: float) -> None:
-        """Ask the process to end, wait for at most `timeout_s`, then kill it, the guard and every child in its group."""
+    def end(self, timeout_s: float, is_idle: Callable[[], bool] = lambda: False, idle_s: float = 0.0) -> None:
+        """Ask the process to end, wait, then kill it, the guard and every child in its group.
+
+        Args:
+            timeout_s: how long to wait at most.
+            is_idle: whether the process has nothing left to do; asked again and again.
+            idle_s: it is waited for no longer than this once it is idle.
+        """
         self.popen.send_signal(signal.SIGTERM)
-        try:
-            self.popen.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            pass
+        deadline_s, idle_since_s = time.monotonic() + timeout_s, None
+        while (now_s := time.monotonic()) < deadline_s:
+            try:
+                self.popen.wait(min(END_POLL_S, deadline_s - now_s))
+                break
+            except subprocess.TimeoutExpired:
+                idle_since_s = (idle_since_s or time.monotonic()) if is_idle() else None
+            if idle_since_s is not None and time.monotonic() - idle_since_s >= idle_s:
+                break
         try:
             os.killpg(self.popen.pid, signal.SIGKILL)
         except ProcessLookupError:

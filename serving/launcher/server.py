@@ -9,13 +9,15 @@ import contextlib
 import json
 import shutil
 import subprocess
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from serving.contract.manifest import MANIFEST_FILE, Manifest, ManifestError
 from serving.contract.versions import version_of
+from serving.pipeline.request import REFUSING_FILE_VARIABLE
 
 from .cleanup import SHM, SHM_PREFIX, Workspace, remove_leftovers
 from .endpoints import LOOPBACK, PortError, fetch, free_ports, require_free_ports
@@ -24,7 +26,7 @@ from .installation import PROJECT, ServerError, find_installation, prepared_back
 from .log import REQUEST_LOG, LogPump
 from .processes import GuardedProcess, model_processes
 from .repository import has_python_process, models_of
-from .statistics import model_statistics
+from .statistics import model_statistics, questions_in_flight
 from .tls import tls_arguments
 
 # The names that other packages import from here.
@@ -36,6 +38,13 @@ SHM_BYTES = 8 << 20
 CUDA_POOL_BYTES = 1 << 30  # a question of 40 x 256 tokens has 16 MB of hidden states at base size, and many are in flight
 START_ATTEMPTS = 3
 READY_POLL_S = 0.1
+# How long no question must be in flight before the server counts as drained: the gauge is up to 0.25 s old, and a stream's end comes 0.3 s
+# after its answer.
+DRAIN_POLL_S, DRAIN_QUIET_S = 0.1, 0.7
+# Triton's first act at its end is to wait for every open HTTP connection, also one that only keeps alive, for its whole exit timeout. Once
+# it is drained only responses on their way to their clients can be left: they get this long.
+LAST_RESPONSES_S = 2.0
+NOT_READY_FILE_VARIABLE = "FIDO_NOT_READY_FILE"  # preload/readiness.c
 
 
 class TritonServer:
@@ -50,6 +59,7 @@ class TritonServer:
         start_timeout_s: how long loading may take.
         drain_timeout_s: how long requests in flight may take to finish after the server was asked to stop.
         extra: more arguments for tritonserver.
+        variables: environment variables that it has besides those of this process.
     """
 
     def __init__(
@@ -62,16 +72,20 @@ class TritonServer:
         start_timeout_s: float = 120.0,
         drain_timeout_s: float = 30.0,
         extra: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
     ):
         self.models, self.repository, self.address = tuple(models), Path(repository), address
         self.http_port, self.grpc_port, self.metrics_port = ports or free_ports(3)
         self._start_timeout_s, self._drain_timeout_s, self._extra = start_timeout_s, drain_timeout_s, tuple(extra)
+        self._variables = dict(variables or {})
         self._workspace = Workspace()
         self.log = log or self._workspace.scratch / "tritonserver.log"
         self.triton: tuple[int, ...] | None = None  # version, once it is known
         self.missing_guards: list[str] = []  # one line for each preloaded library that the server runs without
         self._running: GuardedProcess | None = None
         self._pump: LogPump | None = None
+        self._python_models: list[str] = []
+        self._is_drained = False
         self._processes: set[str] = set()  # names of the models' processes once the server was ready
 
     @property
@@ -98,6 +112,12 @@ class TritonServer:
     def shm_prefix(self) -> str:
         """Start of the names of this server's shared memory regions."""
         return self._workspace.shm_prefix
+
+    @property
+    def _drain_files(self) -> dict[str, Path]:
+        """Variable of the server's environment -> the file that it names. See `drain`."""
+        scratch = self._workspace.scratch
+        return {NOT_READY_FILE_VARIABLE: scratch / "not-ready", REFUSING_FILE_VARIABLE: scratch / "refusing"}
 
     @property
     def process(self) -> subprocess.Popen[bytes] | None:
@@ -156,6 +176,7 @@ class TritonServer:
             *self._extra,
         ]
         variables = environment(installation, preloaded)
+        variables |= self._variables | {name: str(path) for name, path in self._drain_files.items()}
         alone = {name: variables.pop(name) for name in SERVER_ALONE if name in variables}
         try:
             self._pump = LogPump(self.log, self.request_log)
@@ -226,6 +247,35 @@ class TritonServer:
         dead = sorted({*self._python_models, *self._processes} - set(self.model_processes()))
         return f"the process of {', '.join(dead)} has died" if dead else None
 
+    def drain(self, timeout_s: float | None = None, delay_s: float = 0.0, hurry: threading.Event | None = None) -> bool:
+        """Prepare the end: say that the server is not ready, then refuse new questions, then wait for the answers of all in flight.
+
+        Args:
+            timeout_s: how long the questions in flight may take; None takes the server's own.
+            delay_s: between the first two, for balancers that ask whether the server is ready.
+            hurry: ends the waiting when it is set.
+
+        Returns:
+            Whether all questions in flight were answered.
+        """
+        hurry = hurry or threading.Event()
+        not_ready, refusing = self._drain_files.values()
+        not_ready.touch()
+        hurry.wait(delay_s)
+        refusing.touch()
+        deadline_s = time.monotonic() + (self._drain_timeout_s if timeout_s is None else timeout_s)
+        quiet_since_s: float | None = None
+        while not hurry.wait(DRAIN_POLL_S) and time.monotonic() < deadline_s and self.failure() is None:
+            try:
+                is_quiet = questions_in_flight(self.metrics_url) == 0
+            except OSError:  # no metrics: Triton's own end waits for its inferences
+                break
+            quiet_since_s = (quiet_since_s or time.monotonic()) if is_quiet else None
+            if quiet_since_s is not None and time.monotonic() - quiet_since_s >= DRAIN_QUIET_S:
+                self._is_drained = True
+                break
+        return self._is_drained
+
     def stop(self, drain_timeout_s: float | None = None) -> None:
         """End the server: requests in flight may finish, then its processes, shared memory regions and scratch folder are removed.
 
@@ -235,10 +285,14 @@ class TritonServer:
         self._end_process(self._drain_timeout_s + 10 if drain_timeout_s is None else drain_timeout_s)
         self._workspace.remove()
 
+    def _waits_for_connections(self, pid: int) -> bool:
+        """Whether a drained Triton has not begun to unload its models."""
+        return self._is_drained and set(model_processes(pid, self._python_models)) >= self._processes - {"tritonserver"}
+
     def _end_process(self, timeout_s: float) -> None:
         running, self._running = self._running, None
         if running is not None:
-            running.end(timeout_s)
+            running.end(timeout_s, lambda: self._waits_for_connections(running.popen.pid), LAST_RESPONSES_S)
             self._workspace.remove_regions()
         if self._pump is not None:
             self._pump.join()

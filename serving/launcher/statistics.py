@@ -9,6 +9,7 @@ from typing import Protocol
 from .endpoints import fetch
 
 TIMEOUT_S = 10.0
+IN_FLIGHT_GAUGE = "reader_in_flight_questions"
 
 
 class HttpServer(Protocol):
@@ -53,6 +54,16 @@ def statistics_of(server: HttpServer, model: str) -> ModelStatistics:
         queue_s=int(inference["queue"]["ns"]) / 1e9,
         compute_s=int(inference["compute_infer"]["ns"]) / 1e9,
     )
+
+
+def questions_in_flight(metrics_url: str) -> int:
+    """Questions that the readers of a server have accepted and not yet answered; up to 0.25 s old (serving/triton/metrics.py).
+
+    Raises:
+        OSError: if the server does not answer.
+    """
+    lines = fetch(metrics_url, TIMEOUT_S).decode("utf-8", errors="replace").splitlines()
+    return round(sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{IN_FLIGHT_GAUGE}{{")))
 
 
 def model_statistics(server: HttpServer, model: str) -> dict[str, float]:

@@ -16,6 +16,8 @@ from serving.contract.limits import Limits
 from serving.contract.tensors import READER_TENSORS
 
 LIVENESS_ID = "liveness"  # request id of the launcher's probe (launcher/liveness.py); it is refused and counted nowhere
+# Environment variable with the path of a file: while it exists, a reader takes no new questions. The launcher makes it before the end.
+REFUSING_FILE_VARIABLE = "FIDO_REFUSING_FILE"
 # The request parameters; all other options are tensors. HTTP generate of Triton 2.51 passes both as parameters.
 TIMEOUT, ID = "timeout", "id"  # microseconds, as in Triton's protocol; text
 TRITONS_OWN = "triton_"  # parameters that Triton's clients add begin like this

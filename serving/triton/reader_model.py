@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from serving.contract.tensors import READER_TENSORS
 from serving.engines.base import is_fatal
 from serving.engines.load import cross_kv_bytes_per_element, kv_budget, load_decoder, load_packer
 from serving.pipeline.prompt import PromptEncoder
-from serving.pipeline.request import LIVENESS_ID, read_request
+from serving.pipeline.request import LIVENESS_ID, REFUSING_FILE_VARIABLE, read_request
 from serving.pipeline.scheduler import CancelledError, DecodeSequence, QueueFullError, Scheduler, SchedulerCounts, SchedulerStoppedError
 
 from .encoder_call import EncoderCall
@@ -40,6 +41,8 @@ from .stop import MIN_ID_CHARACTERS, EarlyStops, StopRelay, stopped_id
 CANCEL_POLL_S, CANCEL_POLLED = 0.01, 16
 # Python's default of 5 ms is ten steps of a small reader on a GPU: the scheduler would wait that long for a thread that tokenizes.
 SWITCH_INTERVAL_S = 0.0002
+# The client knows an error in a stream, which has no status, by this text (clients/fido_client/errors.py).
+SHUTTING_DOWN = "the server is shutting down; ask again"
 MAX_WARNINGS = 100  # that are logged once each
 
 
@@ -92,6 +95,7 @@ class ReaderModel:
         self._responding = ThreadPoolExecutor(1, thread_name_prefix="respond")
         self._final_flags = FinalFlags(lambda error: pb_utils.Logger.log_warn(f"{self._name}: a stream cannot be ended: {error}"))
         self._stopping = threading.Event()
+        self._refusing_file = os.environ.get(REFUSING_FILE_VARIABLE)
         self._warned: set[str] = set()
         self._early_stops = EarlyStops()
         self._in_flight: set[ResponseWriter] = set()
@@ -154,6 +158,8 @@ class ReaderModel:
             tensor = pb_utils.get_input_tensor_by_name(request, spec.name)
             arrays[spec.name] = None if tensor is None else tensor.as_numpy()
         checked = read_request(arrays, self._limits, json.loads(request.parameters() or "{}"))
+        if self._refusing_file and os.path.exists(self._refusing_file):
+            raise SchedulerStoppedError(SHUTTING_DOWN)
         if len(self._in_flight) >= self._limits.max_in_flight:
             raise QueueFullError(f"{self._limits.max_in_flight} questions are in flight and no more may; try again later")
         outputs = set(request.requested_output_names())
@@ -166,7 +172,7 @@ class ReaderModel:
         writer.started()
         try:
             if self._stopping.is_set():
-                raise SchedulerStoppedError("the server is shutting down")
+                raise SchedulerStoppedError(SHUTTING_DOWN)
             if reason := writer.caller.cancel_reason():
                 raise reason
             hidden, positions = self._encoder.encode(

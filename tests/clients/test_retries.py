@@ -1,13 +1,24 @@
 """Retries: what is sent again, how often, with which pauses, and that the deadline holds; over real gRPC, of both clients."""
 
+import asyncio
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
 import pytest
 
-from fido_client import AsyncReaderClient, ReaderClient, ReaderError, ReaderRequest, ReaderTimeout, ReaderUnavailable, RequestRefused
+from fido_client import (
+    Answer,
+    AsyncReaderClient,
+    ReaderClient,
+    ReaderError,
+    ReaderRequest,
+    ReaderTimeout,
+    ReaderUnavailable,
+    RequestRefused,
+)
 from fido_client.connection.retry import RetryPolicy
 from tests.clients.scripted_server import WHOLE, Refusal, ScriptedServer
 
@@ -57,59 +68,6 @@ def test_other_failures_are_not_retried(server: ScriptedServer, reader: Any, cod
     with pytest.raises(kind):
         reader.answer(server.url, "q", ["p"], client={"retries": 5})
     assert len(server.received) == 1
-
-
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        (grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'fido' has no available versions"),
-        (grpc.StatusCode.INTERNAL, "Failed to process the request(s): fido_encoder: Server not ready"),
-    ],
-)
-def test_a_server_that_shuts_down_is_asked_again(server: ScriptedServer, reader: Any, code: grpc.StatusCode, message: str) -> None:
-    server.on_infer = _failing(1, code, message)
-    assert reader.answer(server.url, "q", ["p"], client={"retries": 1}).text == "q"
-
-
-def test_several_servers_are_asked_in_turn_and_a_dead_one_costs_no_answer(reader: Any) -> None:
-    servers = [ScriptedServer(), ScriptedServer()]
-    urls = ",".join(server.url for server in servers)
-    questions = [ReaderRequest(f"q{index}", ["p"]) for index in range(20)]
-    try:
-        for form in (urls, f"ipv4:{urls}"):
-            for server in servers:
-                server.received.clear()
-            answers = reader.answer_many(form, questions, client={"retries": 3}, concurrency=4)
-            assert [answer.text for answer in answers] == ["Paris"] * 20
-            assert min(len(server.received) for server in servers) >= 5, "round robin"
-        servers[0].stop()
-        servers[1].received.clear()
-        answers = reader.answer_many(urls, questions, client={"retries": 5}, concurrency=4)
-        assert [answer.text for answer in answers] == ["Paris"] * 20
-        assert len(servers[1].received) == 20
-    finally:
-        for server in servers:
-            server.stop()
-
-
-@pytest.mark.parametrize("kind", [ReaderClient, AsyncReaderClient])
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("one:8001,two:8001", "wanted ipv4 addresses with their ports, got 'one:8001' in .*dns:///NAME:PORT"),
-        ("127.0.0.1:8001,127.0.0.1", "got '127.0.0.1' in"),
-        ("ipv6:127.0.0.1:8001,[::1]:8001", "wanted ipv6 addresses with their ports, got '127.0.0.1:8001'"),
-        ("dns:///readers", "wanted a name and a port, such as dns:///readers:8001, got 'readers' in"),
-    ],
-)
-def test_addresses_that_grpc_would_not_understand_are_refused(kind: Any, url: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        kind(url)
-
-
-def test_over_http_there_is_one_server() -> None:
-    with pytest.raises(ValueError, match="url: wanted one server over HTTP"):
-        ReaderClient("127.0.0.1:8000,127.0.0.1:8010", transport="http")
 
 
 def test_deadline_covers_all_attempts(server: ScriptedServer, reader: Any) -> None:
@@ -165,12 +123,139 @@ def test_closing_the_results_drops_a_question_that_waits_for_its_next_attempt(se
 
 
 def test_pauses_grow_to_five_seconds_and_are_not_all_equal() -> None:
-    policy, error = RetryPolicy(100), ReaderUnavailable("full", status="UNAVAILABLE")
+    error = ReaderUnavailable("full", status="UNAVAILABLE")
     for failures, longest_s in ((1, 0.1), (2, 0.2), (3, 0.4), (20, 5.0), (99, 5.0)):
+        policy = RetryPolicy(100)
         pauses = [policy.pause_s(error, failures=failures, remaining_s=float("inf")) for _ in range(50)]
         assert all(pause is not None and longest_s / 2 <= pause <= longest_s for pause in pauses)
         assert len(set(pauses)) > 10
     assert policy.pause_s(error, failures=5, remaining_s=0.7) is None
+
+
+def test_beyond_the_budget_a_retry_waits_for_its_turn_or_fails_by_its_deadline() -> None:
+    policy, error = RetryPolicy(100), ReaderUnavailable("full", status="UNAVAILABLE")
+    pauses = [policy.pause_s(error, failures=1, remaining_s=60) for _ in range(400)]
+    assert max(pause or 0 for pause in pauses[:90]) <= 0.1, "within the budget there is only the usual pause"
+    assert all(pause is not None for pause in pauses) and 4 < (pauses[-1] or 0) < 7, "300 retries too many, at 50/s"
+    assert policy.pause_s(error, failures=1, remaining_s=1.0) is None
+    for _ in range(3000):
+        policy.budget.answered()
+    assert (policy.pause_s(error, failures=1, remaining_s=1.0) or 9) <= 0.1, "answers earn retries"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'fido' has no available versions"),
+        (grpc.StatusCode.INTERNAL, "Failed for execute the inference request. Server not ready"),
+        (grpc.StatusCode.UNAVAILABLE, "the server is shutting down; ask again"),
+    ],
+)
+def test_what_triton_says_while_it_ends_is_retried(server: ScriptedServer, reader: Any, code: grpc.StatusCode, message: str) -> None:
+    server.on_infer = _failing(1, code, message)
+    assert reader.answer(server.url, "q", ["p"], client={"retries": 1}).text == "q"
+    with pytest.raises(ReaderUnavailable) as caught:
+        reader.answer(server.url, "another", ["p"])
+    assert caught.value.status == "UNAVAILABLE" and message in caught.value.message
+
+
+@pytest.mark.parametrize("code", [None, grpc.StatusCode.UNAVAILABLE])
+def test_a_stream_is_retried_until_its_first_part_has_come(server: ScriptedServer, reader: Any, code: grpc.StatusCode | None) -> None:
+    attempts = []
+
+    def script(received: Any, context: Any) -> Any:
+        attempts.append(received.id)
+        if received.question == "late":
+            yield {"answer": "Pa"}
+        if received.question == "late" or len(attempts) < 3:
+            raise Refusal("the server is shutting down; ask again", code)
+        yield from ({"answer": "Pa"}, WHOLE | {"answer": "ris"})
+
+    server.on_stream = script
+    pieces, answer = reader.stream(server.url, "early", ["p"], client={"retries": 5})
+    assert [piece.text for piece in pieces] == ["Pa", "ris"] and answer.text == "Paris"
+    assert len(set(attempts)) == 3, "each attempt has an id of its own"
+    attempts.clear()
+    with pytest.raises(ReaderUnavailable, match="shutting down"):
+        reader.stream(server.url, "late", ["p"], client={"retries": 5})
+    assert len(attempts) == 1
+
+
+@pytest.fixture
+def pair(server: ScriptedServer) -> Iterator[tuple[ScriptedServer, ScriptedServer]]:
+    other = ScriptedServer()
+    yield server, other
+    other.stop()
+
+
+def _urls(pair: tuple[ScriptedServer, ScriptedServer]) -> list[Any]:
+    first, second = (server.url for server in pair)
+    return [[first, second], f"{first},{second}", f"ipv4:{first},{second}", [f"localhost:{pair[0].port}", second]]
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_several_servers_take_turns(pair: tuple[ScriptedServer, ScriptedServer], which: int) -> None:
+    with ReaderClient(_urls(pair)[which]) as client:
+        assert client.is_ready()
+        for _ in range(6):
+            client.answer("q", ["p"])
+        assert [len(server.received) for server in pair] == [3, 3]
+        assert all(isinstance(result, Answer) for result in client.answer_many([{"question": "q", "passages": ["p"]}] * 8, concurrency=2))
+        assert [len(server.received) for server in pair] == [7, 7]
+        for _ in range(4):
+            with client.stream("q", ["p"]) as stream:
+                stream.read_to_end()
+        assert [len(server.received) for server in pair] == [9, 9]
+
+
+def test_several_servers_take_turns_in_asyncio(pair: tuple[ScriptedServer, ScriptedServer]) -> None:
+    async def ask() -> None:
+        async with AsyncReaderClient(_urls(pair)[0]) as client:
+            assert await client.is_ready()
+            for question in "abcd":
+                await client.answer(question, ["p"])
+            for question in "abcd":
+                await client.stream(question, ["p"]).read_to_end()
+
+    asyncio.run(ask())
+    for server in pair:
+        assert len(server.received) == 4 and len({(received.model, received.question) for received in server.received}) == 4
+
+
+def test_a_server_that_shuts_down_or_is_dead_is_passed_over(pair: tuple[ScriptedServer, ScriptedServer], reader: Any) -> None:
+    draining, living = pair
+    shutting_down = "the server is shutting down; ask again"
+    draining.on_infer = _failing(10**9, message=shutting_down)
+    draining.on_stream = lambda received, context: (_raise(Refusal(shutting_down, None)) for _ in range(1))
+    for _ in range(4):
+        assert reader.answer([draining.url, living.url], "q", ["p"], client={"retries": 1}).text == "Paris"
+        assert reader.stream([draining.url, living.url], "q", ["p"], client={"retries": 1})[1].text == "Paris"
+    with ReaderClient([draining.url, living.url], retries=1) as client:
+        draining.received.clear()
+        for _ in range(10):
+            client.answer("q", ["p"])
+        assert len(draining.received) <= 3, "it rests after a failure"
+    draining.stop()
+    for _ in range(4):
+        assert reader.answer([draining.url, living.url], "q", ["p"], client={"retries": 1}).text == "Paris"
+
+
+def test_grpc_asks_all_addresses_of_a_name(server: ScriptedServer) -> None:
+    """Here each name has one address, so what gRPC is told is looked at."""
+    with ReaderClient(f"dns:///localhost:{server.port}") as client:
+        assert client.answer("q", ["p"]).text == "Paris"
+        assert ("grpc.lb_policy_name", "round_robin") in client.endpoint.channel_args()
+
+
+@pytest.mark.parametrize("url", ["", ",", [], ["a:1", ""], "a:1,b", "ipv4:", ["a:1,b:2"], "dns:///a"])
+def test_addresses_that_are_none_are_refused(url: Any) -> None:
+    for kind in (ReaderClient, AsyncReaderClient):
+        with pytest.raises(ValueError, match="url: wanted"):
+            kind(url)
+
+
+def _raise(error: Exception) -> Any:
+    raise error
 
 
 @pytest.mark.parametrize("kind", [ReaderClient, AsyncReaderClient])

@@ -112,7 +112,10 @@ def _parser() -> argparse.ArgumentParser:
         help="the names of one or more readers (default: fido); several are compared",
     )
     for command in (one, evaluation):
-        command.add_argument("--url", help="host:port of Triton (default: 127.0.0.1:8001, its gRPC endpoint; with --transport http :8000)")
+        command.add_argument(
+            "--url",
+            help="host:port of Triton, or several by commas (default: 127.0.0.1:8001, its gRPC endpoint; with --transport http :8000)",
+        )
         command.add_argument("--transport", choices=("grpc", "http"), default="grpc", help="default: grpc")
         command.add_argument(
             "--timeout-s", type=float, default=60.0, metavar="S", help="time-out of one request in seconds (default: 60; inf: none)"

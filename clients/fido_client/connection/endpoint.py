@@ -1,12 +1,15 @@
-"""The address of a reader: host and port, model names, time-out and TLS. It opens no connection."""
+"""The address of a reader, or several: host and port, model names, time-out and TLS. It opens no connection."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import ipaddress
 import math
 import pathlib
+import socket
 import ssl as tls
+from collections.abc import Sequence
+from typing import Any
 
 import grpc
 
@@ -15,8 +18,6 @@ _MAX_MESSAGE_BYTES = 2**31 - 1
 # gRPC's default grows to two minutes, too long for a caller that waits for a server to start
 _MAX_RECONNECT_BACKOFF_MS = 2000
 _LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
-# Addresses that may stand for several servers
-_SCHEMES = ("dns:///", "ipv4:", "ipv6:")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +25,8 @@ class Endpoint:
     """One reader on one server.
 
     Attributes:
-        url: "host:port" of Triton's gRPC endpoint. Several servers of the same readers: their IP addresses with commas between,
-            "10.0.0.1:8001,10.0.0.2:8001", or a name that stands for all, "dns:///readers.example:8001". Requests then go to those that
-            can be reached, in turn.
+        url: "host:port" of Triton's gRPC endpoint, without a scheme. Several servers of one reader: addresses by commas, also behind
+            "ipv4:" or "ipv6:". "dns:///host:port": all servers that the name has, asked for again when a connection ends.
         model: The reader's name on the server, such as "fido"; its unary model.
         stream_model: The same reader under the decoupled policy; None: `model` + "_stream".
         timeout_s: Time-out in seconds of a request that sets none; math.inf for no limit.
@@ -46,10 +46,12 @@ class Endpoint:
     certificate_chain: str | None = None
 
     def __post_init__(self) -> None:
-        if self.has_several_servers:
-            self._check_addresses()
-        elif self.host_and_port() is None and not self.url.startswith("unix:"):
-            raise ValueError(f"url: wanted host:port of Triton's gRPC endpoint, such as 127.0.0.1:8001, got {self.url!r}")
+        for address in self.addresses or ("",):
+            if _host_and_port(address) is None and not address.startswith("unix:"):
+                raise ValueError(
+                    "url: wanted host:port of Triton's gRPC endpoint, such as 127.0.0.1:8001, dns:///host:port, "
+                    f"or several addresses by commas, got {self.url!r}"
+                )
         if not self.model:
             raise ValueError("model: wanted the name of a served model, such as fido, got an empty string")
         self.deadline_s(None)  # refuses a bad timeout_s here rather than at the first question
@@ -59,32 +61,35 @@ class Endpoint:
             raise ValueError("private_key and certificate_chain go together: wanted both or neither, got one of them")
 
     @property
-    def has_several_servers(self) -> bool:
-        """Whether the address may stand for more than one server."""
-        return "," in self.url or self.url.startswith(_SCHEMES)
+    def addresses(self) -> tuple[str, ...]:
+        """Each server's address, in the order of `url`."""
+        listed = self.url
+        for scheme in ("ipv4:", "ipv6:"):
+            listed = listed.removeprefix(scheme)
+        return tuple(address.strip() for address in listed.split(",") if address.strip())
 
-    @property
-    def target(self) -> str:
-        """The address as gRPC takes it."""
-        if self.url.startswith(_SCHEMES) or not self.has_several_servers:
-            return self.url
-        return f"{'ipv6' if self.url.startswith('[') else 'ipv4'}:{self.url}"
+    def each(self) -> tuple[Endpoint, ...]:
+        """The same reader at one address each."""
+        return tuple(dataclasses.replace(self, url=address) for address in self.addresses)
 
-    def _check_addresses(self) -> None:
-        scheme, _, addresses = self.target.partition(":")
-        for address in addresses.removeprefix("//").removeprefix("/").split(","):
-            host, port = host_and_port(address) or ("", 0)
-            try:
-                fits = bool(port) and (scheme == "dns" or ipaddress.ip_address(host).version == int(scheme[-1]))
-            except ValueError:
-                fits = False
-            if not fits:
-                wanted = "a name and a port, such as dns:///readers:8001" if scheme == "dns" else f"{scheme} addresses with their ports"
-                raise ValueError(f"url: wanted {wanted}, got {address!r} in {self.url!r}; a name of several servers is dns:///NAME:PORT")
+    def each_resolved(self) -> tuple[Endpoint, ...]:
+        """As `each`, with every address that a "dns:" name has right now, for a transport without gRPC's own resolver.
+
+        With TLS a name stays, since the server's certificate holds it. So does a name that is not known.
+        """
+        found: list[str] = []
+        for address in self.addresses:
+            host, port = _host_and_port(address) or ("", 0)
+            places: list[Any] = []
+            if address.startswith("dns:") and not self.ssl:
+                with contextlib.suppress(OSError):
+                    places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found += [f"[{place[4][0]}]:{port}" if ":" in place[4][0] else f"{place[4][0]}:{port}" for place in places] or [address]
+        return tuple(dataclasses.replace(self, url=address) for address in found)
 
     def host_and_port(self) -> tuple[str, int] | None:
-        """The parts of one server's address; None if the address is not host:port."""
-        return None if self.has_several_servers else host_and_port(self.url)
+        """The first address's parts, an IPv6 host without its brackets; None if it is not host:port."""
+        return _host_and_port(self.addresses[0])
 
     @property
     def streaming_model(self) -> str:
@@ -111,9 +116,9 @@ class Endpoint:
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_BACKOFF_MS),
         ]
-        if self.has_several_servers:
-            args.append(("grpc.lb_policy_name", "round_robin"))
-        if self.target.rsplit(",", 1)[-1].removeprefix("ipv4:").removeprefix("ipv6:").rsplit(":", 1)[0] in _LOOPBACK_HOSTS:
+        if self.url.startswith("dns:"):
+            args.append(("grpc.lb_policy_name", "round_robin"))  # else all requests go to the first address that the name has
+        if self.addresses[0].rsplit(":", 1)[0] in _LOOPBACK_HOSTS:
             # gRPC applies http_proxy to loopback too, which no proxy can reach
             args.append(("grpc.enable_http_proxy", 0))
         return args
@@ -133,10 +138,10 @@ class Endpoint:
         return grpc.ssl_channel_credentials(**contents)
 
     def channel(self, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
-        """A channel to the server; gRPC shares one connection between equal channels of a process."""
+        """A channel to the first address; gRPC shares one connection between equal channels of a process."""
         if credentials is None:
-            return grpc.insecure_channel(self.target, self.channel_args())
-        return grpc.secure_channel(self.target, credentials, self.channel_args())
+            return grpc.insecure_channel(self.addresses[0], self.channel_args())
+        return grpc.secure_channel(self.addresses[0], credentials, self.channel_args())
 
     def _check_pem_files(self) -> None:
         # gRPC reports a bad file as a failed connection
@@ -158,14 +163,27 @@ class Endpoint:
                 ) from error
 
 
-def host_and_port(address: str) -> tuple[str, int] | None:
-    """The address's parts, an IPv6 host without its brackets; None if it is not host:port."""
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-        return None
-    return host.removeprefix("dns:").strip("[]"), int(port)
-
-
 def grpc_timeout_s(deadline_s: float) -> float | None:
     """The time-out in gRPC's form: None instead of infinity for no limit."""
     return None if math.isinf(deadline_s) else deadline_s
+
+
+def url_of(addresses: str | Sequence[str]) -> str:
+    """Several addresses as one url; an url stays.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if isinstance(addresses, str):
+        return addresses
+    if not addresses or not all(isinstance(address, str) and address.strip() and "," not in address for address in addresses):
+        raise ValueError(f"url: wanted host:port or a list of them, got {addresses!r}")
+    return ",".join(addresses)
+
+
+def _host_and_port(address: str) -> tuple[str, int] | None:
+    host, _, port = address.rpartition(":")
+    host = host.removeprefix("dns:///").removeprefix("dns:")
+    if not host or "/" in host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        return None
+    return host.strip("[]"), int(port)

@@ -60,7 +60,7 @@ class GrpcTransport:
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         credentials = endpoint.credentials()
-        self._client = InferenceServerClient(endpoint.target, creds=credentials, channel_args=endpoint.channel_args())
+        self._client = InferenceServerClient(endpoint.url, creds=credentials, channel_args=endpoint.channel_args())
         # tritonclient allows one stream per client and leaks a thread for each cancelled stream, so streams have a channel of their own.
         # gRPC shares one connection between both channels.
         self._streams = StreamChannel(endpoint)

@@ -33,15 +33,9 @@ _MICROSECONDS = 1_000_000
 
 
 class HttpTransport:
-    """Requests to one reader over HTTP; safe to share between threads.
-
-    Raises:
-        ValueError: If the address stands for several servers.
-    """
+    """Requests to one reader over HTTP; safe to share between threads."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        if endpoint.has_several_servers:
-            raise ValueError(f"url: wanted one server over HTTP (a load balancer may be one), got {endpoint.url!r}")
         self._endpoint = endpoint
         self._tls = _tls_context(endpoint) if endpoint.ssl else None
         self._idle: list[http.client.HTTPConnection] = []

@@ -1,20 +1,50 @@
 """When a failed request is sent again: exponential backoff with jitter. It sends nothing itself.
 
-A reader is a pure function of its request, so sending one twice is safe. Retried are UNAVAILABLE (the server is down, starts or is full, or
-the connection broke) and what Triton says while it shuts down. A streamed answer is not retried: a part of it may have been shown.
+A reader is a pure function of its request, so sending a request twice is safe. Only UNAVAILABLE is retried: the server is down, starts, is
+full, shuts down, or the connection broke. A streamed answer is retried until a part of it has been shown.
+
+The retries of one client have a budget, so that they do not multiply the load of servers that have trouble. Beyond it a retry is not given
+up: it waits for its turn, if its deadline allows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
+import threading
+import time
 
 from ..errors import ReaderError, ReaderUnavailable
 
 _FIRST_PAUSE_S = 0.1
 _MAX_PAUSE_S = 5.0
-# What Triton answers while it shuts down, by status: its models are unloaded before it stops to listen
-_SHUTTING_DOWN = {"NOT_FOUND": "has no available versions", "INTERNAL": "Server not ready"}
+# A client with up to a hundred requests in flight, with the pauses above, stays within the budget.
+_BURST, _RETRIES_PER_S, _RETRIES_PER_ANSWER = 100.0, 50.0, 0.2
+
+
+class RetryBudget:
+    """A bucket of retries that refills with time and with answers; safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._left, self._at_s = _BURST, time.monotonic()
+
+    def reserve_s(self, longest_s: float) -> float | None:
+        """Take one retry: seconds until its turn; None, and nothing is taken, if that is longer than `longest_s`."""
+        with self._lock:
+            now_s = time.monotonic()
+            self._left = min(_BURST, self._left + (now_s - self._at_s) * _RETRIES_PER_S)
+            self._at_s = now_s
+            wait_s = max(0.0, 1.0 - self._left) / _RETRIES_PER_S
+            if wait_s > longest_s:
+                return None
+            self._left -= 1.0
+            return wait_s
+
+    def answered(self) -> None:
+        """An answer came: some more retries are allowed."""
+        with self._lock:
+            self._left = min(_BURST, self._left + _RETRIES_PER_ANSWER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +53,11 @@ class RetryPolicy:
 
     Attributes:
         retries: Maximum number of further attempts; 0: none.
+        budget: Of all requests of one client.
     """
 
     retries: int = 0
+    budget: RetryBudget = dataclasses.field(default_factory=RetryBudget, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.retries, bool) or not isinstance(self.retries, int) or self.retries < 0:
@@ -42,15 +74,11 @@ class RetryPolicy:
             failures: Number of failed attempts, 1 after the first.
             remaining_s: Seconds until the request's deadline.
         """
-        if failures > self.retries or not _may_pass(error):
+        if failures > self.retries or not isinstance(error, ReaderUnavailable) or error.status != "UNAVAILABLE":
             return None
         longest_s = min(_MAX_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(failures - 1, 30))
         pause_s = random.uniform(longest_s / 2, longest_s)
-        return pause_s if pause_s < remaining_s else None
-
-
-def _may_pass(error: ReaderError) -> bool:
-    """Whether the same request may succeed later, or on another server."""
-    unavailable = isinstance(error, ReaderUnavailable) and error.status == "UNAVAILABLE"
-    words = _SHUTTING_DOWN.get(error.status or "")
-    return unavailable or (words is not None and words in (error.message or ""))
+        if pause_s >= remaining_s:
+            return None
+        turn_s = self.budget.reserve_s(remaining_s)
+        return None if turn_s is None else max(pause_s, turn_s)
