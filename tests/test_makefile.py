@@ -97,6 +97,8 @@ def test_a_question_is_asked_as_typed(make, question, by_environment):
 
 def test_serve_serves_what_was_exported_and_exports_only_what_is_named(make):
     assert make("serve", "STREAM=1") == [["-m", "serving", "--readers", "--stream"]]
+    assert make("serve", "GPUS=0,1") == [["-m", "serving", "--readers", "--gpus", "0,1"]]
+    assert make("serve", "REPLICAS=2") == [["-m", "serving", "--readers", "--replicas", "2"]]
     assert make("serve", "READERS=nq,tqa") == [["-m", "serving", "--readers", "nq,tqa"]]
     assert exported(make("serve", "FID=mine")) == ["fid=mine"]
     export, serve = make("serve", "DEMO=1")

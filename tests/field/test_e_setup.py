@@ -183,10 +183,11 @@ def test_e4_a_long_export_says_the_stage_that_it_is_at(tmp_path, monkeypatch, ca
 def test_e6_guards_that_are_missing_are_named_with_their_risk(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     set_up.compile_guards(tmp_path)
-    assert capsys.readouterr().out == "set-up: no C compiler, so without heap_trim, stream_locks (`make serve` names the risks)\n"
+    assert capsys.readouterr().out == "set-up: no C compiler, so without heap_trim, stream_locks, readiness (`make serve` names the risks)\n"
     assert missing_guards([]) == [
         "without heap_trim: its memory may grow for hours",
         "without stream_locks: a cancelled gRPC stream may stop all streams, until the next restart",
+        "without readiness: it says that it is ready while it answers its last questions",
     ]
 
 
@@ -205,5 +206,7 @@ def test_e6_ready_warns_of_missing_guards(demo):
             printed.append(serving.stdout.readline())
         serving.send_signal(signal.SIGINT)
         serving.communicate()
-    assert [line.split(":")[0] for line in printed[-3:-1]] == ["warning    without heap_trim", "warning    without stream_locks"]
+    assert [line.split(":")[0] for line in printed[-4:-1]] == [
+        f"warning    without {name}" for name in ("heap_trim", "stream_locks", "readiness")
+    ]
     assert printed[-1] == f"{READY}\n" and serving.returncode == 0
