@@ -14,7 +14,6 @@ from .metrics import exact_match, f1_score, normalize_answer, percentile
 from .reader_client import ReaderClient
 from .request import ReaderRequest
 
-
 N_BEST = (1, 4, 10)  # answers that an oracle chooses from
 
 

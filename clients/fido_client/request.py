@@ -1,7 +1,8 @@
 """A question and its passages -> Triton's input tensors. Only this module checks and encodes requests.
 
 In: a ReaderRequest. Out: `question: bytes[1]`, `passages: bytes[n]`, and if set `titles: bytes[n]`, `max_new_tokens: int32[1]`,
-`min_new_tokens: int32[1]`, `num_beams: int32[1]`, `num_answers: int32[1]`, `length_penalty: float32[1]`. It does not check the server's limits (number and length of passages, number of tokens): the server does.
+`min_new_tokens: int32[1]`, `num_beams: int32[1]`, `num_answers: int32[1]`, `length_penalty: float32[1]`. It does not check the server's
+limits (number and length of passages, number of tokens and beams): the server does.
 """
 
 from __future__ import annotations
