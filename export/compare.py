@@ -27,9 +27,9 @@ from serving.contract.tensors import GraphTensors
 # Precision of the engines -> the largest difference that rounding explains. T5's logits are in the tens.
 TOLERANCE = {"float32": 1e-3}
 SHAPES = (
-    {"passages": 1, "passage_length": 16, "batch": 1, "past_length": 16, "encoder_sequence_length": 64},
-    {"passages": 5, "passage_length": 33, "batch": 4, "past_length": 17, "encoder_sequence_length": 150},
-    {"passages": 12, "passage_length": 96, "batch": 3, "past_length": 32, "encoder_sequence_length": 700},
+    {"passages": 1, "passage_length": 16, "batch": 1, "past_length": 16, "encoder_sequence_length": 64, "questions": 1, "beams": 1},
+    {"passages": 5, "passage_length": 33, "batch": 4, "past_length": 17, "encoder_sequence_length": 150, "questions": 2, "beams": 3},
+    {"passages": 12, "passage_length": 96, "batch": 3, "past_length": 32, "encoder_sequence_length": 700, "questions": 3, "beams": 1},
 )
 
 
@@ -156,7 +156,9 @@ def graphs_against_module(reader: Reader, allowed: float) -> Iterator[OutputErro
         for position, (wanted_token, wanted_log_prob) in enumerate(zip(wanted.tokens[0], wanted.log_probs[0], strict=True)):
             penalty = torch.tensor([-1e9 if position < steps - 1 else 0.0])
             lengths = torch.tensor([len(packed)], dtype=torch.int32)
-            token, log_prob, _, *present = step(token, torch.tensor([position], dtype=torch.int32), lengths, penalty, *extra, *past, *cross)
+            places = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+            positions = torch.tensor([position], dtype=torch.int32)
+            token, log_prob, _, *present, _ = step(token, positions, lengths, penalty, *places, *extra, *past, *cross)
             for cache, new in zip(past, present, strict=True):
                 cache[:, :, position] = new
             differing += int(token.item() != wanted_token)
@@ -195,6 +197,10 @@ def _plausible(inputs: dict[str, np.ndarray], vocab_size: int, seed: int) -> dic
         elif name == "encoder_lengths":
             longest = next(a.shape[2] for n, a in inputs.items() if n.endswith("encoder.key"))
             array[...] = rng.integers(1, longest + 1, array.shape)
+        elif name == "question_rows":
+            array[...] = rng.integers(0, len(inputs["decoder_input_ids"]), array.shape)
+        elif name == "row_places":
+            array[...] = rng.integers(0, inputs["question_rows"].size, array.shape)
         elif name == "encoder_positions":
             array[...] = np.arange(array.shape[1])
         elif name == "eos_penalty":

@@ -23,6 +23,8 @@ class Answer:
         passage_scores: Attribution to the passages, in the request's order: the first token's cross-attention to each passage's tokens,
             normalised to sum to 1 over the passages. Empty if the server does not send it.
         token_log_probs: Log-probability of each token, with the end token. Empty if the server does not send it.
+        answers: All answers of a beam search, the best, which is `text`, first. Empty for a greedy answer.
+        answer_log_probs: Log-probability of each of `answers`.
     """
 
     text: str
@@ -31,6 +33,8 @@ class Answer:
     latency_s: float
     passage_scores: tuple[float, ...]
     token_log_probs: tuple[float, ...]
+    answers: tuple[str, ...] = ()
+    answer_log_probs: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +62,8 @@ class StreamedAnswer(Answer):
         inter_token_times_s: Seconds between consecutive responses; the last response has the totals.
     """
 
-    time_to_first_token_s: float
-    inter_token_times_s: tuple[float, ...]
+    time_to_first_token_s: float = 0.0
+    inter_token_times_s: tuple[float, ...] = ()
 
     @property
     def mean_inter_token_s(self) -> float | None:
@@ -86,6 +90,8 @@ def answer_from_result(result: InferResult, *, model: str, latency_s: float) -> 
         latency_s=latency_s,
         passage_scores=_vector(result, "passage_scores"),
         token_log_probs=_vector(result, "token_log_probs"),
+        answers=_texts(result, model),
+        answer_log_probs=_vector(result, "answer_log_probs"),
     )
 
 
@@ -150,11 +156,20 @@ class StreamAssembler:
 
 
 def _text(result: InferResult, model: str) -> str:
-    value = _scalar(result, "answer", model)
+    return _decoded(_scalar(result, "answer", model), "answer", model)
+
+
+def _texts(result: InferResult, model: str) -> tuple[str, ...]:
+    """The answers of beam search; none if they were not sent."""
+    array: np.ndarray | None = result.as_numpy("answers")
+    return () if array is None else tuple(_decoded(value, "answers", model) for value in array.reshape(-1).tolist())
+
+
+def _decoded(value: Any, name: str, model: str) -> str:
     try:
-        return value.decode("utf-8")
+        return str(value.decode("utf-8"))
     except (AttributeError, UnicodeDecodeError) as error:
-        raise ReaderError(f"{model}: answer: wanted UTF-8 text, got {value!r}", model=model) from error
+        raise ReaderError(f"{model}: {name}: wanted UTF-8 text, got {value!r}", model=model) from error
 
 
 def _scalar(result: InferResult, name: str, model: str) -> Any:

@@ -206,11 +206,23 @@ class AsyncReaderClient:
         max_new_tokens: int | None = None,
         min_new_tokens: int | None = None,
         timeout_s: float | None = None,
+        num_beams: int | None = None,
+        num_answers: int | None = None,
+        length_penalty: float | None = None,
     ) -> Answer:
         """Ask one question and wait for the answer; arguments and errors are those of ReaderClient.answer."""
         start_s = time.perf_counter()
         connection, endpoint, deadline_s = self._connection(), self.endpoint, self.endpoint.deadline_s(timeout_s)
-        request = ReaderRequest(question, passages, titles, max_new_tokens, min_new_tokens)
+        request = ReaderRequest(
+            question,
+            passages,
+            titles,
+            max_new_tokens,
+            min_new_tokens,
+            num_beams=num_beams,
+            num_answers=num_answers,
+            length_penalty=length_penalty,
+        )
         inputs = infer_inputs_from_tensors(tensors_from_request(request, model=endpoint.model))
         failures = 0
         while True:
@@ -337,6 +349,9 @@ class AsyncReaderClient:
                 max_new_tokens=request.max_new_tokens,
                 min_new_tokens=request.min_new_tokens,
                 timeout_s=request.timeout_s,
+                num_beams=request.num_beams,
+                num_answers=request.num_answers,
+                length_penalty=request.length_penalty,
             )
         except ReaderError as error:
             return error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .answer import Answer
@@ -13,6 +13,8 @@ from .errors import ReaderError, ReaderUnavailable
 from .metrics import exact_match, f1_score, normalize_answer, percentile
 from .reader_client import ReaderClient
 from .request import ReaderRequest
+
+N_BEST = (1, 4, 10)  # answers that an oracle chooses from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,12 @@ class Prediction:
             return None
         return self.answer is not None and exact_match(self.answer.text, self.answers)
 
+    def em_at(self, n: int) -> bool | None:
+        """Whether one of the best `n` answers of a beam search is right: an oracle's choice among them. None as for `em`."""
+        if not self.answers:
+            return None
+        return self.answer is not None and any(exact_match(text, self.answers) for text in self.answer.answers[:n])
+
     @property
     def f1(self) -> float | None:
         """F1 of the answer's words, 0 to 1. A failed request has 0; None if no right answer is known."""
@@ -53,6 +61,8 @@ class Prediction:
         if self.answer is None:
             return line | {"prediction": None, "error": self.error}
         answer = self.answer
+        if answer.answers:
+            line |= {"predictions": list(answer.answers), "log_probs": list(answer.answer_log_probs)}
         return line | {"prediction": answer.text, "log_prob": answer.log_prob, "tokens": answer.tokens, "latency_s": answer.latency_s}
 
 
@@ -67,6 +77,7 @@ class Evaluation:
         em: Exact match in percent of the examples with known answers, failures counted as wrong; None if there are none, or if no question
             was answered.
         f1: F1 in percent, likewise.
+        em_at: n -> exact match in percent if an oracle chooses among the best n answers of a beam search; empty without one.
         measured: Number of answers in the times below: those after the warm-up that did not fail.
         wall_s: Seconds from the first request after the warm-up until the last result.
         latencies_s: Seconds of each measured answer, measured by the client.
@@ -80,6 +91,7 @@ class Evaluation:
     wall_s: float
     latencies_s: tuple[float, ...] = dataclasses.field(repr=False)
     f1: float | None = None
+    em_at: Mapping[int, float | None] = dataclasses.field(default_factory=dict)
 
     @property
     def questions_per_s(self) -> float | None:
@@ -101,6 +113,7 @@ class Evaluation:
             "p50_ms": _rounded(self.latency_s(50), 3, scale=1000),
             "p99_ms": _rounded(self.latency_s(99), 3, scale=1000),
             "failed": self.failed,
+            **{f"em_at_{n}": _rounded(percent, 2) for n, percent in self.em_at.items()},
         }
 
 
@@ -111,6 +124,7 @@ def evaluate(
     concurrency: int = 8,
     warmup: int = 0,
     max_new_tokens: int | None = None,
+    num_beams: int | None = None,
     on_prediction: Callable[[Prediction], None] = lambda prediction: None,
 ) -> Evaluation:
     """Ask every example once.
@@ -121,6 +135,7 @@ def evaluate(
         concurrency: Requests in flight.
         warmup: Number of first examples that are asked and scored like the others, but end before the timed part starts.
         max_new_tokens: Maximum number of answer tokens; None: the server's default.
+        num_beams: Beams of a beam search, all of whose answers are asked for; None: greedy answers.
         on_prediction: Called with each prediction, in the order of the examples.
 
     Raises:
@@ -130,7 +145,7 @@ def evaluate(
         raise ValueError(f"warmup: wanted a number of examples from 0, got {warmup}")
 
     def ask(part: Sequence[Example]) -> list[Prediction]:
-        return [_reported(prediction, on_prediction) for prediction in _predictions(client, part, concurrency, max_new_tokens)]
+        return [_reported(prediction, on_prediction) for prediction in _predictions(client, part, concurrency, max_new_tokens, num_beams)]
 
     warm = ask(examples[:warmup])
     start_s = time.perf_counter()
@@ -149,6 +164,7 @@ def evaluate(
         wall_s=wall_s,
         latencies_s=latencies_s,
         f1=_mean_percent([prediction.f1 for prediction in predictions]) if answered else None,
+        em_at={n: _mean_percent([p.em_at(n) for p in predictions]) if answered else None for n in N_BEST if n <= (num_beams or 0)},
     )
 
 
@@ -163,9 +179,17 @@ def _mean_percent(scores: Sequence[float | None]) -> float | None:
     return 100 * sum(known) / len(known) if known else None
 
 
-def _predictions(client: ReaderClient, examples: Sequence[Example], concurrency: int, max_new_tokens: int | None) -> Iterable[Prediction]:
+def _predictions(
+    client: ReaderClient, examples: Sequence[Example], concurrency: int, max_new_tokens: int | None, num_beams: int | None
+) -> Iterable[Prediction]:
     requests = (
-        ReaderRequest(example.question, [context.as_passage() for context in example.contexts], max_new_tokens=max_new_tokens)
+        ReaderRequest(
+            example.question,
+            [context.as_passage() for context in example.contexts],
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            num_answers=num_beams,
+        )
         for example in examples
     )
     for example, result in zip(examples, client.answer_many(requests, concurrency)):

@@ -158,6 +158,9 @@ class ReaderClient:
         max_new_tokens: int | None = None,
         min_new_tokens: int | None = None,
         timeout_s: float | None = None,
+        num_beams: int | None = None,
+        num_answers: int | None = None,
+        length_penalty: float | None = None,
     ) -> Answer:
         """Ask one question and wait for the answer.
 
@@ -168,6 +171,9 @@ class ReaderClient:
             max_new_tokens: Maximum number of answer tokens, with the end token; None: the server's default.
             min_new_tokens: Minimum number of answer tokens; None: the server's default.
             timeout_s: Time-out of this request in seconds; None: the client's.
+            num_beams: Beams of a beam search, at least 1; None: a greedy answer. A stream has no beams.
+            num_answers: How many answers to send, the best first, at most num_beams; None: one.
+            length_penalty: Answers are ordered by log_prob / tokens ** length_penalty; None: the server's default, 1.
 
         Raises:
             RequestRefused: If the request is invalid, by the client's or the server's checks.
@@ -178,7 +184,16 @@ class ReaderClient:
         self._check_open()
         start_s = time.perf_counter()
         endpoint, deadline_s = self.endpoint, self.endpoint.deadline_s(timeout_s)
-        request = ReaderRequest(question, passages, titles, max_new_tokens, min_new_tokens)
+        request = ReaderRequest(
+            question,
+            passages,
+            titles,
+            max_new_tokens,
+            min_new_tokens,
+            num_beams=num_beams,
+            num_answers=num_answers,
+            length_penalty=length_penalty,
+        )
         pending = _Pending(tensors_from_request(request, model=endpoint.model), deadline_s, start_s)
         while True:
             timeout_left_s = max(pending.remaining_s, 0.001) if pending.failures else deadline_s

@@ -1,12 +1,14 @@
 """A question and its passages -> Triton's input tensors. Only this module checks and encodes requests.
 
 In: a ReaderRequest. Out: `question: bytes[1]`, `passages: bytes[n]`, and if set `titles: bytes[n]`, `max_new_tokens: int32[1]`,
-`min_new_tokens: int32[1]`. It does not check the server's limits (number and length of passages, number of tokens): the server does.
+`min_new_tokens: int32[1]`, `num_beams: int32[1]`, `num_answers: int32[1]`, `length_penalty: float32[1]`. It does not check the server's
+limits (number and length of passages, number of tokens and beams): the server does.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, Union
@@ -35,6 +37,9 @@ class ReaderRequest:
         max_new_tokens: Maximum number of answer tokens, with the end token; None: the server's default.
         min_new_tokens: Minimum number of answer tokens; None: the server's default.
         timeout_s: Time-out of this request in seconds; None: the client's.
+        num_beams: Beams of a beam search, at least 1; None: a greedy answer.
+        num_answers: How many answers to send, at most num_beams; None: one.
+        length_penalty: Answers are ordered by log_prob / tokens ** length_penalty; None: the server's default, 1.
     """
 
     question: str
@@ -43,6 +48,9 @@ class ReaderRequest:
     max_new_tokens: int | None = None
     min_new_tokens: int | None = None
     timeout_s: float | None = None
+    num_beams: int | None = None
+    num_answers: int | None = None
+    length_penalty: float | None = None
 
 
 def request_from(item: ReaderRequest | Mapping[str, Any]) -> ReaderRequest:
@@ -78,6 +86,12 @@ def tensors_from_request(request: ReaderRequest, *, model: str | None = None) ->
     minimum, maximum = limits["min_new_tokens"], limits["max_new_tokens"]
     if minimum is not None and maximum is not None and minimum > maximum:
         faults.append(f"min_new_tokens: wanted at most max_new_tokens ({maximum}), got {minimum}")
+    beams = {name: _token_count(getattr(request, name), name, faults) for name in ("num_beams", "num_answers")}
+    if beams["num_answers"] is not None and beams["num_answers"] > (beams["num_beams"] or 1):
+        faults.append(f"num_answers: wanted at most num_beams ({beams['num_beams']}), got {beams['num_answers']}")
+    penalty = request.length_penalty
+    if penalty is not None and (isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not math.isfinite(penalty)):
+        faults.append(f"length_penalty: wanted a number, got {penalty!r}")
     if faults:
         more = [f"and {len(faults) - _FAULTS_SHOWN} more"] if len(faults) > _FAULTS_SHOWN else []
         raise RequestRefused("; ".join(faults[:_FAULTS_SHOWN] + more), model=model)
@@ -85,7 +99,9 @@ def tensors_from_request(request: ReaderRequest, *, model: str | None = None) ->
     tensors = {"question": np.array([question], dtype=np.object_), "passages": np.array(texts, dtype=np.object_)}
     if titles is not None:
         tensors["titles"] = np.array(titles, dtype=np.object_)
-    tensors |= {name: np.array([value], dtype=np.int32) for name, value in limits.items() if value is not None}
+    tensors |= {name: np.array([value], dtype=np.int32) for name, value in {**limits, **beams}.items() if value is not None}
+    if penalty is not None:
+        tensors["length_penalty"] = np.array([penalty], dtype=np.float32)
     return tensors
 
 
@@ -170,7 +186,7 @@ def _token_count(value: Any, name: str, faults: list[str]) -> int | None:
     if count is None or isinstance(value, bool):
         faults.append(f"{name}: wanted a whole number, got {value!r}")
         return None
-    minimum = 1 if name == "max_new_tokens" else 0
+    minimum = 0 if name == "min_new_tokens" else 1
     if not minimum <= count <= _INT32_MAX:
         faults.append(f"{name}: wanted {minimum} to {_INT32_MAX}, got {count}")
         return None

@@ -166,6 +166,10 @@ class CrossKVGraph(nn.Module):
         return tuple(p(encoder_hidden_states).view(length, *self.shape).transpose(0, 1).contiguous() for p in self.projections)
 
 
+Beams = tuple[Tensor, Tensor]
+"""question_rows and row_places of `decoder_step_tensors`."""
+
+
 class DecoderStepLayer(nn.Module):
     """DecoderLayer for one token per row, against caches."""
 
@@ -208,6 +212,31 @@ class DecoderStepLayer(nn.Module):
         mixed = torch.matmul(weights[..., :-1], past_value) + weights[..., -1:] * value
         return self.o(mixed.reshape(batch, queries)), key[:, :, 0], value[:, :, 0]
 
+    def attend_across_beams(self, x: Tensor, key: Tensor, value: Tensor, bias: Tensor, beams: Beams) -> tuple[Tensor, Tensor]:
+        """As attend_across, where the sequences of a question are further rows of its GEMM: its keys are read once and never copied.
+
+        Args:
+            x: float[batch, d_model].
+            key: float[questions, num_kv_heads, encoder_sequence_length, d_kv].
+            value: float[questions, num_kv_heads, encoder_sequence_length, d_kv].
+            bias: float[questions, num_kv_heads or 1, group or 1, encoder_sequence_length], mask and position bias.
+            beams: int32[questions, beams] and int32[batch], as in `decoder_step_tensors`.
+
+        Returns:
+            float[batch, d_model], and the attention weights of each question's first sequence, float[questions, encoder_sequence_length].
+        """
+        question_rows, row_places = beams
+        questions, count = question_rows.shape
+        heads, length = self.kv_heads * self.group, key.shape[2]
+        query = functional.embedding(question_rows, self.cross_q(x)).view(questions, count, self.kv_heads, self.group, self.d_kv)
+        query = query.transpose(1, 2).reshape(questions, self.kv_heads, count * self.group, self.d_kv)
+        scores = torch.matmul(query, key.transpose(-1, -2)).view(questions, self.kv_heads, count, self.group, length)
+        weights = _softmax(scores + bias[:, :, None])
+        mixed = torch.matmul(weights.view(questions, self.kv_heads, count * self.group, length), value)
+        mixed = mixed.view(questions, self.kv_heads, count, self.group, self.d_kv).transpose(1, 2)
+        rows = functional.embedding(row_places, mixed.reshape(questions * count, heads * self.d_kv))
+        return self.cross_o(rows), weights[:, :, 0].sum(dim=(1, 2))
+
     def attend_across(self, x: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Attend to the encoded passages; the query heads of a key/value head are the rows of one GEMM.
 
@@ -228,14 +257,15 @@ class DecoderStepLayer(nn.Module):
 
 
 class DecoderStepGraph(nn.Module):
-    """`decoder_step_tensors`: one token for a batch of running sequences."""
+    """`decoder_step_tensors`: one token for a batch of running sequences; with `beams`, several may belong to one question."""
 
     embedding: Tensor
     is_eos: Tensor
 
-    def __init__(self, reader: Reader):
+    def __init__(self, reader: Reader, *, beams: bool = False):
         super().__init__()
         config = reader.config
+        self.beams = beams
         self.cross_layers = config.cross_attention_layers
         self.kv_heads, self.group = config.decoder.num_kv_heads, config.decoder.num_heads // config.decoder.num_kv_heads
         self.register_buffer("embedding", reader.target_embedding().weight.detach())
@@ -257,6 +287,7 @@ class DecoderStepGraph(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Take the inputs of `decoder_step_tensors` in their order; return its outputs in theirs."""
         decoder_input_ids, positions, encoder_lengths, eos_penalty, *rest = tensors
+        beams = (rest.pop(0), rest.pop(0)) if self.beams else None
         encoder_positions = rest.pop(0) if self.cross_bias is not None else None
         past, cross = rest[: 2 * len(self.layers)], rest[2 * len(self.layers) :]
         x = functional.embedding(decoder_input_ids, self.embedding)
@@ -271,7 +302,9 @@ class DecoderStepGraph(nn.Module):
         keys = torch.arange(cross[0].shape[2], dtype=torch.int32, device=x.device)
         cross_bias = (keys[None, :] >= encoder_lengths[:, None])[:, None, None, :].to(dtype) * _penalty(dtype)
         if self.cross_bias is not None and encoder_positions is not None:
-            cross_bias = cross_bias + self._grouped(self.cross_bias(positions[:, None] - encoder_positions))
+            # the sequences of a question are at one position: that of the first
+            of_questions = positions if beams is None else functional.embedding(beams[0][:, 0], positions[:, None])[:, 0]
+            cross_bias = cross_bias + self._grouped(self.cross_bias(of_questions[:, None] - encoder_positions))
 
         present: list[Tensor] = []
         attended: list[Tensor] = []
@@ -282,7 +315,11 @@ class DecoderStepGraph(nn.Module):
             x = x + mixed
             if layer.cross_attends:
                 j = 2 * self.cross_layers.index(i)
-                across, weights = layer.attend_across(layer.cross_attention_norm(x), cross[j], cross[j + 1], cross_bias)
+                normed, key, value = layer.cross_attention_norm(x), cross[j], cross[j + 1]
+                if beams is None:
+                    across, weights = layer.attend_across(normed, key, value, cross_bias)
+                else:
+                    across, weights = layer.attend_across_beams(normed, key, value, cross_bias, beams)
                 x = x + across
                 attended.append(weights)
             x = x + layer.feed_forward(layer.feed_forward_norm(x))
@@ -293,4 +330,4 @@ class DecoderStepGraph(nn.Module):
         largest, token = logits.max(dim=-1)
         log_prob = -torch.log(torch.exp(logits - largest[:, None]).sum(-1))
         cross_attention = sum(attended[1:], attended[0]).float() * (1 / len(attended))
-        return token.to(torch.int32), log_prob, cross_attention, *present
+        return token.to(torch.int32), log_prob, cross_attention, *present, *([] if beams is None else [logits])

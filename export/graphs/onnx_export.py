@@ -7,6 +7,7 @@ axes of inputs and outputs are those of serving/contract/tensors.py and are chec
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 import warnings
@@ -37,12 +38,21 @@ EXTERNAL_DATA_BYTES = 1_500_000_000
 SLOW_PARAMETERS = 20_000_000  # from here on an export takes a minute or more, and says what it is at
 LOG = logging.getLogger("export")
 # Lengths of the dynamic axes for tracing. They differ, and none is 1, so that the exporter takes none for a constant.
-TRACE_LENGTHS = {"passages": 3, "passage_length": 10, "batch": 2, "past_length": 5, "encoder_sequence_length": 7, "tokens": 6}
+TRACE_LENGTHS = {
+    "passages": 3,
+    "passage_length": 10,
+    "batch": 2,
+    "past_length": 5,
+    "encoder_sequence_length": 7,
+    "tokens": 6,
+    "questions": 4,
+    "beams": 8,
+}
 
 GRAPHS: dict[str, tuple[Callable[[Reader], nn.Module], Callable[[EngineSizes], GraphTensors]]] = {
     "encoder": (EncoderGraph, encoder_tensors),
     "cross_kv": (CrossKVGraph, cross_kv_tensors),
-    "decoder_step": (DecoderStepGraph, decoder_step_tensors),
+    "decoder_step": (functools.partial(DecoderStepGraph, beams=True), functools.partial(decoder_step_tensors, beams=True)),
 }
 
 

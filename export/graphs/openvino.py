@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import statistics
@@ -99,7 +100,9 @@ def question_ms(directory: Path, manifest: Manifest) -> dict[str, float]:
     """Milliseconds of a question of PASSAGES full passages and STEPS tokens, by engine: medians of ROUNDS alternating rounds."""
     length = manifest.prompt.passage_length
     lengths = {"passages": PASSAGES, "passage_length": length, "batch": 1, "past_length": 16, "encoder_sequence_length": PASSAGES * length}
-    graphs = {"encoder": (encoder_tensors, 1), "cross_kv": (cross_kv_tensors, 1), "decoder_step": (decoder_step_tensors, STEPS)}
+    lengths |= {"questions": 1, "beams": 1}
+    step_tensors = functools.partial(decoder_step_tensors, beams=True)
+    graphs = {"encoder": (encoder_tensors, 1), "cross_kv": (cross_kv_tensors, 1), "decoder_step": (step_tensors, STEPS)}
     work: dict[str, list[tuple[Run, dict[str, np.ndarray], int]]] = {engine: [] for engine in CPU_ENGINES}
     for name, (tensors_of, times) in graphs.items():
         inputs = _plain_inputs(tensors_of(manifest.sizes), lengths)
@@ -118,8 +121,9 @@ def question_ms(directory: Path, manifest: Manifest) -> dict[str, float]:
 
 
 def _plain_inputs(tensors: GraphTensors, lengths: dict[str, int]) -> dict[str, np.ndarray]:
-    """Ones: valid tokens, positions, lengths and features. How long a graph takes does not depend on them."""
-    return {spec.name: np.ones(spec.shape(lengths), NUMPY_DTYPES[spec.dtype]) for spec in tensors.inputs}
+    """Ones: valid tokens, positions, lengths and features. How long a graph takes does not depend on them. Indices of rows are zeros."""
+    inputs = {spec.name: np.ones(spec.shape(lengths), NUMPY_DTYPES[spec.dtype]) for spec in tensors.inputs}
+    return inputs | {name: np.zeros_like(inputs[name]) for name in ("question_rows", "row_places") if name in inputs}
 
 
 def onnxruntime_run(path: Path) -> Run:

@@ -90,7 +90,7 @@ def exported(config: ReaderConfig, tokenizer: Path, folder: Path) -> Manifest:
     reader.reset_parameters(0)
     sizes = engine_sizes(config)
     onnx_from_module(CrossKVGraph(reader), cross_kv_tensors(sizes), folder / "cross_kv.onnx")
-    onnx_from_module(DecoderStepGraph(reader), decoder_step_tensors(sizes), folder / "decoder_step.onnx")
+    onnx_from_module(DecoderStepGraph(reader, beams=True), decoder_step_tensors(sizes, beams=True), folder / "decoder_step.onnx")
     manifest = describe_reader(Checkpoint(reader.eval(), read_tokenizer(tokenizer), "random", "random weights"), folder, OPSET, {})
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest

@@ -29,7 +29,9 @@ class Limits:
             truncated, not refused.
         max_new_tokens: largest max_new_tokens that a request may ask for.
         default_max_new_tokens: max_new_tokens of a request that does not set it.
-        slots: sequences that one reader process decodes together; further ones wait.
+        max_num_beams: largest num_beams that a request may ask for, and 1 where the engine has no beam search. A question holds as many
+            slots as it has beams, so slots bound it too. 1 = greedy answers only.
+        slots: sequences that one reader process decodes together, each beam counted; further ones wait.
         kv_cache_bytes: bytes of keys and values per reader process. If the slots need more, fewer slots are used. 0 = no bound.
         max_in_flight: questions that a reader process has accepted and not yet answered, running ones included. It refuses further ones.
         encoder_batch: passages per encoder call on a GPU; max_passages if that is larger. On the CPU a call holds one question.
@@ -45,6 +47,7 @@ class Limits:
     max_passage_characters: int = 50_000
     max_new_tokens: int = 512
     default_max_new_tokens: int = 32
+    max_num_beams: int = 10
     slots: int = 16
     kv_cache_bytes: int = 0
     max_in_flight: int = 512

@@ -129,26 +129,34 @@ def cross_kv_tensors(sizes: EngineSizes, dtype: str = "float32") -> GraphTensors
     )
 
 
-def decoder_step_tensors(sizes: EngineSizes, dtype: str = "float32") -> GraphTensors:
+def decoder_step_tensors(sizes: EngineSizes, dtype: str = "float32", *, beams: bool = False) -> GraphTensors:
     """Tensors of the decoder_step graph, which decodes one token for a batch of sequences.
 
     `positions`: tokens in each sequence's self-attention cache. `encoder_lengths`: valid keys in its cross-attention cache. The graph
     ignores what the caches hold beyond them. `eos_penalty` is added to the end token's logit: 0, or a large negative number while the
     sequence may not end. `present.*`: the rows to write into the cache at `positions`. `cross_attention`: the attention weight of each
     encoded token, summed over heads and averaged over the layers with cross-attention; at position 0 it scores the passages.
+
+    With `beams`, several sequences of the batch may belong to one question and read one row of its cross-attention cache: every tensor of
+    encoded tokens has the axis `questions` in place of `batch`. `question_rows`: the sequences of each question, padded by any of the
+    batch. `row_places`: where each sequence is in `question_rows`, flattened. `cross_attention` is that of a question's first sequence.
+    `logits`: with the penalty; an engine computes them anyway.
     """
+    owner = "questions" if beams else "batch"
     past = ("batch", sizes.num_kv_heads, "past_length", sizes.d_kv)
-    encoder = ("batch", sizes.num_kv_heads, "encoder_sequence_length", sizes.d_kv)
+    encoder = (owner, sizes.num_kv_heads, "encoder_sequence_length", sizes.d_kv)
     parts = ("key", "value")
     layers = range(sizes.num_decoder_layers)
     rows = [
         TensorSpec("decoder_input_ids", "int32", ("batch",)),
         TensorSpec("positions", "int32", ("batch",)),
-        TensorSpec("encoder_lengths", "int32", ("batch",)),
+        TensorSpec("encoder_lengths", "int32", (owner,)),
         TensorSpec("eos_penalty", "float32", ("batch",)),
     ]
+    if beams:
+        rows += [TensorSpec("question_rows", "int32", ("questions", "beams")), TensorSpec("row_places", "int32", ("batch",))]
     if sizes.reads_encoder_positions:
-        rows.append(TensorSpec("encoder_positions", "int32", ("batch", "encoder_sequence_length")))
+        rows.append(TensorSpec("encoder_positions", "int32", (owner, "encoder_sequence_length")))
     rows += [TensorSpec(f"past_key_values.{i}.decoder.{part}", dtype, past) for i in layers for part in parts]
     rows += [TensorSpec(f"past_key_values.{i}.encoder.{part}", dtype, encoder) for i in sizes.cross_attention_layers for part in parts]
     new = ("batch", sizes.num_kv_heads, sizes.d_kv)
@@ -157,14 +165,16 @@ def decoder_step_tensors(sizes: EngineSizes, dtype: str = "float32") -> GraphTen
         (
             TensorSpec("next_token", "int32", ("batch",)),
             TensorSpec("log_prob", "float32", ("batch",)),
-            TensorSpec("cross_attention", "float32", ("batch", "encoder_sequence_length")),
+            TensorSpec("cross_attention", "float32", (owner, "encoder_sequence_length")),
             *(TensorSpec(f"present.{i}.decoder.{part}", dtype, new) for i in layers for part in parts),
+            *([TensorSpec("logits", "float32", ("batch", sizes.vocab_size))] if beams else []),
         ),
     )
 
 
 # Request and response of a reader's model and its streaming twin. `passage_scores`: the first token's cross-attention on each passage; they
-# sum to 1. Over HTTP generate, Triton writes a tensor of one element as a scalar, not as a list of one.
+# sum to 1. `answers` and `answer_log_probs`, the best first, are sent to requests with num_beams. Over HTTP generate, Triton writes a tensor
+# of one element as a scalar, not as a list of one.
 READER_TENSORS = GraphTensors(
     (
         TensorSpec("question", "bytes", (1,)),
@@ -172,6 +182,9 @@ READER_TENSORS = GraphTensors(
         TensorSpec("titles", "bytes", ("n_passages",), optional=True),
         TensorSpec("max_new_tokens", "int32", (1,), optional=True),
         TensorSpec("min_new_tokens", "int32", (1,), optional=True),
+        TensorSpec("num_beams", "int32", (1,), optional=True),
+        TensorSpec("num_answers", "int32", (1,), optional=True),
+        TensorSpec("length_penalty", "float32", (1,), optional=True),
     ),
     (
         TensorSpec("answer", "bytes", (1,)),
@@ -179,5 +192,7 @@ READER_TENSORS = GraphTensors(
         TensorSpec("tokens", "int32", (1,)),
         TensorSpec("passage_scores", "float32", ("n_passages",)),
         TensorSpec("token_log_probs", "float32", ("n_tokens",)),
+        TensorSpec("answers", "bytes", ("n_answers",)),
+        TensorSpec("answer_log_probs", "float32", ("n_answers",)),
     ),
 )

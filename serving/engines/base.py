@@ -57,9 +57,11 @@ class Decoder(Protocol):
 
     Attributes:
         slots: sequences that can be decoded together.
+        has_beams: whether it is a BeamDecoder as well.
     """
 
     slots: int
+    has_beams: bool
 
     def admit(self, slot: int, running: int, hidden: Any, encoder_positions: np.ndarray) -> None:
         """Compute a question's cross-attention keys and values into a slot.
@@ -91,5 +93,29 @@ class Decoder(Protocol):
 
         Raises:
             EngineError: if a slot cannot hold another token.
+        """
+        ...
+
+
+class BeamDecoder(Decoder, Protocol):
+    """A decoder whose slots may hold several sequences of one question, which share its cross-attention keys and values."""
+
+    def admit(self, slot: int, running: int, hidden: Any, encoder_positions: np.ndarray, beams: int = 1) -> None:
+        """As Decoder.admit, for a question with `beams` sequences. All slots together have `Decoder.slots` sequences at most."""
+
+    def beam_step(
+        self, tokens: np.ndarray, positions: np.ndarray, eos_penalty: np.ndarray, parents: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Decode one token for the sequences of slots 0 to len(parents)-1.
+
+        Args:
+            tokens: int32[batch], the last token of each sequence, those of slot 0 first.
+            positions: int32[batch], tokens that each sequence has in its self-attention cache; equal within a slot.
+            eos_penalty: float32[batch], added to the end token's logit.
+            parents: of each slot int[beams]: which of its sequences in the last step each sequence continues.
+
+        Returns:
+            As Decoder.step, the cross-attention per slot, and float32[batch, vocab_size] logits, the penalty included. Valid until the
+            next step.
         """
         ...

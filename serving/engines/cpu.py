@@ -6,7 +6,7 @@ enter and leave the slots is the scheduler's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -21,6 +21,8 @@ from serving.contract.tensors import GraphTensors, cross_kv_tensors, decoder_ste
 MAX_TOKENS_PER_CALL = 4096
 # Rows of at least this fraction of a call's longest row join the call; shorter ones go into another call, to compute little padding.
 MIN_LENGTH_FRACTION = 0.8
+NEW_ROW = -1  # a sequence that has no row of the self-attention caches yet
+LOGITS = "logits"  # the output of decoder_step that beam search reads
 
 
 class Session(Protocol):
@@ -34,8 +36,11 @@ class Session(Protocol):
 
     def __init__(self, directory: Path, manifest: Manifest, name: str, tensors: GraphTensors, threads: int): ...
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """All outputs, in the order of the tensor specs, valid until the next call. Contiguous inputs are not copied."""
+    def run(self, inputs: Mapping[str, np.ndarray], *, logits: bool = False) -> list[np.ndarray]:
+        """All outputs, in the order of the tensor specs, valid until the next call. Contiguous inputs are not copied.
+
+        The last output of decoder_step is left out unless `logits` asks for it: only beam search reads it.
+        """
         ...
 
 
@@ -67,9 +72,12 @@ class OnnxSession:
             directory / file, tensors, [i.name for i in self._session.get_inputs()], [o.name for o in self._session.get_outputs()]
         )
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        self._outputs = [spec.name for spec in tensors.outputs]
+        self._without_logits = [name for name in self._outputs if name != LOGITS]
+
+    def run(self, inputs: Mapping[str, np.ndarray], *, logits: bool = False) -> list[np.ndarray]:
         """As Session.run."""
-        return self._session.run(None, inputs)
+        return self._session.run(self._outputs if logits else self._without_logits, inputs)
 
 
 def require_tensors(path: Path, tensors: GraphTensors, inputs: list[str], outputs: list[str]) -> None:
@@ -121,12 +129,16 @@ def grouped_by_length(
 
 
 class CpuDecoder:
-    """cross_kv and decoder_step with their caches. The running sequences are in slots 0 to count-1, each a row of every cache.
+    """cross_kv and decoder_step with their caches. The running questions are in slots 0 to count-1.
 
-    A step takes its rows as one contiguous block; the scheduler therefore leaves no gaps between slots (`move`). The caches are as long as
-    the longest running question needs: they grow for a longer one, and shrink once half of them or more is unused. A subclass says what
-    runs the graphs.
+    A slot is a row of every cross-attention cache. Each sequence (one a question, or one a beam) is a row of every self-attention cache, in
+    the order of the slots. A step takes its rows as contiguous blocks: the scheduler leaves no gaps between slots (`move`), and `step`
+    gathers those rows of the self-attention caches whose place has changed. The beams of a question share its row of the cross-attention
+    caches. The caches are as long as the longest running question needs: they grow for a longer one, and shrink once half of them or more
+    is unused. A subclass says what runs the graphs.
     """
+
+    has_beams = True
 
     session_type: ClassVar[type[Session]]
 
@@ -134,11 +146,13 @@ class CpuDecoder:
         sizes = manifest.sizes
         self.sizes, self.slots = sizes, slots
         self._cross_kv = self.session_type(directory, manifest, "cross_kv", cross_kv_tensors(sizes), threads)
-        self._step = self.session_type(directory, manifest, "decoder_step", decoder_step_tensors(sizes), threads)
+        self._step = self.session_type(directory, manifest, "decoder_step", decoder_step_tensors(sizes, beams=True), threads)
         parts = ("key", "value")
         self._self_names = [f"past_key_values.{i}.decoder.{part}" for i in range(sizes.num_decoder_layers) for part in parts]
         self._cross_names = [f"past_key_values.{i}.encoder.{part}" for i in sizes.cross_attention_layers for part in parts]
         self._encoder_lengths = np.zeros(slots, np.int32)
+        self._rows = [np.zeros(1, np.intp)] * slots  # of each slot: the rows of the self-attention caches that its sequences had last
+        self._viewed = (0, 0)  # sequences and slots of `_views`
         self._views: dict[str, np.ndarray] = {}  # the caches' running rows; empty where caches or their number have changed
         self._self = self._empty(len(self._self_names), MIN_SELF_LENGTH)
         self._cross = self._empty(len(self._cross_names), cache_length(1))
@@ -160,9 +174,10 @@ class CpuDecoder:
         """Bytes of the caches at present."""
         return sum(cache.nbytes for cache in (*self._self, *self._cross))
 
-    def admit(self, slot: int, running: int, hidden: np.ndarray, encoder_positions: np.ndarray) -> None:
-        """Compute a question's cross-attention keys and values into a slot; arguments as Decoder.admit, hidden in float32."""
+    def admit(self, slot: int, running: int, hidden: np.ndarray, encoder_positions: np.ndarray, beams: int = 1) -> None:
+        """Compute a question's cross-attention keys and values into a slot; arguments as BeamDecoder.admit, hidden in float32."""
         length = len(hidden)
+        self._rows[slot] = np.full(beams, NEW_ROW)
         self._encoder_lengths[slot] = length
         rows = max(running, slot + 1)
         needed = cache_length(int(self._encoder_lengths[:rows].max()))
@@ -179,38 +194,85 @@ class CpuDecoder:
         self._encoder_positions[slot, :length] = encoder_positions
 
     def move(self, source: int, target: int) -> None:
-        """Copy the caches of slot `source` to slot `target`."""
+        """Copy the cross-attention cache of slot `source` to slot `target`; the next step gathers the rows of self-attention."""
         self._encoder_lengths[target] = self._encoder_lengths[source]
         self._encoder_positions[target] = self._encoder_positions[source]
-        for cache in (*self._self, *self._cross):
+        self._rows[target] = self._rows[source]
+        for cache in self._cross:
             cache[target] = cache[source]
 
     def step(self, tokens: np.ndarray, positions: np.ndarray, eos_penalty: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Decode one token for slots 0 to len(tokens)-1; arguments and results as Decoder.step.
+        """Decode one token for slots 0 to len(tokens)-1, of one sequence each; arguments and results as Decoder.step.
 
         The cross-attention is defined for sequences at any position.
         """
-        batch = len(tokens)
+        slots = np.arange(len(tokens), dtype=np.int32)
+        next_token, log_prob, cross_attention, *_ = self._run_step(tokens, positions, eos_penalty, slots, slots[:, None])
+        return next_token, log_prob, cross_attention
+
+    def beam_step(
+        self, tokens: np.ndarray, positions: np.ndarray, eos_penalty: np.ndarray, parents: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Decode one token for all sequences of slots 0 to len(parents)-1; arguments and results as BeamDecoder.beam_step."""
+        counts = [len(of_slot) for of_slot in parents]
+        first = np.cumsum([0, *counts[:-1]])
+        width = max(counts)
+        question_rows = (first[:, None] + np.minimum(np.arange(width), np.array(counts)[:, None] - 1)).astype(np.int32)
+        row_places = np.concatenate([slot * width + np.arange(count) for slot, count in enumerate(counts)]).astype(np.int32)
+        for slot, of_slot in enumerate(parents):
+            self._rows[slot] = self._rows[slot][of_slot]
+        found = self._run_step(tokens, positions, eos_penalty, row_places, question_rows, logits=True)
+        return found[0], found[1], found[2], found[3]
+
+    def _run_step(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        eos_penalty: np.ndarray,
+        row_places: np.ndarray,
+        question_rows: np.ndarray,
+        *,
+        logits: bool = False,
+    ) -> list[np.ndarray]:
+        """Next tokens, log-probabilities, cross-attention and, if asked for, logits; the new keys and values are in the caches then."""
+        batch, questions = len(tokens), len(question_rows)
+        self._gather_rows(batch, questions)
         needed = int(positions.max()) + 1
         held = self._self[0].shape[2]
         if needed > held or (held > MIN_SELF_LENGTH and needed * 4 <= held):
             self._resize(self._self, self_cache_length(needed), batch)
-        inputs = {"decoder_input_ids": tokens, "positions": positions, "eos_penalty": eos_penalty, **self._running(batch)}
-        next_token, log_prob, cross_attention, *present = self._step.run(inputs)
+        inputs = {"decoder_input_ids": tokens, "positions": positions, "eos_penalty": eos_penalty}
+        inputs |= {"question_rows": question_rows, "row_places": row_places, **self._running(batch, questions)}
+        next_token, log_prob, cross_attention, *rest = self._step.run(inputs, logits=logits)
         rows = np.arange(batch)
-        for cache, new in zip(self._self, present, strict=True):
+        for cache, new in zip(self._self, rest, strict=False):  # behind them come the logits
             cache[rows, :, positions] = new
-        return next_token, log_prob, cross_attention
+        return [next_token, log_prob, cross_attention, *rest[len(self._self) :]]
 
-    def _running(self, batch: int) -> dict[str, np.ndarray]:
-        """The rows of slots 0 to batch-1 of everything that is kept: the same objects until one of them has moved."""
-        if len(self._views.get("encoder_lengths", ())) != batch:
-            kept = {"encoder_lengths": self._encoder_lengths}
+    def _gather_rows(self, batch: int, questions: int) -> None:
+        """Bring the rows of the self-attention caches into the order of the slots; a sequence that is new has none yet."""
+        sources = np.concatenate(self._rows[:questions])
+        places = np.arange(batch)
+        changed = np.flatnonzero((sources != places) & (sources != NEW_ROW))
+        if len(changed):
+            for cache in self._self:
+                cache[changed] = cache[sources[changed]]
+        first = 0
+        for slot in range(questions):
+            count = len(self._rows[slot])
+            self._rows[slot] = places[first : first + count]
+            first += count
+
+    def _running(self, batch: int, questions: int) -> dict[str, np.ndarray]:
+        """What is kept of slots 0 to questions-1 and their `batch` sequences: the same objects until one of them has moved."""
+        if self._viewed != (batch, questions) or not self._views:
+            of_questions = {"encoder_lengths": self._encoder_lengths}
             if self.sizes.reads_encoder_positions:
-                kept["encoder_positions"] = self._encoder_positions
-            kept |= zip(self._self_names, self._self, strict=True)
-            kept |= zip(self._cross_names, self._cross, strict=True)
-            self._views = {name: array[:batch] for name, array in kept.items()}
+                of_questions["encoder_positions"] = self._encoder_positions
+            of_questions |= zip(self._cross_names, self._cross, strict=True)
+            self._views = {name: cache[:batch] for name, cache in zip(self._self_names, self._self, strict=True)}
+            self._views |= {name: array[:questions] for name, array in of_questions.items()}
+            self._viewed = batch, questions
         return self._views
 
 

@@ -15,7 +15,7 @@ from openvino.preprocess import PrePostProcessor
 from serving.contract.manifest import EngineError, Manifest, ManifestError, require_bf16
 from serving.contract.tensors import NUMPY_DTYPES, GraphTensors
 
-from .cpu import CpuDecoder, CpuEncoder, require_tensors
+from .cpu import LOGITS, CpuDecoder, CpuEncoder, require_tensors
 
 # Kernels kept for shapes seen before. OpenVINO's own 5,000 let a bf16 encoder that meets ever new shapes grow by hundreds of megabytes.
 KEPT_KERNELS = 500
@@ -57,9 +57,10 @@ class OpenVinoSession:
         self._ports = {name: (i, port.get_element_type()) for i, (name, port) in enumerate(zip(inputs, self._compiled.inputs, strict=True))}
         self._dtypes = {spec.name: self.cache_dtype if _is_cache(spec.name) else NUMPY_DTYPES[spec.dtype] for spec in tensors.inputs}
         self._outputs = [(i, _is_cache(name)) for i, name in enumerate(outputs)]
+        self._has_logits = outputs[-1] == LOGITS
         self._given: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # input -> the array it was given, and the one whose memory it reads
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    def run(self, inputs: Mapping[str, np.ndarray], *, logits: bool = False) -> list[np.ndarray]:
         """As Session.run. An array that is given again, whatever it holds by then, costs nothing: its memory is known."""
         for name, array in inputs.items():
             given, read = self._given.get(name, (None, None))
@@ -69,7 +70,8 @@ class OpenVinoSession:
                 self._request.set_input_tensor(index, ov.Tensor(read, read.shape, element_type))
                 self._given[name] = array, read
         self._request.infer(share_outputs=True)
-        found = [(self._request.get_output_tensor(i).data, cache) for i, cache in self._outputs]
+        outputs = self._outputs if logits or not self._has_logits else self._outputs[:-1]
+        found = [(self._request.get_output_tensor(i).data, cache) for i, cache in outputs]
         return [data.view(self.cache_dtype) if cache else data for data, cache in found]  # NumPy has no bf16: its bits as uint16
 
 

@@ -111,6 +111,8 @@ class WholeDecoder:
         EngineError: if an engine cannot run here, or the memory does not suffice.
     """
 
+    has_beams = False
+
     def __init__(self, directory: Path, manifest: Manifest, load: LoadEngine, slots: int, capacities: tuple[int, int]):
         sizes = self.sizes = manifest.sizes
         self.slots = slots

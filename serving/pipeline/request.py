@@ -21,6 +21,7 @@ REFUSING_FILE_VARIABLE = "FIDO_REFUSING_FILE"
 # The request parameters; all other options are tensors. HTTP generate of Triton 2.51 passes both as parameters.
 TIMEOUT, ID = "timeout", "id"  # microseconds, as in Triton's protocol; text
 TRITONS_OWN = "triton_"  # parameters that Triton's clients add begin like this
+DEFAULT_LENGTH_PENALTY, MAX_LENGTH_PENALTY = 1.0, 10  # the default is transformers'
 FAULTS_SHOWN = 10  # in a refusal; a request of a million bad passages gets a short answer
 
 
@@ -29,8 +30,24 @@ class RequestError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class BeamOptions:
+    """Of beam search: the beams, how many of their answers are sent, and the exponent of the length that scores are divided by."""
+
+    num_beams: int
+    num_answers: int
+    length_penalty: float
+
+
+@dataclasses.dataclass(frozen=True)
 class ReaderRequest:
-    """A question with its passages; `titles` is as long as `passages`, or None. `timeout_us`: 0 = none. `id`: "" = none."""
+    """A question with its passages.
+
+    Attributes:
+        titles: as long as `passages`, or None.
+        timeout_us: 0 = none.
+        id: "" = none.
+        beams: of beam search; None = greedy.
+    """
 
     question: str
     passages: list[str]
@@ -39,15 +56,19 @@ class ReaderRequest:
     min_new_tokens: int
     timeout_us: int = 0
     id: str = ""
+    beams: BeamOptions | None = None
 
 
-def read_request(tensors: Mapping[str, np.ndarray | None], limits: Limits, parameters: Mapping[str, Any] | None = None) -> ReaderRequest:
+def read_request(
+    tensors: Mapping[str, np.ndarray | None], limits: Limits, parameters: Mapping[str, Any] | None = None, *, streams: bool = False
+) -> ReaderRequest:
     """Check a request against the limits.
 
     Args:
         tensors: by the names of READER_TENSORS; None for an optional one that the client left out.
         limits: of this reader.
         parameters: of the request. Over HTTP generate these are the keys of the JSON body that name no tensor.
+        streams: the answer is sent while it is generated, which beam search cannot do.
 
     Raises:
         RequestError: naming everything that is wrong, FAULTS_SHOWN faults at most.
@@ -69,11 +90,12 @@ def read_request(tensors: Mapping[str, np.ndarray | None], limits: Limits, param
     elif passages:
         titles = _texts(tensors, "titles", limits.max_passage_characters, faults)
     maximum, minimum = _new_tokens(_number(tensors, "max_new_tokens"), _number(tensors, "min_new_tokens"), limits, faults)
+    beams = _beams(tensors, limits, faults, streams=streams)
     timeout_us, request_id = _timeout_and_id(parameters or {}, faults)
     if faults:
         more = [f"and {len(faults) - FAULTS_SHOWN} more"] if len(faults) > FAULTS_SHOWN else []
         raise RequestError("; ".join([*faults[:FAULTS_SHOWN], *more]))
-    return ReaderRequest(question[0], passages, titles, maximum, minimum, timeout_us, request_id)
+    return ReaderRequest(question[0], passages, titles, maximum, minimum, timeout_us, request_id, beams)
 
 
 def _texts(tensors: Mapping[str, np.ndarray | None], name: str, max_characters: int, faults: list[str]) -> list[str] | None:
@@ -138,6 +160,28 @@ def _new_tokens(maximum: int | None, minimum: int | None, limits: Limits, faults
         out_of_range.append(f"min_new_tokens: wanted at most max_new_tokens={maximum}, got {minimum}")
     faults += out_of_range
     return maximum, minimum
+
+
+def _beams(tensors: Mapping[str, np.ndarray | None], limits: Limits, faults: list[str], *, streams: bool) -> BeamOptions | None:
+    """None for a greedy answer: of a request that names none of the three inputs, or one beam and nothing else."""
+    num_beams, num_answers = _number(tensors, "num_beams"), _number(tensors, "num_answers")
+    array = tensors.get("length_penalty")
+    length_penalty = DEFAULT_LENGTH_PENALTY if array is None else float(array.reshape(-1)[0])
+    if num_beams is None:
+        faults += [f"{name}: wanted num_beams with it" for name in ("num_answers", "length_penalty") if tensors.get(name) is not None]
+        return None
+    found = len(faults)
+    if streams and num_beams != 1:
+        faults.append(f"num_beams: wanted none, or 1, in a stream: its text is final, and beams change theirs; got {num_beams}")
+    elif not 1 <= num_beams <= limits.max_num_beams:
+        faults.append(f"num_beams: wanted 1 to {limits.max_num_beams}, got {num_beams}")
+    elif num_answers is not None and not 1 <= num_answers <= num_beams:
+        faults.append(f"num_answers: wanted 1 to num_beams={num_beams}, got {num_answers}")
+    if not abs(length_penalty) <= MAX_LENGTH_PENALTY:  # a NaN too
+        faults.append(f"length_penalty: wanted -{MAX_LENGTH_PENALTY} to {MAX_LENGTH_PENALTY}, got {length_penalty}")
+    if num_beams == 1 or len(faults) > found:
+        return None
+    return BeamOptions(num_beams, num_answers or 1, length_penalty)
 
 
 def _number(tensors: Mapping[str, np.ndarray | None], name: str) -> int | None:

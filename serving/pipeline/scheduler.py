@@ -1,8 +1,9 @@
 """The scheduler: in-flight batching of sequences over one decoder.
 
 Comes in: encoded questions, from any thread. Goes out: tokens and the end of each sequence, through the sequence's callbacks, on the
-scheduler's thread. Sequences join between two steps when a slot is free and leave when they end. The scheduler knows neither Triton nor
-what the decoder (serving/engines/base.py) runs on.
+scheduler's thread. Sequences join between two steps when a slot is free and leave when they end. A sequence with beam search (see
+beam_search.py) holds as many of the decoder's slots as it has beams, and shares every step with the others. The scheduler knows neither
+Triton nor what the decoder (serving/engines/base.py) runs on.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from serving.engines.base import Decoder
+from serving.engines.base import BeamDecoder, Decoder
+
+from .beam_search import BeamSearch, Hypothesis
 
 EOS_FORBIDDEN = -1e9  # added to the end token's logit while a sequence must go on
+GREEDY_PARENT = np.zeros(1, np.intp)  # a greedy sequence goes on from itself
 WAITING_CHECKED = 4  # waiting sequences that are checked for cancellation between two steps
 
 
@@ -53,11 +57,13 @@ class DecodeSequence:
     Attributes:
         hidden: float[encoder_sequence_length, d_model], valid hidden states of all passages, packed; dropped once admitted.
         encoder_positions: int32[encoder_sequence_length].
-        on_token: called with each token and its log-probability, the end token included.
+        on_token: called with each token and its log-probability, the end token included. Not called with beam search.
         on_end: called once, last: with None, or with the reason why the sequence did not reach its end.
         on_admitted: called once, when the sequence has a slot.
         on_attribution: called once, with the first token's cross-attention, float32[encoder_sequence_length].
         cancel_reason: called between steps: None, or the error to end the sequence with.
+        search: the beam search of the sequence; None = greedy.
+        on_hypotheses: called once with the answers of beam search, the best first.
     """
 
     hidden: np.ndarray | None
@@ -69,13 +75,20 @@ class DecodeSequence:
     on_attribution: Callable[[np.ndarray], None] = lambda attention: None
     cancel_reason: Callable[[], Exception | None] = lambda: None
     on_admitted: Callable[[], None] = lambda: None
+    search: BeamSearch | None = None
+    on_hypotheses: Callable[[list[Hypothesis]], None] = lambda hypotheses: None
     generated: int = 0
     last_token: int = 0
+
+    @property
+    def beams(self) -> int:
+        """How many of the decoder's slots it holds."""
+        return 1 if self.search is None else self.search.num_beams
 
 
 @dataclasses.dataclass
 class SchedulerCounts:
-    """Totals since the start, and the state of this moment; the metrics read them."""
+    """Totals since the start, and the state of this moment; the metrics read them. `beams`: slots that the running sequences hold."""
 
     steps: int = 0
     step_s: float = 0.0
@@ -83,6 +96,7 @@ class SchedulerCounts:
     running: int = 0
     waiting: int = 0
     encoder_tokens: int = 0
+    beams: int = 0
 
 
 class Scheduler:
@@ -125,7 +139,12 @@ class Scheduler:
         Raises:
             QueueFullError: if as many wait as may.
             SchedulerStoppedError: after `stop`, or once the scheduler has failed.
+            ValueError: if the sequence has beams and the decoder has none, or fewer slots than beams.
         """
+        if sequence.search is not None and not self._decoder.has_beams:
+            raise ValueError("num_beams: wanted 1, because this reader's engine decodes greedily, got beam search")
+        if sequence.beams > self._decoder.slots:
+            raise ValueError(f"num_beams: wanted at most {self._decoder.slots}, the decoder's slots, got {sequence.beams}")
         with self._changed:
             if self._stop_reason:
                 raise SchedulerStoppedError(self._stop_reason)
@@ -145,7 +164,8 @@ class Scheduler:
         """A copy of the counts."""
         running = [sequence for sequence in list(self._slots) if sequence is not None]
         tokens = sum(len(sequence.encoder_positions) for sequence in running)
-        return dataclasses.replace(self._counts, running=len(running), waiting=len(self._waiting), encoder_tokens=tokens)
+        beams = sum(sequence.beams for sequence in running)
+        return dataclasses.replace(self._counts, running=len(running), waiting=len(self._waiting), encoder_tokens=tokens, beams=beams)
 
     def _run(self) -> None:
         failure: BaseException | None = None
@@ -189,10 +209,10 @@ class Scheduler:
                 self._end(sequence, reason)
 
     def _admit_waiting(self) -> None:
-        while (slot := self._free_slot()) is not None:
+        while True:
             with self._changed:
-                if not self._waiting:
-                    return
+                if not self._waiting or (slot := self._free_slot(self._waiting[0].beams)) is None:
+                    return  # the first in the queue waits for its beams: nobody overtakes it
                 sequence = self._waiting.popleft()
             if reason := self._reason_to_end(sequence):
                 self._end(sequence, reason)
@@ -202,17 +222,21 @@ class Scheduler:
             try:
                 assert hidden is not None
                 sequence.on_admitted()
-                self._decoder.admit(slot, len(self._slots), hidden, sequence.encoder_positions)
+                arguments = (slot, len(self._slots), hidden, sequence.encoder_positions)
+                if sequence.search is None:
+                    self._decoder.admit(*arguments)
+                else:
+                    cast(BeamDecoder, self._decoder).admit(*arguments, sequence.beams)
             except Exception as error:
                 self._end(sequence, error)
                 self._on_decoder_error(error)
                 continue
             self._slots[slot : slot + 1] = [sequence]
 
-    def _free_slot(self) -> int | None:
-        if None in self._slots:
-            return self._slots.index(None)
-        return len(self._slots) if len(self._slots) < self._decoder.slots else None
+    def _free_slot(self, beams: int) -> int | None:
+        if sum(0 if sequence is None else sequence.beams for sequence in self._slots) + beams > self._decoder.slots:
+            return None
+        return self._slots.index(None) if None in self._slots else len(self._slots)
 
     def _compact_slots(self) -> None:
         """Move the last sequences into released slots that nobody took: a step works on one contiguous block of slots."""
@@ -229,12 +253,22 @@ class Scheduler:
 
     def _step(self) -> None:
         running = [sequence for sequence in self._slots if sequence is not None]
-        tokens = np.array([s.last_token for s in running], np.int32)
-        positions = np.array([s.generated for s in running], np.int32)
+        counts = [s.beams for s in running]
+        positions = np.repeat(np.array([s.generated for s in running], np.int32), counts)
         eos_penalty = np.array([EOS_FORBIDDEN if s.generated < s.min_new_tokens - 1 else 0.0 for s in running], np.float32)
+        with_beams = any(s.search is not None for s in running)
+        logits = np.zeros((0, 0), np.float32)
         started = time.perf_counter()
         try:
-            next_tokens, log_probs, attention = self._decoder.step(tokens, positions, eos_penalty)
+            if with_beams:
+                last = [np.array([s.last_token], np.int32) if s.search is None else s.search.last_tokens for s in running]
+                parents = [GREEDY_PARENT if s.search is None else s.search.parents for s in running]
+                decoder = cast(BeamDecoder, self._decoder)
+                found = decoder.beam_step(np.concatenate(last), positions, np.repeat(eos_penalty, counts), parents)
+                next_tokens, log_probs, attention, logits = found
+            else:
+                tokens = np.array([s.last_token for s in running], np.int32)
+                next_tokens, log_probs, attention = self._decoder.step(tokens, positions, eos_penalty)
         except Exception as error:  # the decoder is shared: every sequence of this step is lost, the scheduler goes on
             for slot in range(len(self._slots)):
                 self._release_slot(slot, error)
@@ -242,11 +276,21 @@ class Scheduler:
             return
         self._counts.steps += 1
         self._counts.step_s += time.perf_counter() - started
-        self._counts.tokens += len(running)
-        for slot, (sequence, token, log_prob) in enumerate(zip(running, next_tokens.tolist(), log_probs.tolist(), strict=True)):
+        self._counts.tokens += len(next_tokens)
+        next_tokens, log_probs = next_tokens.tolist(), log_probs.tolist()
+        row = 0
+        for slot, sequence in enumerate(running):
+            first, row = row, row + sequence.beams
+            token, log_prob = next_tokens[first], log_probs[first]
             try:
                 if not sequence.generated:
                     sequence.on_attribution(attention[slot, : len(sequence.encoder_positions)])
+                if sequence.search is not None:
+                    sequence.generated += 1
+                    if sequence.search.advance(logits[first:row]):
+                        sequence.on_hypotheses(sequence.search.hypotheses())
+                        self._release_slot(slot, None)
+                    continue
                 if math.isnan(log_prob):  # an answer of arbitrary tokens would follow
                     raise FloatingPointError("the decoder's log-probability is not a number")
                 sequence.last_token = token

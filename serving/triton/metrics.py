@@ -177,7 +177,7 @@ class Metrics:
             "reader_step_seconds_total": counts.step_s,
         }
         gauges: dict[str, float] = {
-            "reader_active_slots": counts.running,
+            "reader_active_slots": counts.beams,
             "reader_waiting_questions": counts.waiting,
             "reader_in_flight_questions": self._in_flight(),
             "reader_kv_cache_bytes": self._kv_bytes(counts),

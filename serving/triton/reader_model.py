@@ -8,6 +8,7 @@ class under Triton's decoupled policy.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -25,6 +26,7 @@ from serving.contract.manifest import TOKENIZER_FILE, Manifest, ManifestError
 from serving.contract.tensors import READER_TENSORS
 from serving.engines.base import is_fatal
 from serving.engines.load import cross_kv_bytes_per_element, kv_budget, load_decoder, load_packer
+from serving.pipeline.beam_search import beam_search
 from serving.pipeline.prompt import PromptEncoder
 from serving.pipeline.request import LIVENESS_ID, REFUSING_FILE_VARIABLE, read_request
 from serving.pipeline.scheduler import CancelledError, DecodeSequence, QueueFullError, Scheduler, SchedulerCounts, SchedulerStoppedError
@@ -68,7 +70,7 @@ class ReaderModel:
             raise pb_utils.TritonModelException(f"{self._name}: {error}") from error
 
     def _load(self, parameters: dict[str, Any], repository: Path, version: str, device: int) -> None:
-        limits = self._limits = Limits.from_parameters(parameters)
+        limits = Limits.from_parameters(parameters)
         reader = parameters["reader"]["string_value"]
         directory = repository / reader / version
         manifest = Manifest.load(directory)
@@ -78,6 +80,8 @@ class ReaderModel:
         self._kv_bytes_per_token = manifest.sizes.cross_kv_bytes_per_token(cross_kv_bytes_per_element(manifest))
         self._on_gpu = manifest.on_gpu
         decoder = load_decoder(directory, manifest, limits, device)
+        self._limits = dataclasses.replace(limits, max_num_beams=min(limits.max_num_beams, decoder.slots) if decoder.has_beams else 1)
+        self._eos_token, self._start_token = manifest.eos_token_id, manifest.decoder_start_token_id
         packer = load_packer(directory, manifest, device)
         self._encoder = EncoderCall(f"{reader}_encoder", self._prompt, packer, device if manifest.on_gpu else None)
         memory = f", {decoder.memory}" if hasattr(decoder, "memory") else ""
@@ -157,7 +161,7 @@ class ReaderModel:
         for spec in READER_TENSORS.inputs:
             tensor = pb_utils.get_input_tensor_by_name(request, spec.name)
             arrays[spec.name] = None if tensor is None else tensor.as_numpy()
-        checked = read_request(arrays, self._limits, json.loads(request.parameters() or "{}"))
+        checked = read_request(arrays, self._limits, json.loads(request.parameters() or "{}"), streams=self._streams)
         if self._refusing_file and os.path.exists(self._refusing_file):
             raise SchedulerStoppedError(SHUTTING_DOWN)
         if len(self._in_flight) >= self._limits.max_in_flight:
@@ -190,6 +194,8 @@ class ReaderModel:
                     on_attribution=writer.on_attribution,
                     cancel_reason=writer.caller.cancel_reason,
                     on_admitted=writer.on_admitted,
+                    search=beam_search(writer.request, eos_token=self._eos_token, start_token=self._start_token),
+                    on_hypotheses=writer.on_hypotheses,
                 )
             )
         except Exception as error:

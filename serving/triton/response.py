@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from serving.pipeline.beam_search import Hypothesis
 from serving.pipeline.prompt import IncrementalDetokenizer, PromptEncoder, PromptError
 from serving.pipeline.request import ReaderRequest, RequestError
 from serving.pipeline.scheduler import CancelledError, DeadlineExceededError, SchedulerError
@@ -122,6 +123,7 @@ class ResponseWriter:
         self.outcome = ""
         self.error = ""
         self._log_probs: list[float] = []
+        self._hypotheses: list[Hypothesis] = []
         self._passage_lengths = np.zeros(0, np.int64)
         self._passage_scores = np.zeros(0, np.float32)
 
@@ -158,6 +160,13 @@ class ResponseWriter:
         starts = np.concatenate([[0], np.cumsum(self._passage_lengths)[:-1]])
         scores = np.add.reduceat(cross_attention, starts, dtype=np.float64)
         self._passage_scores = (scores / scores.sum()).astype(np.float32)
+
+    def on_hypotheses(self, hypotheses: list[Hypothesis]) -> None:
+        """Take the answers of beam search, the best first."""
+        assert self.request.beams is not None
+        self._hypotheses = hypotheses[: self.request.beams.num_answers]
+        for token, log_prob in zip(hypotheses[0].tokens, hypotheses[0].log_probs, strict=True):
+            self.on_token(token, log_prob)
 
     def on_token(self, token: int, log_prob: float) -> None:
         """Add one token to the answer."""
@@ -197,6 +206,17 @@ class ResponseWriter:
             "tokens": np.array([len(self.tokens)], np.int32),
             "passage_scores": self._passage_scores,
             "token_log_probs": np.array(self._log_probs, np.float32),
+            **self._answers(),
+        }
+
+    def _answers(self) -> dict[str, np.ndarray]:
+        """All answers of beam search; nothing for a greedy one."""
+        if not self._hypotheses:
+            return {}
+        texts = [self._prompt.text(hypothesis.tokens).encode("utf-8") for hypothesis in self._hypotheses]
+        return {
+            "answers": np.array(texts, np.object_),
+            "answer_log_probs": np.array([sum(hypothesis.log_probs) for hypothesis in self._hypotheses], np.float32),
         }
 
     def log_line(self, model: str, *, with_text: bool) -> str:

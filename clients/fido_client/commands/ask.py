@@ -12,7 +12,7 @@ from ..answer import Answer, StreamedAnswer
 from ..data.passages import read_passages
 from ..errors import ReaderError
 from ..reader_client import ReaderClient
-from .common import EXIT_ALL_FAILED, EXIT_OK, client_of, milliseconds, usage_errors
+from .common import EXIT_ALL_FAILED, EXIT_OK, UsageError, client_of, milliseconds, usage_errors
 
 _PASSAGES_SHOWN = 3  # under an answer
 _PASSAGE_WIDTH = 100  # characters
@@ -23,13 +23,16 @@ def ask(args: argparse.Namespace) -> int:
     with usage_errors():
         passages = read_passages(args.passages)
         client = client_of(args, args.model)
-    limits = {"max_new_tokens": args.max_new_tokens, "min_new_tokens": args.min_new_tokens}
+    limits: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "min_new_tokens": args.min_new_tokens}
+    beams = {"num_beams": args.num_beams, "num_answers": args.num_answers, "length_penalty": args.length_penalty}
+    if args.stream and any(value is not None for value in beams.values()):
+        raise UsageError("--stream: a stream has no beams; leave out --num-beams, --num-answers and --length-penalty")
     with client:
         try:
             if args.stream:
                 answer: Answer = _print_parts(client, args, passages, limits)
             else:
-                answer = client.answer(args.question, passages, **limits)
+                answer = client.answer(args.question, passages, **limits, **beams)
         except ReaderError as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_ALL_FAILED
@@ -62,6 +65,8 @@ def _answer_json(answer: Answer) -> dict[str, Any]:
     }
     if answer.passage_scores:
         line |= {"passage_scores": list(answer.passage_scores), "token_log_probs": list(answer.token_log_probs)}
+    if answer.answers:
+        line |= {"answers": list(answer.answers), "answer_log_probs": list(answer.answer_log_probs)}
     if isinstance(answer, StreamedAnswer):
         line["time_to_first_token_ms"] = milliseconds(answer.time_to_first_token_s)
         line["mean_inter_token_ms"] = milliseconds(answer.mean_inter_token_s)
@@ -79,6 +84,8 @@ def _answer_text(answer: Answer, passages: list[Any]) -> str:
     else:
         rows.insert(0, ("answer", answer.text))
     lines = [f"{name:<12} {value}" for name, value in rows]
+    if len(answer.answers) > 1:
+        lines += ["answers"] + [f"  {log_prob:8.4f}  {text}" for text, log_prob in zip(answer.answers, answer.answer_log_probs)]
     total = sum(answer.passage_scores)
     if total > 0:
         best = sorted(zip(answer.passage_scores, passages), key=lambda pair: -pair[0])[:_PASSAGES_SHOWN]

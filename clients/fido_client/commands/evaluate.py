@@ -123,6 +123,7 @@ def _run(
             concurrency=args.concurrency,
             warmup=args.warmup,
             max_new_tokens=args.max_new_tokens,
+            num_beams=args.num_beams,
             on_prediction=on_prediction,
         )
     except ReaderUnavailable as error:
@@ -164,6 +165,7 @@ def _one_text(evaluation: Evaluation) -> str:
     figures = evaluation.as_json()
     rows = [("model", figures["model"]), ("questions", figures["questions"]), ("failed", figures["failed"])]
     rows += [("exact match", _score(evaluation, figures["em"])), ("F1", _score(evaluation, figures["f1"]))]
+    rows += [(f"EM at {n}", _score(evaluation, figures[f"em_at_{n}"])) for n in evaluation.em_at]
     if evaluation.measured:
         rows += [
             ("throughput", f"{figures['questions_per_s']} questions/s over {evaluation.wall_s:.1f} s"),
@@ -180,12 +182,13 @@ def _table(evaluations: Sequence[Evaluation], pairs: Sequence[_Pair]) -> str:
         ("failed", "failed"),
         ("exact match", "em"),
         ("F1", "f1"),
+        *((f"EM at {n}", f"em_at_{n}") for n in evaluations[0].em_at),
         ("questions/s", "questions_per_s"),
         ("p50 ms", "p50_ms"),
         ("p99 ms", "p99_ms"),
     ]:
         values = [evaluation.as_json()[key] for evaluation in evaluations]
-        percent = " %" if key in ("em", "f1") else ""
+        percent = " %" if key == "f1" or key.startswith("em") else ""
         rows.append(
             (
                 label,

@@ -73,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
         help='JSON list (or JSONL) of strings or {"title", "text"}, or text with one passage a line; - is stdin',
     )
     one.add_argument("--min-new-tokens", type=_whole_number(0), metavar="N", help="minimum number of answer tokens")
+    one.add_argument("--num-answers", type=_whole_number(1), metavar="N", help="answers to print, at most --num-beams")
+    one.add_argument("--length-penalty", type=float, metavar="X", help="order answers by log-prob / tokens ** X (default: 1)")
     one.add_argument("--stream", action="store_true", help="print the answer while it is generated (by MODEL_stream)")
 
     evaluation = commands.add_parser(
@@ -103,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluation.add_argument("--predictions", metavar="OUT", help="write one JSON line per question to this file")
 
+    for command in (one, evaluation):
+        command.add_argument("--num-beams", type=_whole_number(1), metavar="N", help="beams of a beam search (default: a greedy answer)")
     one.add_argument("--model", default="fido", help="the reader's name on the server (default: fido)")
     evaluation.add_argument(
         "--model",

@@ -22,6 +22,7 @@ from tests.export.model import numpy_reader
 from tests.export.model.test_parity import numpy_arguments, numpy_sizes
 
 STEPS = 9
+STEP_AXES = {"batch", "questions", "beams", "past_length", "encoder_sequence_length"}
 
 
 def loaded(directory: Path, backend: str, slots: int, precision: str = "float32") -> tuple[CpuEncoder, CpuDecoder]:
@@ -118,7 +119,7 @@ def test_compare_finds_a_wrong_weight_and_refuses_engines_of_other_weights(engin
 
 def test_graphs_have_dynamic_axes_and_the_opset_asked_for(engines):
     _, directory = engines["fido"]
-    for name, axes in (("encoder", {"passages", "passage_length"}), ("decoder_step", {"batch", "past_length", "encoder_sequence_length"})):
+    for name, axes in (("encoder", {"passages", "passage_length"}), ("decoder_step", STEP_AXES)):
         model = onnx.load(str(directory / f"{name}.onnx"))
         found = {d.dim_param for value in model.graph.input for d in value.type.tensor_type.shape.dim if d.dim_param}
         assert found == axes

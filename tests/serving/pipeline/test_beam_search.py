@@ -1,0 +1,245 @@
+"""Beam search over the real CPU engines: transformers' answers, scores and order, whoever else is in flight."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import T5ForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
+
+from export.checkpoint.hugging_face import t5_from_reader
+from export.model.reader import Reader
+from serving.contract.manifest import Manifest
+from serving.pipeline.beam_search import BeamSearch, Hypothesis
+from serving.pipeline.scheduler import CancelledError, DecodeSequence, Scheduler
+from tests.conftest import CONFIGS, CPU_BACKENDS, random_passages
+from tests.export.graphs.test_cpu import loaded, packed
+
+PASSAGES, SLOTS, LONGEST = (1, 4, 2, 9), 12, 14
+
+
+class Prepared:
+    """A reader with encoded questions, and its decoder."""
+
+    def __init__(self, engines, name: str, backend: str):
+        self.checkpoint, directory = engines[name]
+        self.eos = Manifest.load(directory).eos_token_id
+        encoder, self.decoder = loaded(directory, backend, slots=SLOTS)
+        length = CONFIGS[name].passage_length
+        self.inputs = [random_passages(n, length, seed) for seed, n in enumerate(PASSAGES)]
+        self.questions = [packed(encoder, ids[0], mask[0], length) for ids, mask in self.inputs]
+        self.alone: dict[tuple, object] = {}  # what each kind of request is answered when nothing else is in flight
+
+
+@pytest.fixture(scope="module")
+def prepared(engines):
+    made: dict[tuple[str, str], Prepared] = {}
+
+    def prepare(name: str, backend: str) -> Prepared:
+        if (name, backend) not in made:
+            made[name, backend] = Prepared(engines, name, backend)
+        return made[name, backend]
+
+    return prepare
+
+
+class Asked:
+    """One request in flight: greedy where num_beams is 0."""
+
+    def __init__(self, reader: Prepared, which: int, num_beams: int, penalty: float, most: int, cancelled: bool = False):
+        self.found: list[Hypothesis] = []
+        self.tokens: list[int] = []
+        self.log_probs: list[float] = []
+        self.attribution: list[np.ndarray] = []
+        self.errors: list[Exception | None] = []
+        self._done = threading.Event()
+        self.sequence = DecodeSequence(
+            *reader.questions[which],
+            most,
+            0,
+            self._on_token,
+            self._on_end,
+            self.attribution.append,
+            lambda: CancelledError("cancelled") if cancelled and self.attribution else None,
+            search=BeamSearch(num_beams, penalty, most, reader.eos, 0) if num_beams else None,
+            on_hypotheses=self.found.extend,
+        )
+
+    def _on_token(self, token: int, log_prob: float) -> None:
+        self.tokens.append(token)
+        self.log_probs.append(log_prob)
+
+    def _on_end(self, error: Exception | None) -> None:
+        self.errors.append(error)
+        self._done.set()
+
+    def wait(self) -> None:
+        assert self._done.wait(30)
+        assert len(self.errors) == 1
+
+
+def answered(reader: Prepared, *requests: tuple) -> list[Asked]:
+    loop = Scheduler(reader.decoder, start_token=0, eos_token=reader.eos, max_waiting=99)
+    asked = [Asked(reader, *request) for request in requests]
+    for one in asked:
+        loop.submit(one.sequence)
+    for one in asked:
+        one.wait()
+    loop.stop()
+    return asked
+
+
+def decoder_in_transformers(reader: Reader) -> T5ForConditionalGeneration:
+    """The reader's decoder in transformers' T5, which wants an encoder of the same sizes; that one is not used."""
+    same = Reader(dataclasses.replace(reader.config, encoder=reader.config.decoder))
+    same.load_state_dict({**same.state_dict(), **{n: w for n, w in reader.state_dict().items() if not n.startswith("encoder.")}})
+    return t5_from_reader(same)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("name", ["fid", "t5_v1_0"])
+@pytest.mark.parametrize(("num_beams", "penalty"), [(1, 1.0), (2, 0.0), (4, 1.0), (4, -1.5), (5, 2.0), (10, 0.6)])
+def test_answers_scores_and_order_are_those_of_transformers(prepared, name, backend, num_beams, penalty):
+    reader = prepared(name, backend)
+    t5 = decoder_in_transformers(reader.checkpoint.reader)
+    # A random reader hardly ever says its end token. One that its answers have in their midst ends them at all lengths.
+    eos, reader.eos = reader.eos, answered(reader, (1, 2, 0.0, 5))[0].found[-1].tokens[2]
+    requests = [(which, num_beams, penalty, most) for which in range(len(PASSAGES)) for most in (1, LONGEST)]
+    asked, end, reader.eos = answered(reader, *requests), reader.eos, eos
+    ended_early = 0
+    for (which, _, _, most), one in zip(requests, asked, strict=True):
+        assert one.errors == [None]
+        states = torch.from_numpy(reader.questions[which][0])[None]
+        options = {"num_beams": num_beams, "num_return_sequences": num_beams, "length_penalty": penalty, "early_stopping": False}
+        if num_beams == 1:  # transformers decodes greedily then, and has no scores
+            options = {"num_beams": 1}
+        wanted = t5.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=torch.ones(states.shape[:2], dtype=torch.long),
+            max_new_tokens=most,
+            eos_token_id=end,
+            do_sample=False,
+            output_scores=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+        sequences = [sequence[1:] for sequence in wanted.sequences.tolist()]  # padded, by end tokens too, to the longest
+        sequences = [sequence[: sequence.index(end) + 1] if end in sequence else sequence for sequence in sequences]
+        assert [list(hypothesis.tokens) for hypothesis in one.found] == sequences
+        if num_beams > 1:
+            np.testing.assert_allclose([h.score for h in one.found], wanted.sequences_scores.numpy(), atol=2e-4)
+        for hypothesis in one.found:
+            assert hypothesis.log_prob == pytest.approx(sum(hypothesis.log_probs), abs=1e-4)
+            ended_early += hypothesis.tokens[-1] == end and len(hypothesis.tokens) < most
+    assert ended_early or num_beams < 4  # the end token takes part, not max_new_tokens alone
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("name", ["fido", "grouped", "released_fid"])
+def test_readers_that_transformers_cannot_hold_answer_as_full_passes_without_a_cache_do(prepared, name, backend):
+    reader = prepared(name, backend)
+    requests = [(which, 4, 1.0, 8) for which in range(len(PASSAGES))]
+    for (which, beams, penalty, most), one in zip(requests, answered(reader, *requests), strict=True):
+        search, model = BeamSearch(beams, penalty, most, reader.eos, 0), reader.checkpoint.reader
+        ids, mask = reader.inputs[which]
+        texts, ended = [[0]] * beams, False
+        while not ended:
+            with torch.no_grad():
+                logits = model(ids.expand(beams, -1, -1), mask.expand(beams, -1, -1), torch.tensor(texts))[:, -1].numpy()
+            ended = search.advance(logits)
+            texts = [[*texts[p], t] for p, t in zip(search.parents.tolist(), search.last_tokens.tolist(), strict=True)]
+        assert [h.tokens for h in one.found] == [h.tokens for h in search.hypotheses()]
+        np.testing.assert_allclose([h.score for h in one.found], [h.score for h in search.hypotheses()], atol=2e-4)
+
+
+REQUESTS = st.lists(
+    st.tuples(
+        st.integers(0, len(PASSAGES) - 1),
+        st.sampled_from([0, 0, 1, 2, 4, 7, SLOTS]),
+        st.sampled_from([0.0, 1.0]),
+        st.integers(1, LONGEST),
+        st.booleans(),
+        st.sampled_from([0.0, 0.0, 0.002]),
+    ),
+    min_size=2,
+    max_size=9,
+)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("name", ["fid", "fido", "released_fid"])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(requests=REQUESTS)
+def test_answers_do_not_depend_on_who_else_is_in_flight(prepared, name, backend, requests):
+    reader = prepared(name, backend)
+    for *request, _, _ in requests:
+        if tuple(request) not in reader.alone:
+            (reader.alone[tuple(request)],) = answered(reader, tuple(request))
+    loop = Scheduler(reader.decoder, start_token=0, eos_token=reader.eos, max_waiting=99)
+    asked = []
+    for *request, cancelled, pause in requests:
+        asked.append(Asked(reader, *request, cancelled))
+        loop.submit(asked[-1].sequence)
+        assert loop.counts().beams <= SLOTS
+        time.sleep(pause)
+    for one, (*request, cancelled, _) in zip(asked, requests, strict=True):
+        one.wait()
+        if cancelled and isinstance(one.errors[0], CancelledError):
+            continue
+        alone = reader.alone[tuple(request)]
+        assert one.errors == [None] and one.tokens == alone.tokens
+        assert [h.tokens for h in one.found] == [h.tokens for h in alone.found]
+        np.testing.assert_allclose([h.log_prob for h in one.found], [h.log_prob for h in alone.found], atol=1e-4)
+        np.testing.assert_allclose(one.attribution[0], alone.attribution[0], atol=1e-5)
+    loop.stop()
+    assert loop.counts().beams == 0
+
+
+def test_a_greedy_answer_beside_beams_is_the_same_to_the_bit_as_without(prepared):
+    """Within one batch size: another size makes the engine add numbers in another order."""
+    reader = prepared("fid", "onnxruntime")
+    first = answered(reader, *[(1, 0, 1.0, LONGEST)] * 3)[0]
+    beside = answered(reader, (1, 0, 1.0, LONGEST), (1, 2, 1.0, LONGEST))[0]
+    assert beside.tokens == first.tokens
+    np.testing.assert_allclose(beside.log_probs, first.log_probs, atol=1e-5)
+
+
+def test_more_beams_than_slots_and_a_greedy_engine_are_refused_by_name(prepared):
+    reader = prepared("fid", "onnxruntime")
+    loop = Scheduler(reader.decoder, start_token=0, eos_token=reader.eos, max_waiting=9)
+    with pytest.raises(ValueError, match=f"num_beams: wanted at most {SLOTS}"):
+        loop.submit(Asked(reader, 0, SLOTS + 1, 1.0, 3).sequence)
+    reader.decoder.has_beams = False
+    try:
+        with pytest.raises(ValueError, match="num_beams: wanted 1, because this reader's engine decodes greedily"):
+            loop.submit(Asked(reader, 0, 2, 1.0, 3).sequence)
+    finally:
+        del reader.decoder.has_beams
+    loop.stop()
+
+
+def test_a_question_with_many_beams_is_not_overtaken(prepared):
+    """Half of the slots are taken; the next question needs all of them, and those behind it wait, though they would fit."""
+    reader = prepared("fid", "onnxruntime")
+    order: list[str] = []
+    loop = Scheduler(reader.decoder, start_token=0, eos_token=reader.eos, max_waiting=99)
+    asked = [Asked(reader, 0, beams, 1.0, LONGEST) for beams in (SLOTS // 2, SLOTS, 0, 0)]
+    for name, one in zip(("half", "all", "third", "fourth"), asked, strict=True):
+        one.sequence.on_admitted = lambda name=name: order.append(name)
+        loop.submit(one.sequence)
+    for one in asked:
+        one.wait()
+    loop.stop()
+    assert order == ["half", "all", "third", "fourth"]
+
+
+def test_a_logit_that_is_no_number_ends_the_question_with_an_error():
+    with pytest.raises(FloatingPointError):
+        BeamSearch(2, 1.0, 5, 1, 0).advance(np.full((2, 9), np.nan, np.float32))
