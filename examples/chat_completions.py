@@ -1,8 +1,8 @@
 """OpenAI's chat completions for readers: /v1/chat/completions and /v1/models, as functions from a request's JSON to a response's.
 
-A reader knows one question and its passages. The question is the last user message. The passages are the extra body field `passages`, or else
-the messages of the roles tool, system and developer, one passage each, or else are searched for. There is no conversation: earlier user
-messages and the assistant's are refused rather than silently dropped, and so is every option that would change an answer and cannot.
+A reader knows one question and its passages. The question is the user message. The passages are the extra body field `passages`, or else
+the messages of the roles tool, system and developer, one passage each, or else are searched for. There is no conversation: a second user
+message or one of the assistant is refused rather than silently dropped. So is every option that would change an answer and cannot.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def completion_chunks(body: Mapping[str, Any], clients: Clients, search: Search)
 def _request(body: Mapping[str, Any], clients: Clients, search: Search) -> tuple[ReaderClient, dict[str, Any], list[Any]]:
     """The reader, the arguments of its `answer` or `stream`, and the passages."""
     model = body.get("model")
-    if model not in clients:
+    if not isinstance(model, str) or model not in clients:
         raise ApiError(404, f"model: wanted {' or '.join(clients)}, got {model!r}")
     for name, nothing in MEANINGLESS.items():
         if body.get(name) is not None and body[name] not in nothing:
@@ -129,8 +129,8 @@ def _question_and_contexts(messages: Any) -> tuple[str, list[str]]:
     if unknown or roles.count("user") != 1:
         raise ApiError(
             400,
-            f"messages: wanted one of role user, the question, and any number of {', '.join(CONTEXT_ROLES)}, a passage each; a reader has no "
-            f"conversation; got the roles {roles}",
+            f"messages: wanted one of role user, the question, and any number of {', '.join(CONTEXT_ROLES)}, a passage each; a reader has "
+            f"no conversation; got the roles {roles}",
         )
     texts = [_text(message.get("content")) for message in messages]
     question = next(text for text, role in zip(texts, roles, strict=True) if role == "user")

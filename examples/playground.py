@@ -1,8 +1,8 @@
 """`make play`: a page that asks FiD and FiDO side by side, served on loopback beside Triton until Ctrl-C.
 
-Passages are pasted, or found by BM25 in the demo corpus. `POST /ask` streams JSON lines, one event a line: `passages`, then `piece`s and one
-`answer` or `error` of each reader. The same process answers OpenAI's chat completions (chat_completions.py). Readers are asked over HTTP: a
-browser that leaves in the middle of an answer, or this process killed, cannot harm the server.
+Passages are pasted, or found by BM25 in the demo corpus. `POST /ask` streams JSON lines, one event a line: `passages`, then the `piece`s
+and one `answer` or `error` of each reader. The same process answers OpenAI's chat completions (chat_completions.py). Readers are asked over
+HTTP: a browser that leaves in the middle of an answer, or this process killed, cannot harm the server.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Playground
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         """The page, what it links to, and the list of models."""
         if not self._is_local():
             return
@@ -138,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._refuse(ApiError(404, f"{self.path}: no such page; there are /, /about and /v1/models"))
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         """`/ask` and `/v1/chat/completions`."""
         if not self._is_local():
             return
@@ -166,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
         origin = self.headers.get("Origin")
         if host in LOCAL_NAMES and origin in (None, f"http://{self.headers.get('Host')}"):
             return True
-        self._refuse(ApiError(403, f"wanted a request to {' or '.join(LOCAL_NAMES)} from its own page, got host {host!r}, origin {origin!r}"))
+        self._refuse(ApiError(403, f"wanted {' or '.join(LOCAL_NAMES)} and its own page, got host {host!r}, origin {origin!r}"))
         return False
 
     def _body(self) -> dict[str, Any]:

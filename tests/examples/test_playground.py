@@ -16,7 +16,7 @@ from serving.launcher.server import LOOPBACK, TritonServer, models_of
 pytestmark = pytest.mark.server
 
 CHROMIUM = shutil.which("chromium")
-QUESTION = "Which city serves as the capital of Australia?"
+QUESTION = "What is the capital of Australia?"
 PASSAGES = [
     {"title": "Austria: Capital", "text": "name: Vienna; time difference: UTC+1"},
     {"title": "Australia: Capital", "text": "name: Canberra; geographic coordinates: 35 16 S, 149 08 E"},
