@@ -120,6 +120,10 @@ $(CORPUS): $(EVALUATE) $(wildcard training/corpus/*.py)
 demo: demo-readers ## start Triton, ask three questions of each demo reader, stop
 	$(PY) -m examples.demo
 
+PLAY_PORT ?= 8080
+play: $(EVALUATE) demo-readers ## a page that asks FiD and FiDO side by side, and OpenAI's API, until Ctrl-C (PLAY_PORT=8080)
+	@exec $(PY) -m examples.playground --port $(PLAY_PORT)
+
 evaluate: $(EVALUATE) demo-readers $(CORPUS) ## EM of all demo readers through Triton on held-out and human-written questions
 	$(PY) -m perf.served.accuracy
 
@@ -225,4 +229,4 @@ clean: ## remove everything that was built, and the environment
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find model_repository -mindepth 1 ! -name README.md -delete
 
-.PHONY: help setup export demo-readers serve status ask demo evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation test stress storm gpu-test gpu-check container-test mutants lint clean
+.PHONY: help setup export demo-readers serve status ask demo play evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation test stress storm gpu-test gpu-check container-test mutants lint clean
