@@ -33,7 +33,7 @@ def wanted(triton, search):
     return answer, [passage["title"] for _, passage in order]
 
 
-PARTS = []
+PARTS: list[str] = []
 
 
 def keep(chunk):
