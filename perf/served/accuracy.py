@@ -27,7 +27,7 @@ from export.build import build_reader
 from export.library.options import AUTO, LibraryOptions
 from export.repository import repository_from_engines
 from fido_client.data.examples import Example, read_examples
-from fido_client.evaluation import Evaluation, Prediction, evaluate
+from fido_client.evaluation import N_BEST, Evaluation, Prediction, evaluate
 from fido_client.reader_client import ReaderClient
 from serving.contract.limits import Limits
 from serving.contract.manifest import EngineError, Manifest, require_bf16
@@ -37,6 +37,7 @@ from training.corpus.examples import read_jsonl
 
 CORPUS, CHECKPOINTS = Path("build/corpus"), Path("checkpoints")
 CONCURRENCY = 8
+NUM_BEAMS = max(N_BEST)
 TORCH_BATCH = 8
 PRECISION_KEYS = {"bfloat16": "bf16", "int8": "int8"}  # in the JSON
 
@@ -46,6 +47,7 @@ class ReaderResult:
     """One reader's numbers; times are measured by the client, at concurrency 8, or 1 for `alone_`.
 
     `gold_on_top`: percent of the held-out questions whose gold passage has the highest passage score.
+    `n_best`: n -> exact match on the held-out questions if an oracle chooses among the n best answers of a search with NUM_BEAMS beams.
     """
 
     em: float
@@ -60,6 +62,8 @@ class ReaderResult:
     parameters: int
     real_em: float
     gold_on_top: float
+    n_best: dict[int, float]
+    em_at_4: float
 
 
 def torch_answers(checkpoint: Path, engines: Path, examples: Sequence[Example]) -> list[tuple[str, int]]:
@@ -89,7 +93,7 @@ def torch_answers(checkpoint: Path, engines: Path, examples: Sequence[Example]) 
 
 
 def ask_all(
-    server: TritonServer, model: str, examples: Sequence[Example], concurrency: int, what: str
+    server: TritonServer, model: str, examples: Sequence[Example], concurrency: int, what: str, num_beams: int | None = None
 ) -> tuple[Evaluation, list[Prediction]]:
     """Ask every example and collect the predictions."""
     predictions: list[Prediction] = []
@@ -99,7 +103,7 @@ def ask_all(
             predictions.append(prediction)
             bar.update()
 
-        result = evaluate(client, examples, concurrency=concurrency, warmup=CONCURRENCY, on_prediction=keep)
+        result = evaluate(client, examples, concurrency=concurrency, warmup=CONCURRENCY, num_beams=num_beams, on_prediction=keep)
     return result, predictions
 
 
@@ -107,6 +111,8 @@ def measure(server: TritonServer, model: str, name: str, heldout: list[Example],
     """All numbers of the checkpoint `name`, served as `model`."""
     alone, alone_predictions = ask_all(server, model, heldout, 1, f"{name} one at a time")
     together, together_predictions = ask_all(server, model, heldout, CONCURRENCY, f"{name} {CONCURRENCY} at once")
+    beams, _ = ask_all(server, model, heldout, CONCURRENCY, f"{name} {NUM_BEAMS} beams", NUM_BEAMS)
+    n_best = {n: round(em or 0.0, 2) for n, em in beams.em_at.items()}
     on_real, _ = ask_all(server, model, real, CONCURRENCY, f"{name} human-written")
     engines = ENGINES / name
     differing = 0
@@ -124,10 +130,12 @@ def measure(server: TritonServer, model: str, name: str, heldout: list[Example],
         p50_ms=round((together.latency_s(50) or 0) * 1e3, 1),
         p99_ms=round((together.latency_s(99) or 0) * 1e3, 1),
         alone_p50_ms=round((alone.latency_s(50) or 0) * 1e3, 1),
-        failed=alone.failed + together.failed + on_real.failed,
+        failed=alone.failed + together.failed + beams.failed + on_real.failed,
         parameters=int(Manifest.load(engines).provenance["parameters"]),
         real_em=round(on_real.em or 0.0, 1),
         gold_on_top=round(gold_on_top(heldout, together_predictions), 1),
+        n_best=n_best,
+        em_at_4=n_best[4],
     )
 
 
@@ -216,6 +224,8 @@ def _table(results: dict[str, ReaderResult]) -> str:
             f"| {names[name]} | {r.em:.1f} | {r.real_em:.1f} | {r.gold_on_top:.1f}% | {r.parameters / 1e6:.2f} M | {r.alone_p50_ms:.0f} "
             f"| {r.questions_per_s:.0f} | {equal} |"
         )
+    lines += ["", f"| EM, {NUM_BEAMS} beams | " + " | ".join(f"best of {n}" for n in N_BEST) + " |", "|" + "---|" * (1 + len(N_BEST))]
+    lines += [f"| {names[name]} | " + " | ".join(f"{r.n_best[n]:.1f}" for n in N_BEST) + " |" for name, r in results.items()]
     return "\n".join(lines)
 
 

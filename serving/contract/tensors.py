@@ -172,9 +172,9 @@ def decoder_step_tensors(sizes: EngineSizes, dtype: str = "float32", *, beams: b
     )
 
 
-# Request and response of a reader's model and its streaming twin. `passage_scores`: the first token's cross-attention on each passage; they
-# sum to 1. `answers` and `answer_log_probs`, the best first, are sent to requests with num_beams. Over HTTP generate, Triton writes one
-# element as a scalar, not as a list of one.
+# Request and response of a reader's model and its streaming twin. `passage_scores`: the first token's cross-attention on each passage;
+# they sum to 1. `answers` and `answer_log_probs`, the best first, are sent to requests with more than one beam. Over HTTP generate, Triton
+# writes a tensor of one element as a scalar, not as a list of one.
 READER_TENSORS = GraphTensors(
     (
         TensorSpec("question", "bytes", (1,)),

@@ -152,7 +152,9 @@ class CpuDecoder:
         self._cross_names = [f"past_key_values.{i}.encoder.{part}" for i in sizes.cross_attention_layers for part in parts]
         self._encoder_lengths = np.zeros(slots, np.int32)
         self._rows = [np.zeros(1, np.intp)] * slots  # of each slot: the rows of the self-attention caches that its sequences had last
+        self._ordered = 0  # slots whose rows are known to be in order
         self._viewed = (0, 0)  # sequences and slots of `_views`
+        self._numbers = np.arange(slots, dtype=np.int32)
         self._views: dict[str, np.ndarray] = {}  # the caches' running rows; empty where caches or their number have changed
         self._self = self._empty(len(self._self_names), MIN_SELF_LENGTH)
         self._cross = self._empty(len(self._cross_names), cache_length(1))
@@ -178,6 +180,7 @@ class CpuDecoder:
         """Compute a question's cross-attention keys and values into a slot; arguments as BeamDecoder.admit, hidden in float32."""
         length = len(hidden)
         self._rows[slot] = np.full(beams, NEW_ROW)
+        self._ordered = 0
         self._encoder_lengths[slot] = length
         rows = max(running, slot + 1)
         needed = cache_length(int(self._encoder_lengths[:rows].max()))
@@ -198,6 +201,7 @@ class CpuDecoder:
         self._encoder_lengths[target] = self._encoder_lengths[source]
         self._encoder_positions[target] = self._encoder_positions[source]
         self._rows[target] = self._rows[source]
+        self._ordered = 0
         for cache in self._cross:
             cache[target] = cache[source]
 
@@ -206,7 +210,7 @@ class CpuDecoder:
 
         The cross-attention is defined for sequences at any position.
         """
-        slots = np.arange(len(tokens), dtype=np.int32)
+        slots = self._numbers[: len(tokens)]
         next_token, log_prob, cross_attention, *_ = self._run_step(tokens, positions, eos_penalty, slots, slots[:, None])
         return next_token, log_prob, cross_attention
 
@@ -221,6 +225,7 @@ class CpuDecoder:
         row_places = np.concatenate([slot * width + np.arange(count) for slot, count in enumerate(counts)]).astype(np.int32)
         for slot, of_slot in enumerate(parents):
             self._rows[slot] = self._rows[slot][of_slot]
+        self._ordered = 0
         found = self._run_step(tokens, positions, eos_penalty, row_places, question_rows, logits=True)
         return found[0], found[1], found[2], found[3]
 
@@ -251,6 +256,9 @@ class CpuDecoder:
 
     def _gather_rows(self, batch: int, questions: int) -> None:
         """Bring the rows of the self-attention caches into the order of the slots; a sequence that is new has none yet."""
+        if self._ordered == questions:  # greedy sequences, as in the step before
+            return
+        self._ordered = questions
         sources = np.concatenate(self._rows[:questions])
         places = np.arange(batch)
         changed = np.flatnonzero((sources != places) & (sources != NEW_ROW))

@@ -19,7 +19,7 @@ from serving.contract.limits import Limits, LimitsError
 from serving.contract.manifest import Manifest, ManifestError, Prompt, token_without_embedding
 from serving.contract.tensors import EngineSizes
 from serving.pipeline.prompt import IncrementalDetokenizer, PromptEncoder, PromptError
-from serving.pipeline.request import ReaderRequest, RequestError, checked_new_tokens, read_request
+from serving.pipeline.request import BeamOptions, ReaderRequest, RequestError, checked_new_tokens, read_request
 from serving.pipeline.tokenizer_pool import TokenizerPool
 from serving.pipeline.truncation import TruncatingTokenizer
 from tests.conftest import word_tokenizer
@@ -63,6 +63,13 @@ def test_everything_given_is_taken():
         ({"max_new_tokens": number(9)}, "max_new_tokens: wanted 1 to 8, got 9"),
         ({"min_new_tokens": number(-1)}, "min_new_tokens: wanted 0 to 8, got -1"),
         ({"min_new_tokens": number(5)}, "min_new_tokens: wanted at most max_new_tokens=4, got 5"),
+        ({"num_beams": number(0)}, "num_beams: wanted 1 to 10, got 0"),
+        ({"num_beams": number(11)}, "num_beams: wanted 1 to 10, got 11"),
+        ({"num_beams": number(2), "num_answers": number(3)}, "num_answers: wanted 1 to num_beams=2, got 3"),
+        ({"num_beams": number(2), "num_answers": number(0)}, "num_answers: wanted 1 to num_beams=2, got 0"),
+        ({"num_answers": number(2)}, "num_answers: wanted num_beams with it"),
+        ({"length_penalty": np.array([1], np.float32)}, "length_penalty: wanted num_beams with it"),
+        ({"num_beams": number(2), "length_penalty": np.array([np.nan], np.float32)}, "length_penalty: wanted -10 to 10, got nan"),
     ],
 )
 def test_each_fault_is_named_alone(change, message):
@@ -102,6 +109,15 @@ def test_all_faults_are_named_at_once():
     with pytest.raises(RequestError) as caught:
         read_request({"question": texts(""), "passages": texts(), "titles": texts("a"), "max_new_tokens": number(0)}, LIMITS)
     assert [part.split(":")[0] for part in str(caught.value).split("; ")] == ["question", "passages", "titles", "max_new_tokens"]
+
+
+def test_beams_are_taken_and_one_beam_is_a_greedy_answer():
+    tensors = {**GOOD, "num_beams": number(4), "num_answers": number(3), "length_penalty": np.array([0.5], np.float32)}
+    assert read_request(tensors, LIMITS).beams == BeamOptions(4, 3, 0.5)
+    assert read_request({**GOOD, "num_beams": number(4)}, LIMITS).beams == BeamOptions(4, 1, 1.0)
+    assert read_request({**GOOD, "num_beams": number(1)}, LIMITS, streams=True).beams is None
+    with pytest.raises(RequestError, match="num_beams: wanted none, or 1, in a stream: its text is final"):
+        read_request({**GOOD, "num_beams": number(4)}, LIMITS, streams=True)
 
 
 def test_the_number_of_passages_is_checked_before_any_is_decoded():

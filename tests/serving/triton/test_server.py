@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -156,6 +157,49 @@ def test_http_generate_takes_the_same_names(server, cases):
     with urllib.request.urlopen(request) as response:
         answer = json.load(response)
     assert (answer["answer"], answer["tokens"]) == (case.text, case.tokens)
+
+
+@pytest.mark.parametrize("model", ["fid", "fido"])
+def test_beams_beside_greedy_answers_over_grpc_and_http(server, cases, model):
+    """Three slots: three beams fill them, and the greedy questions beside them wait or share their steps."""
+    some = cases[model][:6]
+    with ReaderClient(server.grpc_url, model) as client, ThreadPoolExecutor(12) as pool:
+        beams = [
+            pool.submit(client.answer, c.question, c.passages, c.titles, max_new_tokens=c.most, num_beams=3, num_answers=n)
+            for c, n in zip(some, (1, 2, 3, 1, 2, 3), strict=True)
+        ]
+        greedy = [pool.submit(case.ask, client) for case in some]
+        for case, answer in zip(some, greedy, strict=True):
+            case.check(answer.result())
+            assert answer.result().answers == ()
+        found = [answer.result() for answer in beams]
+        for case, answer, count in zip(some, found, (1, 2, 3, 1, 2, 3), strict=True):
+            assert len(answer.answers) == len(answer.answer_log_probs) == count
+            assert (answer.text, answer.log_prob) == (answer.answers[0], answer.answer_log_probs[0])
+            assert answer.log_prob == pytest.approx(sum(answer.token_log_probs), abs=1e-4)
+            assert sum(answer.passage_scores) == pytest.approx(1, abs=1e-3)
+            assert len(answer.passage_scores) == len(case.passages)
+    body = {"question": some[2].question, "passages": some[2].passages, "titles": some[2].titles, "max_new_tokens": some[2].most}
+    request = urllib.request.Request(
+        f"{server.http_url}/v2/models/{model}/generate", json.dumps({**body, "num_beams": 3, "num_answers": 3}).encode()
+    )
+    with urllib.request.urlopen(request) as response:
+        answer = json.load(response)
+    assert tuple(answer["answers"]) == found[2].answers
+    assert answer["answer_log_probs"] == pytest.approx(found[2].answer_log_probs, abs=1e-3)
+
+
+def test_beams_that_do_not_fit_and_beams_of_a_stream_are_refused_by_name(server):
+    with ReaderClient(server.grpc_url, "fid") as client, pytest.raises(ReaderError, match="num_beams: wanted 1 to 3, got 4"):
+        client.answer("w1", ["w2"], num_beams=4)
+    # ReaderClient.stream has no beams, so the request is made by hand
+    body = json.dumps({"question": "w1", "passages": ["w2"], "num_beams": 2}).encode()
+    try:
+        with urllib.request.urlopen(f"{server.http_url}/v2/models/fid_stream/generate_stream", body) as response:
+            found = response.read().decode()
+    except urllib.error.HTTPError as error:
+        found = error.read().decode()
+    assert "num_beams: wanted none, or 1, in a stream" in found
 
 
 def test_http_generate_stream_sends_the_pieces(server, cases):
