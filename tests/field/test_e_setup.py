@@ -183,7 +183,9 @@ def test_e4_a_long_export_says_the_stage_that_it_is_at(tmp_path, monkeypatch, ca
 def test_e6_guards_that_are_missing_are_named_with_their_risk(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     set_up.compile_guards(tmp_path)
-    assert capsys.readouterr().out == "set-up: no C compiler, so without heap_trim, stream_locks, readiness (`make serve` names the risks)\n"
+    assert (
+        capsys.readouterr().out == "set-up: no C compiler, so without heap_trim, stream_locks, readiness (`make serve` names the risks)\n"
+    )
     assert missing_guards([]) == [
         "without heap_trim: its memory may grow for hours",
         "without stream_locks: a cancelled gRPC stream may stop all streams, until the next restart",
