@@ -170,11 +170,12 @@ def test_the_library_path_with_a_blank_reaches_the_server_whole(tmp_path, monkey
     folder.mkdir()
     (folder / "libheap_trim.so").write_bytes(b"no library, but the loader only warns")
     monkeypatch.setattr(environment, "HEAP_TRIM", folder / "libheap_trim.so")
-    monkeypatch.setattr(environment, "STREAM_LOCKS", tmp_path / "none.so")
+    for name in ("STREAM_LOCKS", "READINESS"):
+        monkeypatch.setattr(environment, name, tmp_path / "none.so")
     install_stand_in(tmp_path, monkeypatch, f"open({str(tmp_path / 'preload')!r}, 'w').write(os.environ.get('LD_PRELOAD', ''))")
     repository = write_models(tmp_path / "repository", fid="python")
     with TritonServer(["fid"], repository) as server:
         (library,) = (tmp_path / "preload").read_text().split()
         assert library.endswith("/libheap_trim.so") and " " not in library
         assert Path(library).read_bytes().startswith(b"no library")
-        assert [line.split(":")[0] for line in server.missing_guards] == ["without stream_locks"]
+        assert [line.split(":")[0] for line in server.missing_guards] == ["without stream_locks", "without readiness"]
