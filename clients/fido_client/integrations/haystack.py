@@ -1,7 +1,7 @@
 """FidoReader: a reader as a component of Haystack 2 (pip install haystack-ai).
 
-    pipeline.add_component("reader", FidoReader("127.0.0.1:8001", model="fido"))
-    pipeline.connect("retriever.documents", "reader.documents")
+pipeline.add_component("reader", FidoReader("127.0.0.1:8001", model="fido"))
+pipeline.connect("retriever.documents", "reader.documents")
 """
 
 from __future__ import annotations
