@@ -1,4 +1,4 @@
-"""The demo readers behind a real Triton, asked by a real browser, the package openai, and RAG frameworks, with BM25 over the demo corpus."""
+"""The demo readers behind a real Triton, with BM25 over their corpus, asked by a real browser, the package openai, and RAG frameworks."""
 
 import http.client
 import json
