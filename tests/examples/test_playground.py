@@ -1,4 +1,4 @@
-"""The playground and its OpenAI API: the demo readers behind a real Triton, asked by a real browser and by the package openai."""
+"""The demo readers behind a real Triton, with BM25 over their corpus, asked by a real browser, the package openai, and RAG frameworks."""
 
 import http.client
 import json
@@ -10,11 +10,12 @@ import pytest
 
 from examples.demo import READERS, REPOSITORY
 from examples.playground import BODY_BYTES, Playground, corpus_search
-from fido_client import ReaderClient
+from fido_client import ReaderClient, RequestRefused
 from serving.launcher.server import LOOPBACK, TritonServer, models_of
 
 pytestmark = pytest.mark.server
 
+HINT = "pip install -r requirements-frameworks.txt"
 CHROMIUM = shutil.which("chromium")
 QUESTION = "What is the capital of Australia?"
 PASSAGES = [
@@ -127,7 +128,7 @@ def test_other_sites_are_refused(page):
 
 @pytest.fixture(scope="module")
 def chromium():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright: pip install -r requirements-frameworks.txt")
+    playwright = pytest.importorskip("playwright.sync_api", reason=f"playwright: {HINT}")
     if CHROMIUM is None:
         pytest.skip("chromium: apt-get install chromium")
     with playwright.sync_playwright() as driver:
@@ -230,7 +231,7 @@ def test_playground_down_is_said(tab, search, triton):
 
 @pytest.fixture
 def openai(page):
-    package = pytest.importorskip("openai", reason="openai: pip install -r requirements-frameworks.txt")
+    package = pytest.importorskip("openai", reason=f"openai: {HINT}")
     return package.OpenAI(base_url=f"{page.url}v1", api_key="none", max_retries=0)
 
 
@@ -298,3 +299,87 @@ def test_openai_is_told_that_the_model_or_the_server_is_not_there(openai, served
         with pytest.raises(package.InternalServerError) as caught:
             down.chat.completions.create(model="fido", messages=[USER], stream=stream)
         assert caught.value.status_code == 503
+
+
+# ---- The client's adapters, each in a pipeline of the real framework ----
+
+
+@pytest.fixture(scope="module")
+def wanted(triton, search):
+    """What the client answers, and the titles of its passages, the most used first."""
+    passages = [{"title": found["title"], "text": found["text"]} for found in search(QUESTION, 10)]
+    with ReaderClient(triton.grpc_url, "fido") as client:
+        answer = client.answer(QUESTION, passages)
+    order = sorted(zip(answer.passage_scores, passages, strict=True), key=lambda pair: -pair[0])
+    return answer, [passage["title"] for _, passage in order]
+
+
+PARTS: list[str] = []
+
+
+def keep(chunk):
+    PARTS.append(chunk.content)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_haystack_pipeline_stored_and_loaded_again(triton, search, wanted, streams):
+    haystack = pytest.importorskip("haystack", reason=f"haystack-ai: {HINT}")
+    from fido_client.integrations.haystack import FidoReader
+
+    reader = FidoReader(triton.grpc_url, "fido")
+    pipeline = haystack.Pipeline()
+    pipeline.add_component("reader", reader)
+    pipeline = haystack.Pipeline.loads(pipeline.dumps(), allowed_modules=["fido_client.integrations.haystack"])
+    documents = [haystack.Document(content=found["text"], meta={"title": found["title"]}) for found in search(QUESTION, 10)]
+    PARTS.clear()
+    data = {"query": QUESTION, "documents": documents, **({"streaming_callback": keep} if streams else {})}
+    (got,) = pipeline.run({"reader": data})["reader"]["answers"]
+    answer, titles = wanted
+    assert (got.data, got.query, got.meta["tokens"]) == (answer.text, QUESTION, answer.tokens)
+    assert "".join(PARTS) == (answer.text if streams else "")
+    assert [document.meta["title"] for document in got.documents] == titles
+    assert got.documents[0].meta["reader_score"] == pytest.approx(max(answer.passage_scores), abs=1e-3)
+    assert "reader_score" not in documents[0].meta, "the caller's documents stay as they were"
+
+
+def test_haystack_without_documents_and_with_a_stored_callback():
+    pytest.importorskip("haystack", reason=f"haystack-ai: {HINT}")
+    from haystack.components.generators.utils import print_streaming_chunk
+
+    from fido_client.integrations.haystack import FidoReader
+
+    assert FidoReader("127.0.0.1:1").run("q", []) == {"answers": []}
+    stored = FidoReader("127.0.0.1:1", "fid", 3.0, "http", 5, print_streaming_chunk).to_dict()
+    loaded = FidoReader.from_dict(stored)
+    assert loaded.streaming_callback is print_streaming_chunk and loaded.to_dict() == stored
+    assert (loaded.url, loaded.model, loaded.timeout_s, loaded.transport, loaded.max_new_tokens) == ("127.0.0.1:1", "fid", 3.0, "http", 5)
+
+
+def test_langchain_chain(triton, search, wanted):
+    pytest.importorskip("langchain_core", reason=f"langchain-core: {HINT}")
+    from langchain_core.documents import Document
+    from langchain_core.runnables import RunnableLambda, RunnablePassthrough
+
+    from fido_client.integrations.langchain import FidoRunnable
+
+    def retrieve(question):
+        return [Document(page_content=found["text"], metadata={"title": found["title"]}) for found in search(question, 10)]
+
+    chain = {"question": RunnablePassthrough(), "documents": RunnableLambda(retrieve)} | FidoRunnable(triton.grpc_url, "fido")
+    answer, titles = wanted
+    got = chain.invoke(QUESTION)
+    assert (got["answer"], got["tokens"]) == (answer.text, answer.tokens)
+    assert [document.metadata["title"] for document in got["documents"]] == titles
+    assert got["documents"][0].metadata["reader_score"] == pytest.approx(max(answer.passage_scores), abs=1e-3)
+    assert [output["answer"] for output in chain.batch([QUESTION, QUESTION])] == [answer.text] * 2
+    parts = list(chain.stream(QUESTION))
+    assert "".join(part.get("answer", "") for part in parts) == answer.text
+    assert [document.metadata["title"] for document in parts[-1]["documents"]] == titles
+
+
+def test_langchain_errors_are_the_clients(triton):
+    pytest.importorskip("langchain_core", reason=f"langchain-core: {HINT}")
+    from fido_client.integrations.langchain import FidoRunnable
+
+    with pytest.raises(RequestRefused, match="passages: wanted at least one"):
+        FidoRunnable(triton.grpc_url, "fido").invoke({"question": QUESTION, "documents": []})
