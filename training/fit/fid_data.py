@@ -157,8 +157,8 @@ def tokenized(
         partial = directory.with_name(f".{directory.name}.{os.getpid()}")
         partial.mkdir(parents=True)
         try:
-            facts = _write_tokens(file, PromptTokens(config, tokenizer_json), n_passages, target_length, partial)
-            facts = {"file": file.name, "sha256": digest, **facts}
+            counts = _write_tokens(file, PromptTokens(config, tokenizer_json), n_passages, target_length, partial)
+            facts = {"file": file.name, "sha256": digest, **counts}
             (partial / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
             if not directory.is_dir():
                 partial.rename(directory)
@@ -225,6 +225,7 @@ class BatchOrder:
     batch_questions: int
     n_passages: tuple[int, ...]  # one is drawn for each step
     seed: int
+    _epochs: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)  # of the current one
 
     @property
     def steps_per_epoch(self) -> int:
@@ -234,9 +235,10 @@ class BatchOrder:
     def batch(self, data: TokenizedData, step: int) -> tuple[np.ndarray, np.ndarray, int]:
         """Examples of the step, longest first; a draw for the answer of each; and the number of passages."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        if _ORDERS.get("key") != (id(data), self.seed, epoch, self.batch_questions, len(self.rows)):
-            _ORDERS.update(key=(id(data), self.seed, epoch, self.batch_questions, len(self.rows)), order=self._epoch(data, epoch))
-        rows = _ORDERS["order"][place]
+        if epoch not in self._epochs:
+            self._epochs.clear()
+            self._epochs[epoch] = self._epoch(data, epoch)
+        rows = self._epochs[epoch][place]
         rng = np.random.default_rng((self.seed, 1, step))
         n_passages = int(rng.choice(self.n_passages))
         rows = rows[np.argsort(-data.example_tokens(n_passages)[rows], kind="stable")]
@@ -250,9 +252,6 @@ class BatchOrder:
         pools = [shuffled[start : start + pool] for start in range(0, len(shuffled), pool)]
         batches = np.concatenate([part[np.argsort(tokens[part], kind="stable")] for part in pools]).reshape(-1, self.batch_questions)
         return batches[rng.permutation(len(batches))]
-
-
-_ORDERS: dict[str, Any] = {}  # the order of the current epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,7 +336,9 @@ def packed(
     for line, target in enumerate(targets):
         wanted[line, : len(target)] = target
     return PackedBatch(
-        *(list(column) for column in zip(*chunks, strict=True)),
+        chunks=[ids for ids, _, _ in chunks],
+        chunk_lengths=[part for _, part, _ in chunks],
+        padded=[has_padding for _, _, has_padding in chunks],
         gather=by_question(np.repeat(starts, lengths) + offsets),
         mask=torch.from_numpy(mask.astype(np.int64)),
         passage=by_question(np.repeat(place, lengths)),

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from export.checkpoint.config import ReaderConfig
-from export.model.reader import MASKED, Attention, DecoderLayer, EncoderLayer, Reader
+from export.model.reader import MASKED, Attention, Reader
 from training.fit.fid_data import PackedBatch
 
 ATTENTIONS = ("sdpa", "flex")
@@ -43,7 +43,8 @@ def _self_attention(module: Attention, x: Tensor, bias: Tensor, lengths: Tensor 
     return module.o(mixed.transpose(1, 2).flatten(2))
 
 
-def _encoder_layer(layer: EncoderLayer, x: Tensor, bias: Tensor, lengths: Tensor | None, dropout: float) -> Tensor:
+def _encoder_layer(layer: Any, x: Tensor, bias: Tensor, lengths: Tensor | None, dropout: float) -> Tensor:
+    """An EncoderLayer."""
     x = x + _dropped(_self_attention(layer.self_attention, layer.self_attention_norm(x).to(x.dtype), bias, lengths), dropout)
     return x + _dropped(layer.feed_forward(layer.feed_forward_norm(x).to(x.dtype)), dropout)
 
@@ -85,7 +86,7 @@ def _cross_attention(module: Attention, x: Tensor, hidden: Tensor, bias: Tensor,
 
 
 def _decoder_layer(
-    layer: DecoderLayer, x: Tensor, hidden: Tensor, self_bias: Tensor, cross_bias: Tensor, passages: Tensor | None, dropout: float
+    layer: Any, x: Tensor, hidden: Tensor, self_bias: Tensor, cross_bias: Tensor, passages: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
     normed = layer.self_attention_norm(x).to(x.dtype)
     x = x + _dropped(layer.self_attention(normed, normed, self_bias), dropout)
