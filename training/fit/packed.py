@@ -99,6 +99,8 @@ def _decoder_layer(
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # student and teacher, with and without gradient, padding and shares: each is a code of its own, none for every layer
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(function)
 
 

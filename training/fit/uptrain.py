@@ -47,6 +47,8 @@ class Uptraining:
     def __init__(self, options: UptrainOptions, checkpoint: Checkpoint, teacher: Checkpoint | None, processes: Processes):
         self.options, self.checkpoint, self.processes = options, checkpoint, processes
         self.device = processes.device
+        if options.threads:
+            torch.set_num_threads(options.threads)
         if options.deterministic:
             torch.use_deterministic_algorithms(True)
         if self.device.type == "cuda":
@@ -292,12 +294,24 @@ class Uptraining:
         self.log.cut(state["log_bytes"])
         self.log.say(f"resumed at step {self.step}")
 
-    def _flops(self, part: PackedBatch) -> float:
+    def flops(self, part: PackedBatch) -> float:
+        """Operations of a step on a part of its batch: forward, twice that backward, and the teacher's forward."""
         taught = forward_flops(self.teacher.reader.config, part) if self.teacher is not None else 0.0
         return 3 * forward_flops(self.config, part) + taught
 
     def _stops(self) -> bool:
         return self.options.patience is not None and self.since_best >= self.options.patience
+
+    def batches(self) -> Iterator[tuple[list[PackedBatch], int]]:
+        """The arguments of `train_step` for every step that is left, prepared ahead by other threads."""
+        ahead: collections.deque[concurrent.futures.Future[tuple[list[PackedBatch], int]]] = collections.deque()
+        planned = self.step
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            while planned < self.options.steps or ahead:
+                while len(ahead) < PREPARED and planned < self.options.steps:
+                    ahead.append(pool.submit(self._prepared, *self.order.batch(self.data, planned)))
+                    planned += 1
+                yield ahead.popleft().result()
 
     def run(self, stop_after: int | None = None) -> None:
         """Train to the last step, or until EM no longer rises.
@@ -306,34 +320,31 @@ class Uptraining:
             stop_after: step at which to stop as if interrupted, right after the state was saved.
         """
         options = self.options
-        ahead: collections.deque[concurrent.futures.Future[tuple[list[PackedBatch], int]]] = collections.deque()
         if self.step == 0:
             self.evaluate()
         bfloat16 = self.student.options.bfloat16
         meter = Meter(self.processes, options.peak_tflops or self.processes.peak_tflops(bfloat16=bfloat16), self.seconds)
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            while self.step < options.steps and not self._stops():
-                while len(ahead) < PREPARED and self.step + len(ahead) < options.steps:
-                    ahead.append(pool.submit(self._prepared, *self.order.batch(self.data, self.step + len(ahead))))
-                parts, target_tokens = ahead.popleft().result()
-                meter.add(self.train_step(parts, target_tokens), sum(part.tokens for part in parts), sum(map(self._flops, parts)))
-                last = self.step == options.steps
-                if last or self.step % options.log_every == 0:
-                    line = meter.line()
+        if self._stops():
+            return
+        for parts, target_tokens in self.batches():
+            meter.add(self.train_step(parts, target_tokens), sum(part.tokens for part in parts), sum(map(self.flops, parts)))
+            last = self.step == options.steps
+            if last or self.step % options.log_every == 0:
+                line = meter.line()
+                self.seconds = meter.seconds
+                line |= {"gradient_norm": float(self.norm), "learning_rate": learning_rate(options, self.step - 1)}
+                self.log.write(self.step, line)
+                if not math.isfinite(line["loss"]):
+                    raise UsageError(f"step {self.step}: the loss is {line['loss']}; resume with a lower --learning-rate")
+            evaluates = last or self.step % options.evaluate_every == 0
+            if evaluates or self.step % options.save_every == 0 or self.step == stop_after:
+                with meter.paused():
                     self.seconds = meter.seconds
-                    line |= {"gradient_norm": float(self.norm), "learning_rate": learning_rate(options, self.step - 1)}
-                    self.log.write(self.step, line)
-                    if not math.isfinite(line["loss"]):
-                        raise UsageError(f"step {self.step}: the loss is {line['loss']}; resume with a lower --learning-rate")
-                evaluates = last or self.step % options.evaluate_every == 0
-                if evaluates or self.step % options.save_every == 0 or self.step == stop_after:
-                    with meter.paused():
-                        self.seconds = meter.seconds
-                        if evaluates:
-                            self.evaluate()
-                        self.save_state()
-                if self.step == stop_after:
-                    return
+                    if evaluates:
+                        self.evaluate()
+                    self.save_state()
+            if self.step == stop_after or self._stops():
+                return
 
     def finish(self) -> dict[str, Any]:
         """Answer the test questions by the saved reader; returns what the run gave, which the reader's notes then hold too."""

@@ -92,6 +92,7 @@ class UptrainOptions:
     tensorboard: bool = _option(True, "write TensorBoard's files where it is installed")
     # the machine
     device: str = _option("auto", "cuda, cpu or auto")
+    threads: int | None = _option(None, "of a process on a CPU (default: torch's)")
     bfloat16: bool | None = _option(None, "autocast (default: on a GPU)")
     recompute: bool = _option(False, "gradient checkpointing of each chunk of passages")
     compile: bool | None = _option(None, "torch.compile of the layers (default: on a GPU, for readers of 512 features and more)")
