@@ -1,7 +1,7 @@
 """A process of `python -m training.bench`: trains a model of random weights, a number of steps each time it is told to.
 
-In: a line on standard input for each turn. Out: a line of JSON with what the turn took. Contestants: the steps of the uptrain command, and the
-same model and tokens in transformers' T5 with Trainer.
+In: a line on standard input for each turn. Out: a line of JSON with what the turn took. Contestants: the steps of the uptrain command, and
+the same model and tokens in transformers' T5 with Trainer.
 """
 
 from __future__ import annotations
@@ -218,6 +218,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, help="measure so often without being told")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     arguments = parser.parse_args()
+    if arguments.device == "cpu":  # matrices this small only wait for each other's threads
+        import torch
+
+        torch.set_num_threads(1)
     (_trainer if arguments.kind == "trainer" else _ours)(arguments)
 
 
