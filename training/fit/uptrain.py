@@ -35,7 +35,7 @@ from fido_client.metrics import exact_match
 from training.fit.fid_data import BatchOrder, PackedBatch, PromptTokens, TokenizedData, packed, tokenized
 from training.fit.packed import Objective, PackedReader, Pass, forward_flops
 from training.fit.runtime import Log, Meter, Processes
-from training.fit.uptrain_options import UptrainOptions, learning_rate, starting_reader
+from training.fit.uptrain_options import UptrainOptions, learning_rate, require_same_vocabulary, starting_reader
 
 DEV_SHARE, MOST_DEV = 20, 1000
 PREPARED = 3  # steps whose batches are packed ahead
@@ -61,7 +61,7 @@ class Uptraining:
         self.objective = Objective(self.student, options.losses)
         self.teacher = None
         if teacher is not None:
-            _require_same_vocabulary(checkpoint, teacher)
+            require_same_vocabulary(checkpoint, teacher)
             taught = copy.deepcopy(teacher.reader).to(self.device, torch.bfloat16 if how.bfloat16 else torch.float32)
             self.teacher = PackedReader(taught.requires_grad_(False), how).eval()
         self.trained = processes.wrapped(self.objective, shard=options.shard, bfloat16=how.bfloat16)
@@ -396,10 +396,3 @@ def uptrain(options: UptrainOptions, how: CheckpointOptions | None = None, stop_
 
 def _source(checkpoint: Checkpoint) -> dict[str, str]:
     return {"source": pathlib.Path(checkpoint.source).name, "weights_sha256": sha256_of_weights(checkpoint.reader)}
-
-
-def _require_same_vocabulary(checkpoint: Checkpoint, teacher: Checkpoint) -> None:
-    if checkpoint.tokenizer_json != teacher.tokenizer_json or checkpoint.reader.config.vocab_size != teacher.reader.config.vocab_size:
-        raise UsageError(
-            f"teacher {teacher.source}: wanted the tokenizer of {checkpoint.source}, got another; its logits mean other tokens"
-        )

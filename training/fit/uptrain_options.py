@@ -13,6 +13,7 @@ import types
 import typing
 from typing import Any
 
+from export.checkpoint.files import Checkpoint
 from export.checkpoint.weights import fido_from_fid, with_larger_decoder
 from export.errors import UsageError
 from export.model.reader import Reader
@@ -198,3 +199,11 @@ def starting_reader(reader: Reader, options: UptrainOptions) -> Reader:
         reader = with_larger_decoder(reader, larger, period, options.seed)
     heads = options.num_kv_heads or reader.config.decoder.num_kv_heads
     return fido_from_fid(reader, period, heads)
+
+
+def require_same_vocabulary(checkpoint: Checkpoint, teacher: Checkpoint) -> None:
+    """Refuse a teacher whose logits mean other tokens, with a UsageError."""
+    if checkpoint.tokenizer_json != teacher.tokenizer_json or checkpoint.reader.config.vocab_size != teacher.reader.config.vocab_size:
+        raise UsageError(
+            f"teacher {teacher.source}: wanted the tokenizer of {checkpoint.source}, got another; its logits mean other tokens"
+        )
