@@ -194,6 +194,18 @@ PREBUILT = $(foreach row,$(ROWS),$(subst -,:,$(row))=build/ablation/$(row))
 gpu-ablation: $(ROWS:%=build/ablation/%/manifest.json) ## on a GPU, after gpu-bench: every row of the ablation (tens of GB of disk, 60 GB of GPU memory)
 	$(PY) -m perf.bounds.ablation --batches 1 24 --prebuilt $(PREBUILT) --memory-gb 120 --run "$$RUN"
 
+# ---- Up-training (docs/training.md) ----
+
+# Small enough for a CPU: it shows every part, and EM rises from 0. The table of checkpoints/README.md is of a GPU (training/ablation.py).
+DEMO_TRAINING := build/uptrain
+uptrain-demo: $(DEV) $(CORPUS) ## up-train the demo's FiD reader to FiDO for minutes on a CPU, and export it (a GPU: python -m training.ablation)
+	$(PY) -m training fid-data --corpus $(dir $(CORPUS)) --out $(DEMO_TRAINING)/train.jsonl --examples 1000 --n-passages 3
+	$(PY) -m training uptrain "$$FID" $(DEMO_TRAINING)/train.jsonl --out $(DEMO_TRAINING)/fido --period 2 --num-kv-heads 1 \
+	  --dev $(CORPUS) --dev-questions 60 --n-passages 3 --steps 60 --batch-questions 12 --micro-questions 12 --warmup-steps 6 \
+	  --learning-rate 1e-3 --embedding-rate 5 --query-rate 0.177 --ema 0.9 --evaluate-every 30 --log-every 10 --save-every 30 \
+	  --device cpu --threads 1 --save-dtype float16
+	$(PY) -m export onnx $(DEMO_TRAINING)/fido $(DEMO_TRAINING)/engines
+
 # ---- Tests ----
 
 test: ENGINE := onnxruntime
@@ -229,4 +241,4 @@ clean: ## remove everything that was built, and the environment
 	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find model_repository -mindepth 1 ! -name README.md -delete
 
-.PHONY: help setup export demo-readers serve status ask demo play evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation test stress storm gpu-test gpu-check container-test mutants lint clean
+.PHONY: help setup export demo-readers serve status ask demo play evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation uptrain-demo test stress storm gpu-test gpu-check container-test mutants lint clean

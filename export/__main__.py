@@ -166,7 +166,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     convert(arguments.checkpoint, arguments.output, arguments.period, arguments.num_kv_heads, command_line.options(arguments))
     print(
         f"{arguments.output}: FiDO with period {arguments.period} and {arguments.num_kv_heads} key/value heads.\n"
-        "It needs up-training: until it is trained further, it answers much worse than the checkpoint it was converted from."
+        "It needs up-training: until it is trained further, it answers much worse than the checkpoint it was converted from.\n"
+        "`python -m training uptrain CHECKPOINT DATA --out DIR` converts and trains (docs/training.md)."
     )
     return 0
 

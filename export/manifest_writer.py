@@ -152,6 +152,7 @@ def describe_reader(
             "opset": opset,
             "export_s": dict(seconds),
             "versions": {package: importlib.metadata.version(package) for package in ("torch", "onnx")},
+            **({"uptrained": checkpoint.uptrained} if checkpoint.uptrained else {}),
             **(notes or {}),
         },
         encoder=encoder,

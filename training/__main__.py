@@ -1,4 +1,4 @@
-"""``python -m training corpus | train | up-train | refine | evaluate | recipe``."""
+"""``python -m training uptrain`` for any reader; ``corpus | train | up-train | refine | evaluate | recipe`` for the demo readers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import sys
 
 CORPUS = pathlib.Path("build/corpus")
 
@@ -14,8 +15,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
+    if "uptrain" in sys.argv[1:2]:  # its options import torch, which the corpus needs not
+        from export.command_line import checkpoint_options
+        from training.fit.uptrain_options import add_arguments
+
+        parents = [checkpoint_options()]
+        add_arguments(commands.add_parser("uptrain", parents=parents, help="train a converted reader on FiD's data files"))
+    else:
+        commands.add_parser("uptrain", help="train a converted reader on FiD's data files; see uptrain --help")
+
     corpus = commands.add_parser("corpus", help="build passages, questions and tokenizer from the World Factbook")
     corpus.add_argument("--out", type=pathlib.Path, default=CORPUS)
+
+    fid_data = commands.add_parser("fid-data", help="draw training examples from the corpus into a file of FiD's format, for uptrain")
+    fid_data.add_argument("--out", type=pathlib.Path, required=True)
+    fid_data.add_argument("--corpus", type=pathlib.Path, default=CORPUS)
+    fid_data.add_argument("--examples", type=int, default=4000)
+    fid_data.add_argument("--n-passages", type=int, default=10)
+    fid_data.add_argument("--seed", type=int, default=0)
 
     train = commands.add_parser("train", help="train a reader from random weights; resumes the run in --out")
     train.add_argument("--reader", choices=("fid", "fido"), required=True)
@@ -90,6 +107,37 @@ def _train(arguments: argparse.Namespace) -> None:
     Trainer(reader, options, history).run()
 
 
+def _fid_data(arguments: argparse.Namespace) -> None:
+    from tokenizers import Tokenizer
+
+    from training.corpus.examples import ExampleSource, Mixture, write_fid_examples
+    from training.fit.recipe import PASSAGE_LENGTH
+
+    source = ExampleSource(arguments.corpus, Tokenizer.from_file(str(arguments.corpus / "tokenizer.json")), PASSAGE_LENGTH)
+    mixture = Mixture(arguments.n_passages, curated=0.7, counterfactual=0.25, all_renamed=0.6)
+    lines = write_fid_examples(source, arguments.out, arguments.examples, mixture, arguments.seed)
+    print(f"{arguments.out}: {lines} lines")
+
+
+def _uptrain(arguments: argparse.Namespace) -> int:
+    from export import command_line
+    from export.errors import user_errors
+    from fido_client.data.examples import ExampleError
+    from training.fit.fid_data import DataError
+    from training.fit.uptrain import uptrain
+    from training.fit.uptrain_options import options_of
+
+    expected: tuple[type[BaseException], ...] = (*user_errors(), ExampleError, DataError)
+    try:
+        result = uptrain(options_of(arguments), command_line.options(arguments))
+    except expected as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    if result:
+        print(json.dumps(result))
+    return 0
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     import torch
     from tokenizers import Tokenizer
@@ -122,6 +170,10 @@ def main() -> None:
 
         for name, lines in build_corpus(arguments.out).items():
             print(f"{arguments.out / name}: {lines} lines")
+    elif arguments.command == "fid-data":
+        _fid_data(arguments)
+    elif arguments.command == "uptrain":
+        sys.exit(_uptrain(arguments))
     elif arguments.command in ("train", "up-train", "refine"):
         _train(arguments)
     elif arguments.command == "evaluate":

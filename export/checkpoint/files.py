@@ -54,6 +54,7 @@ class Checkpoint:
         source: directory or hub name, as the caller wrote it.
         layout: "own", "hugging-face" or "facebookresearch/FiD".
         directory: of the files; None if the reader was not read from files.
+        uptrained: what `python -m training uptrain` noted of the training; None for other checkpoints.
     """
 
     reader: Reader
@@ -61,6 +62,7 @@ class Checkpoint:
     source: str
     layout: str
     directory: Path | None = None
+    uptrained: dict[str, Any] | None = None
 
 
 def load_checkpoint(
@@ -107,7 +109,9 @@ def load_checkpoint(
     reader.requires_grad_(False)
     for text in warnings:
         print(f"warning: {text}", file=sys.stderr)
-    return Checkpoint(reader, tokenizer_json, str(source), layout, directory)
+    notes = fields.get("notes") if layout == "own" else None
+    uptrained = notes.get("uptrain") if isinstance(notes, dict) else None
+    return Checkpoint(reader, tokenizer_json, str(source), layout, directory, uptrained)
 
 
 def load_reader(source: str | Path) -> Reader:

@@ -1,4 +1,4 @@
-"""Names of weights: ours, those of Hugging Face's T5, and those that facebookresearch/FiD's wrappers left; and FiD -> FiDO.
+"""Names of weights: ours, those of Hugging Face's T5, and those that facebookresearch/FiD's wrappers left; FiD -> FiDO; a larger decoder.
 
 Comes in: tensors by the names of a checkpoint. Goes out: the same tensors by our names, or one `CheckpointError` with every fault. Reads no
 files.
@@ -17,7 +17,7 @@ from export.errors import CheckpointError as CheckpointError
 from export.errors import ConfigError
 from export.model.reader import Reader
 
-from .config import ReaderConfig
+from .config import ReaderConfig, StackConfig
 from .source_files import listed
 
 HF_CROSS_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
@@ -212,4 +212,62 @@ def fido_from_fid(reader: Reader, period: int, num_kv_heads: int) -> Reader:
             is_kv = name.startswith("decoder.") and name.endswith(("attention.k.weight", "attention.v.weight"))
             state[name] = pooled(source[name]) if is_kv else source[name].clone()
     target.load_state_dict(state)
+    return target.eval()
+
+
+def with_larger_decoder(reader: Reader, decoder: StackConfig, period: int, seed: int = 0) -> Reader:
+    """The reader with a larger decoder that computes the same, up to rounding and the norms' epsilon.
+
+    Growth is function-preserving: the old weights keep their places, and whatever a new part writes to the residual stream is zero. New
+    layers, heads, inner features and residual features read it with random weights, so that gradients reach them. The old layers are
+    spread evenly and the last one stays last. Only cross-attention outside every `period`-th layer is lost, as in `fido_from_fid`.
+
+    Args:
+        reader: FiD or FiDO.
+        decoder: sizes of the new decoder; d_kv as before, and as many key/value heads as before or one for each query head.
+        period: encoder_decoder_attention_period of the result.
+        seed: of the random weights.
+
+    Raises:
+        ConfigError: if a size is smaller than before, or the form of the attention differs.
+    """
+    old = reader.config.decoder
+    grows = ("d_model", "d_ff", "num_layers", "num_heads")
+    faults = [
+        f"{name}: wanted at least {getattr(old, name)}, got {getattr(decoder, name)}"
+        for name in grows
+        if getattr(decoder, name) < getattr(old, name)
+    ]
+    kv_heads = decoder.num_heads if old.num_kv_heads == old.num_heads else old.num_kv_heads
+    if (decoder.d_kv, decoder.num_kv_heads) != (old.d_kv, kv_heads):
+        faults.append(f"d_kv and num_kv_heads: wanted {old.d_kv} and {kv_heads}, got {decoder.d_kv} and {decoder.num_kv_heads}")
+    if decoder.num_heads > old.num_heads and 1 < old.num_kv_heads < old.num_heads:
+        faults.append(
+            f"num_heads: wanted {old.num_heads}, because heads of grouped-query attention cannot be added, got {decoder.num_heads}"
+        )
+    config = reader.config
+    if not config.shares_embedding and decoder.d_model == config.encoder.d_model:
+        faults.append(f"d_model: wanted other than the encoder's {decoder.d_model}, whose embedding the decoder does not share")
+    if faults:
+        raise ConfigError(f"larger decoder: {'; '.join(faults)}")
+    target = Reader(dataclasses.replace(config, decoder=decoder, encoder_decoder_attention_period=period))
+    target.reset_parameters(seed)
+    source = {**reader.state_dict(), "decoder_embedding.weight": reader.target_embedding().weight}
+    former = {-(-(i + 1) * decoder.num_layers // old.num_layers) - 1: i for i in range(old.num_layers)}
+    # The norms divide by the mean square over more features, of which the new ones are zero. The scale of the head makes good for that.
+    shrunk = (old.d_model / decoder.d_model) ** 0.5
+    with torch.no_grad():
+        for name, weight in target.state_dict().items():
+            match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+            if match is None:
+                before = source[name]
+            else:
+                before = source.get(f"decoder.layers.{former.get(int(match[1]))}.{match[2]}")
+            if (name.endswith((".o.weight", ".wo.weight")) and match) or name == "decoder_embedding.weight":
+                weight.zero_()
+            if before is not None:
+                kept = weight[tuple(slice(size) for size in before.shape)]
+                kept.copy_(before)
+                if (name == "decoder.final_norm.weight" and not config.scale_decoder_outputs) or (match and name.endswith("norm.weight")):
+                    kept.mul_(shrunk)
     return target.eval()

