@@ -1,6 +1,7 @@
 """Whether every reader of this pod answers. Triton 2.51 says that it is ready while the process of a Python model is dead.
 
-Each reader gets an empty question, which a live model refuses itself. Exit status: 0 if all do, else 1.
+Each reader gets an empty question with the launcher's id of such questions: a live model refuses it itself and counts it nowhere.
+Exit status: 0 if all do, else 1.
 """
 
 import json
@@ -8,14 +9,15 @@ import sys
 import urllib.error
 import urllib.request
 
-URL = "http://127.0.0.1:8000/v2/"
-DEAD = ("not healthy", "not ready", "no available versions", "Failed to process", "unknown model", "unavailable")
+URL = f"http://127.0.0.1:{sys.argv[1] if len(sys.argv) > 1 else 8000}/v2/"
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy: the server is in this pod
+LIVE = "wanted text"  # from the refusal of an empty question
 
 
 def post(path, body):
     request = urllib.request.Request(URL + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=5) as reply:
+        with OPENER.open(request, timeout=5) as reply:
             return reply.read().decode()
     except urllib.error.HTTPError as error:
         return error.read().decode()
@@ -28,8 +30,8 @@ try:
     empty = {"shape": [1], "datatype": "BYTES", "data": [""]}
     for name in readers:
         inputs = [{"name": "question", **empty}, {"name": "passages", **empty}]
-        answer = post(f"models/{name}/infer", {"id": "liveness-probe", "inputs": inputs})
-        if any(text in answer for text in DEAD):
+        answer = post(f"models/{name}/infer", {"id": "liveness", "inputs": inputs})
+        if LIVE not in answer:
             broken.append(f"{name}: {answer}")
 except (OSError, ValueError) as error:
     sys.exit(f"no answer from Triton: {error}")
