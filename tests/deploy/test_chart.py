@@ -24,6 +24,7 @@ from serving.launcher.server import TritonServer
 CHART = Path(__file__).parents[2] / "deploy" / "helm" / "fido"
 PROBE = CHART / "files" / "probe.py"
 CUSTOM = {"ScaledObject", "ServiceMonitor", "ServingRuntime"}  # kinds of operators, which Kubernetes' schemas do not know
+ON = {"enabled": True}
 BUCKET = {"source": "bucket", "bucket": {"image": "tools", "command": ["fetch", "/models"], "secretName": "keys"}}
 
 

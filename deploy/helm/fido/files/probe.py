@@ -4,6 +4,8 @@ Each reader gets an empty question with the launcher's id of such questions: a l
 Exit status: 0 if all do, else 1.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 import urllib.error
@@ -14,11 +16,12 @@ OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no prox
 LIVE = "wanted text"  # from the refusal of an empty question
 
 
-def post(path, body):
+def post(path: str, body: dict[str, object]) -> str:
+    """The text of Triton's reply, of an error too."""
     request = urllib.request.Request(URL + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
         with OPENER.open(request, timeout=5) as reply:
-            return reply.read().decode()
+            return str(reply.read().decode())
     except urllib.error.HTTPError as error:
         return error.read().decode()
 
