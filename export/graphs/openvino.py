@@ -102,7 +102,11 @@ def question_ms(directory: Path, manifest: Manifest) -> dict[str, float]:
     lengths = {"passages": PASSAGES, "passage_length": length, "batch": 1, "past_length": 16, "encoder_sequence_length": PASSAGES * length}
     lengths |= {"questions": 1, "beams": 1}
     step_tensors = functools.partial(decoder_step_tensors, beams=True)
-    graphs = {"encoder": (encoder_tensors, 1), "cross_kv": (cross_kv_tensors, 1), "decoder_step": (step_tensors, STEPS)}
+    graphs: dict[str, tuple[Callable[..., GraphTensors], int]] = {
+        "encoder": (encoder_tensors, 1),
+        "cross_kv": (cross_kv_tensors, 1),
+        "decoder_step": (step_tensors, STEPS),
+    }
     work: dict[str, list[tuple[Run, dict[str, np.ndarray], int]]] = {engine: [] for engine in CPU_ENGINES}
     for name, (tensors_of, times) in graphs.items():
         inputs = _plain_inputs(tensors_of(manifest.sizes), lengths)
