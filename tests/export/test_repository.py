@@ -51,6 +51,9 @@ def test_a_reader_takes_and_answers_what_the_readme_documents():
         "titles": ("TYPE_STRING", ["-1"], True),
         "max_new_tokens": ("TYPE_INT32", ["1"], True),
         "min_new_tokens": ("TYPE_INT32", ["1"], True),
+        "num_beams": ("TYPE_INT32", ["1"], True),
+        "num_answers": ("TYPE_INT32", ["1"], True),
+        "length_penalty": ("TYPE_FP32", ["1"], True),
     }
     assert {o["name"]: (o["data_type"], o["dims"]) for o in config["output"]} == {
         "answer": ("TYPE_STRING", ["1"]),
@@ -58,6 +61,8 @@ def test_a_reader_takes_and_answers_what_the_readme_documents():
         "tokens": ("TYPE_INT32", ["1"]),
         "passage_scores": ("TYPE_FP32", ["-1"]),
         "token_log_probs": ("TYPE_FP32", ["-1"]),
+        "answers": ("TYPE_STRING", ["-1"]),
+        "answer_log_probs": ("TYPE_FP32", ["-1"]),
     }
     assert "model_transaction_policy" not in config
 
