@@ -74,7 +74,7 @@ class Asked:
             0,
             self._on_token,
             self._on_end,
-            self.attribution.append,
+            lambda attention: self.attribution.append(attention.copy()),  # the engine owns it
             lambda: CancelledError("cancelled") if cancelled and self.attribution else None,
             search=BeamSearch(num_beams, penalty, most, reader.eos, 0) if num_beams else None,
             on_hypotheses=self.found.extend,
