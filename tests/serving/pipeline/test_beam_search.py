@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import threading
 import time
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
+from export.checkpoint.files import load_checkpoint
 from export.checkpoint.hugging_face import t5_from_reader
+from export.graphs.templates import fill_template
 from export.model.reader import Reader
 from serving.contract.manifest import Manifest
 from serving.pipeline.beam_search import BeamSearch, Hypothesis
+from serving.pipeline.prompt import PromptEncoder
 from serving.pipeline.scheduler import CancelledError, DecodeSequence, Scheduler
 from tests.conftest import CONFIGS, CPU_BACKENDS, random_passages
 from tests.export.graphs.test_cpu import loaded, packed
@@ -67,7 +74,7 @@ class Asked:
             0,
             self._on_token,
             self._on_end,
-            self.attribution.append,
+            lambda attention: self.attribution.append(attention.copy()),  # the engine owns it
             lambda: CancelledError("cancelled") if cancelled and self.attribution else None,
             search=BeamSearch(num_beams, penalty, most, reader.eos, 0) if num_beams else None,
             on_hypotheses=self.found.extend,
@@ -104,6 +111,28 @@ def decoder_in_transformers(reader: Reader) -> T5ForConditionalGeneration:
     return t5_from_reader(same)
 
 
+def by_transformers(
+    t5: T5ForConditionalGeneration, hidden: np.ndarray, end: int, most: int, num_beams: int, penalty: float
+) -> tuple[list[list[int]], list[float]]:
+    """The answers of transformers' beam search, and their scores; with one beam it decodes greedily and has none."""
+    states = torch.from_numpy(hidden)[None]
+    options = {"num_return_sequences": num_beams, "length_penalty": penalty, "early_stopping": False} if num_beams > 1 else {}
+    found = t5.generate(
+        encoder_outputs=BaseModelOutput(last_hidden_state=states),
+        attention_mask=torch.ones(states.shape[:2], dtype=torch.long),
+        max_new_tokens=most,
+        eos_token_id=end,
+        do_sample=False,
+        output_scores=True,
+        return_dict_in_generate=True,
+        num_beams=num_beams,
+        **options,
+    )
+    sequences = [sequence[1:] for sequence in found.sequences.tolist()]  # padded, by end tokens too, to the longest
+    sequences = [sequence[: sequence.index(end) + 1] if end in sequence else sequence for sequence in sequences]
+    return sequences, found.sequences_scores.tolist() if num_beams > 1 else []
+
+
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("name", ["fid", "t5_v1_0"])
 @pytest.mark.parametrize(("num_beams", "penalty"), [(1, 1.0), (2, 0.0), (4, 1.0), (4, -1.5), (5, 2.0), (10, 0.6)])
@@ -119,30 +148,33 @@ def test_answers_scores_and_order_are_those_of_transformers(prepared, name, back
     ended_early = 0
     for (which, _, _, most), one in zip(requests, asked, strict=True):
         assert one.errors == [None]
-        states = torch.from_numpy(reader.questions[which][0])[None]
-        options = {"num_beams": num_beams, "num_return_sequences": num_beams, "length_penalty": penalty, "early_stopping": False}
-        if num_beams == 1:  # transformers decodes greedily then, and has no scores
-            options = {"num_beams": 1}
-        wanted = t5.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            attention_mask=torch.ones(states.shape[:2], dtype=torch.long),
-            max_new_tokens=most,
-            eos_token_id=end,
-            do_sample=False,
-            output_scores=True,
-            return_dict_in_generate=True,
-            **options,
-        )
-        sequences = [sequence[1:] for sequence in wanted.sequences.tolist()]  # padded, by end tokens too, to the longest
-        sequences = [sequence[: sequence.index(end) + 1] if end in sequence else sequence for sequence in sequences]
+        sequences, scores = by_transformers(t5, reader.questions[which][0], end, most, num_beams, penalty)
         assert [list(hypothesis.tokens) for hypothesis in one.found] == sequences
         if num_beams > 1:
-            np.testing.assert_allclose([h.score for h in one.found], wanted.sequences_scores.numpy(), atol=2e-4)
+            np.testing.assert_allclose([h.score for h in one.found], scores, atol=2e-4)
         for hypothesis in one.found:
             assert hypothesis.log_prob == pytest.approx(sum(hypothesis.log_probs), abs=1e-4)
             ended_early += hypothesis.tokens[-1] == end and len(hypothesis.tokens) < most
     # the end token takes part, not max_new_tokens alone; a penalty above 1 prefers the longest answers
     assert ended_early or num_beams < 4 or penalty > 1
+
+
+def test_the_demo_reader_answers_as_transformers_does(tmp_path):
+    root = Path(__file__).parents[3]
+    manifest = fill_template(root / "checkpoints/fid", tmp_path / "fid")
+    encoder, decoder = loaded(tmp_path / "fid", "onnxruntime", slots=8)
+    t5 = decoder_in_transformers(load_checkpoint(root / "checkpoints/fid").reader)
+    prompt = PromptEncoder(Tokenizer.from_file(str(tmp_path / "fid" / "tokenizer.json")), manifest)
+    reader = types.SimpleNamespace(eos=manifest.eos_token_id, decoder=decoder, questions=[])
+    for line in (root / "examples/demo_questions.jsonl").read_text().splitlines():
+        asked = json.loads(line)
+        tokens = prompt.encode(asked["question"], [c["text"] for c in asked["ctxs"]], [c["title"] for c in asked["ctxs"]])
+        (states,) = encoder.encode([(tokens.input_ids, tokens.attention_mask)])
+        reader.questions.append((states[tokens.attention_mask.astype(bool)], tokens.encoder_positions))
+    for (hidden, _), one in zip(reader.questions, answered(reader, *[(i, 4, 1.0, 32) for i in range(len(reader.questions))]), strict=True):
+        wanted, scores = by_transformers(t5, hidden, reader.eos, 32, 4, 1.0)
+        assert [list(hypothesis.tokens) for hypothesis in one.found] == wanted
+        np.testing.assert_allclose([h.score for h in one.found], scores, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

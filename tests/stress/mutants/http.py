@@ -34,6 +34,8 @@ def infer_body(case: Case) -> Body:
     """The case as the `infer` endpoint takes it."""
     inputs: list[Body] = []
     for spec in READER_TENSORS.inputs:
+        if spec.name not in case.body():
+            continue
         value = case.body()[spec.name]
         data = value if isinstance(value, list) else [value]
         inputs.append({"name": spec.name, "datatype": datatype(spec), "shape": [len(data)], "data": data})
