@@ -89,7 +89,8 @@ def test_too_many_passages_are_refused_at_once_with_both_ways_out(server: Script
     assert '--max-passages 40, or export the reader with LIMITS="--max-passages 100"' in line
     assert server.received == []
     assert main(["evaluate", data, "--model", "b", "--url", server.url, "--max-passages", "40"]) == 0
-    assert [len(received.tensors["passages"]) for received in server.received] == [40, 40, 40, 1]
+    # several at a time, so they may arrive in any order
+    assert sorted(len(received.tensors["passages"]) for received in server.received) == [1, 40, 40, 40]
 
 
 def test_other_limits_are_checked_too(server: ScriptedServer, tmp_path: pathlib.Path, capsys: Any) -> None:
