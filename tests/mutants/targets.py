@@ -197,7 +197,7 @@ def mutation_sites(source: str) -> list[Site]:
         for name, family, operator in operators:
             for (line, column), _ in operator.mutation_positions(node):
                 occurrence = counts[name] = counts.get(name, -1) + 1
-                if not _is_untested(node) and (family != "binary" or node.parent.type in BINARY_EXPRESSIONS):
+                if not _is_untested(node, name) and (family != "binary" or node.parent.type in BINARY_EXPRESSIONS):
                     variants.setdefault((line, column, family), []).append(Variant(name, occurrence))
     return [Site(line, column, tuple(found)) for (line, column, _), found in sorted(variants.items())]
 
@@ -229,7 +229,7 @@ def _operator_names() -> Iterator[tuple[str, str]]:
         yield name, name
 
 
-def _is_untested(node: Any) -> bool:
+def _is_untested(node: Any, operator: str) -> bool:
     if node.get_code().strip().startswith(UNTESTED_CODE) and node.type in ("decorator", "decorated"):
         return True
     if node.type == "if_stmt" and "TYPE_CHECKING" in node.children[1].get_code():
@@ -244,7 +244,7 @@ def _is_untested(node: Any) -> bool:
             return True
         if parent.type == "argument" and parent.children[0].get_code().strip() in UNTESTED_ARGUMENTS:
             return True
-        if parent.type == "expr_stmt" and parent.children[0].get_code().strip() in TUNING:
+        if operator.endswith("NumberReplacer") and parent.type == "expr_stmt" and parent.children[0].get_code().strip() in TUNING:
             return True
         if parent.type == "decorator" and parent.get_code().strip().startswith(UNTESTED_CODE):
             return True

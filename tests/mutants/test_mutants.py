@@ -34,6 +34,8 @@ def changes(source: str) -> set[str]:
         ("f(*a, **b)", set()),
         ("try: x\nexcept (a.Error, E): y", {"try: x\nexcept (a.Error, CosmicRayTestingException): y"}),
         ("GROWTH = 4", set()),
+        ("EOS_FORBIDDEN = -1e9", {"EOS_FORBIDDEN = +1e9"}),
+        ("MAX_CACHE_BYTES = 8 << 30", {"MAX_CACHE_BYTES = 8 >> 30"}),
         ("FORMAT = 4", {"FORMAT = 3", "FORMAT = 5"}),
     ],
 )
