@@ -15,11 +15,14 @@ import re
 import shutil
 import sys
 import sysconfig
+import threading
 from pathlib import Path
 
 from serving.contract.versions import NUMPY_1, WHEEL, dotted, version_of
 
 CONTAINER_SERVER = Path("/opt/tritonserver/bin/tritonserver")
+# sysconfig fills its table at the first question, and a second thread that asks meanwhile finds it empty
+_SYSCONFIG_LOCK = threading.Lock()
 PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -68,8 +71,11 @@ def find_installation() -> Installation:
         found = sorted(path.name for path in (server / "python_backend_stubs").glob("*"))
         raise ServerError(f"nvidia-pytriton: wanted a Python backend for Python {sys.version.split()[0]}, got one for {', '.join(found)}")
     # The stub is linked against libpython, which a statically linked Python does not have.
-    folder, library = Path(str(sysconfig.get_config_var("LIBDIR"))), "libpython{}.{}.so.1.0".format(*sys.version_info[:2])
-    folders = [folder, folder / str(sysconfig.get_config_var("MULTIARCH") or "")]
+    library = "libpython{}.{}.so.1.0".format(*sys.version_info[:2])
+    with _SYSCONFIG_LOCK:
+        libdir, multiarch = sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("MULTIARCH")
+    folder = Path(str(libdir))
+    folders = [folder, folder / str(multiarch or "")]
     if not any((f / library).is_file() for f in folders):
         raise ServerError(f"{library}: wanted in {folder} by the Python backend, not found; install it (Debian: libpython3.x)")
     libraries = (package.parent / "nvidia_pytriton.libs", *folders)

@@ -6,6 +6,8 @@ import os
 import signal
 import socket
 import sys
+import sysconfig
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,3 +181,25 @@ def test_the_library_path_with_a_blank_reaches_the_server_whole(tmp_path, monkey
         assert library.endswith("/libheap_trim.so") and " " not in library
         assert Path(library).read_bytes().startswith(b"no library")
         assert [line.split(":")[0] for line in server.missing_guards] == ["without stream_locks", "without readiness"]
+
+
+def test_servers_that_start_together_ask_sysconfig_one_at_a_time(monkeypatch):
+    """It fills its table at the first question; a second thread found it empty, and said that libpython is missing."""
+    inside, most, real = [0], [0], sysconfig.get_config_var
+
+    def get_config_var(name):
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.05)
+        inside[0] -= 1
+        return real(name)
+
+    monkeypatch.setattr(installation.sysconfig, "get_config_var", get_config_var)
+    monkeypatch.delenv("TRITONSERVER", raising=False)
+    monkeypatch.setattr(installation, "CONTAINER_SERVER", Path("/nowhere"))
+    threads = [threading.Thread(target=installation.find_installation) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
