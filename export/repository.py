@@ -26,7 +26,6 @@ from serving.contract.limits import Limits
 from serving.contract.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest, ManifestError
 from serving.contract.tensors import READER_TENSORS, EngineSizes, GraphTensors, encoder_tensors
 
-DEMO_READERS = READERS = ("fid", "fido")  # whose configurations are committed; READERS is the former name
 VERSION = "1"
 CONFIG_FILE, MODEL_FILE = "config.pbtxt", "model.py"
 NATIVE_ENGINE = "model.plan"  # the file name that Triton's TensorRT backend expects

@@ -24,7 +24,7 @@ from .tensors import EngineSizes, GraphTensors, TensorSpec
 
 StackName = Literal["encoder", "decoder"]
 # Arrays that the kernels read; their files are in the engines' directory.
-ARRAYS = EMBEDDING, NORMS, BIAS, CROSS_BIAS, HEAD = ("embedding", "norms", "bias", "cross_bias", "head")
+EMBEDDING, NORMS, BIAS, CROSS_BIAS, HEAD = ("embedding", "norms", "bias", "cross_bias", "head")
 ENCODER_KINDS = ("qkv", "o", "wi", "wo")  # GEMMs of a layer, in order
 # Split-K of a step's GEMMs: a thread block computes BLOCK_COLUMNS output features, an H100 or H200 has MAX_BLOCKS multiprocessors, and sums
 # of fewer than MIN_K_PER_SPLIT features gain nothing (perf/results/h200/notes.md).

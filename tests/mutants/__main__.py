@@ -2,7 +2,7 @@
 
 In: a seed, a sample size, a time limit, and optionally paths. Out: every survivor, build/mutants.md, and as the last line
 `mutants: N tried, K killed, P%`. Tests that run out of time run once more, alone: a busy machine kills no mutant, an endless loop does.
-Exit codes: 0 the run is complete, 1 the tests fail without a mutant, 2 a wrong argument. docs/notes/mutants.md holds the last scores.
+Exit codes: 0 the run is complete, 1 the tests fail without a mutant, 2 a wrong argument.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +97,3 @@ def largest_case(case: Case, limits: Limits) -> Case:
     words = " ".join(case.passages) or case.question
     passage = (words * (limits.max_passage_characters // len(words) + 1))[: limits.max_passage_characters]
     return dataclasses.replace(case, passages=[passage] * limits.max_passages, titles=[""] * limits.max_passages)
-
-
-def by_reader(cases: Sequence[Case]) -> dict[str, list[Case]]:
-    """The cases of each reader."""
-    return {reader: [case for case in cases if case.reader == reader] for reader in READERS}

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.repository import READERS, configs_of, model_names, reader_config, render_config
+from examples.demo import READERS
+from export.repository import configs_of, model_names, reader_config, render_config
 from serving.contract import versions
 from serving.contract.limits import Limits
 from serving.contract.tensors import READER_TENSORS, EngineSizes
