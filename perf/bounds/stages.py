@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from examples.demo import ENGINES
 from export.checkpoint.config import ReaderConfig, own_config, reader_preset
 from perf.report.run_folder import NAMES
-from perf.served.workload import PLANS, Request, RequestMaker
+from perf.served.workload import PLANS, Request, RequestMaker, Series
 from serving.contract.limits import Limits
 from serving.contract.manifest import TOKENIZER_FILE, Manifest
 from serving.engines.load import Decoder, Encoder, bytes_per_element, load_decoder, load_encoder
@@ -130,10 +130,10 @@ def measure(stages: list[Stage], batches: list[int], questions: int, new_tokens:
             stage.measure_stages(stage.requests[number % len(stage.requests)], new_tokens)
             if number == 0:  # warm-up
                 stage.samples.clear()
-    calls = {stage.reader: stage.full_call(questions) for stage in stages}
+    calls = [stage.full_call(questions) for stage in stages]
     for number in range(rounds + 1):
-        for stage in stages:
-            stage.timed("full_call", lambda stage=stage: stage.encoder.encode(calls[stage.reader]))
+        for stage, call in zip(stages, calls, strict=True):
+            stage.timed("full_call", lambda stage=stage, call=call: stage.encoder.encode(call))
             if number == 0:
                 stage.samples.pop("full_call")
     for stage in stages:
@@ -226,6 +226,18 @@ def served_alone(run: Path, reader: str, workload: str) -> dict[str, float] | No
     return spread(found) if found else None
 
 
+def load_stage(reader: str, directory: Path, config: ReaderConfig, limits: Limits, plan: str, seed: int) -> tuple[Stage, Series, Workload]:
+    """One reader's engines and questions; with them the plan's first series, and the sizes of one question of it."""
+    manifest = Manifest.load(directory)
+    series = PLANS[plan](manifest.prompt.passage_length)[0]
+    assert series.spec is not None
+    maker = RequestMaker(Tokenizer.from_file(str(directory / TOKENIZER_FILE)), manifest)
+    engines = load_encoder(directory, manifest, limits), load_decoder(directory, manifest, limits)
+    requests = list(maker.make(series.spec, QUESTIONS, seed))
+    work = Workload(1, series.spec.passages.high, series.spec.passage_tokens.high, series.spec.new_tokens.high)
+    return Stage(reader, config, manifest, InProcessReader(directory, limits), *engines, requests), series, work
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure both readers and write the two files."""
     parser = argparse.ArgumentParser(
@@ -250,16 +262,9 @@ def main(argv: list[str] | None = None) -> int:
     limits = Limits(slots=batches[-1], max_passages=arguments.max_passages, encoder_batch=arguments.encoder_batch)
     stages = []
     for reader in READERS:
-        directory = arguments.engines / reader
-        manifest = Manifest.load(directory)
-        series = PLANS[arguments.plan](manifest.prompt.passage_length)[0]
-        assert series.spec is not None
-        maker = RequestMaker(Tokenizer.from_file(str(directory / TOKENIZER_FILE)), manifest)
         config = config_of(reader, getattr(arguments, reader), arguments.preset)
-        engines = load_encoder(directory, manifest, limits), load_decoder(directory, manifest, limits)
-        requests = list(maker.make(series.spec, QUESTIONS, arguments.seed))
-        stages.append(Stage(reader, config, manifest, InProcessReader(directory, limits), *engines, requests))
-        work = Workload(1, series.spec.passages.high, series.spec.passage_tokens.high, series.spec.new_tokens.high)
+        stage, series, work = load_stage(reader, arguments.engines / reader, config, limits, arguments.plan, arguments.seed)
+        stages.append(stage)
     try:
         measure(stages, batches, questions, work.new_tokens, arguments.rounds, arguments.steps)
     finally:
