@@ -38,7 +38,7 @@ class Worker:
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
         words = [word for option, value in given.items() for word in (f"--{option}", str(value))]
         command = [sys.executable, *start, "-m", "training.bench_worker", *words]
-        self._log = (log / f"{name}-{micro}.log").open("wb")
+        self._log = (log / f"{name.replace(' ', '-')}-{micro}.log").open("wb")
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -121,7 +121,7 @@ def _started(name: str, arguments: argparse.Namespace, data: pathlib.Path, log: 
         if worker.is_ready(arguments.start_timeout):
             return worker
         worker.end()
-        text = (log / f"{name}-{micro}.log").read_text(errors="replace")
+        text = (log / f"{name.replace(' ', '-')}-{micro}.log").read_text(errors="replace")
         print(f"{name}: {micro} questions at a time failed; the end of its log:\n{text[-1500:]}", flush=True)
         if "OutOfMemory" not in text and "out of memory" not in text:
             return None
@@ -193,28 +193,30 @@ def speed(arguments: argparse.Namespace) -> None:
         full, mixed = pathlib.Path(scratch, "full.jsonl"), pathlib.Path(scratch, "mixed.jsonl")
         _random_data(full, 64, arguments.passages, arguments.passage_tokens, 1.0)
         _random_data(mixed, 64, arguments.passages, arguments.passage_tokens, 0.3)
-        ours = {"sdpa": {"kind": "fid", "attention": "sdpa"}}
+        ours: dict[str, dict[str, Any]] = {"uptrain sdpa": {"kind": "fid", "attention": "sdpa"}}
         if gpus:
-            ours["flex"] = {"kind": "fid", "attention": "flex"}
-        first = measure("attention", ours, full, 2)
-        best = max(first, key=lambda key: first[key]["tokens_per_s"], default="sdpa")
-        result["attention"] = best
-        rows = measure("full", {"uptrain": ours[best], "trainer": {"kind": "trainer"}}, full, arguments.rounds)
-        if "uptrain" in rows:
-            result["tokens_per_s_1"], result["mfu_1"] = rows["uptrain"]["tokens_per_s"], rows["uptrain"]["mfu"]
+            ours["uptrain flex"] = {"kind": "fid", "attention": "flex"}
+        trainer = {"trainer": {"kind": "trainer"}}
+        rows = measure("full", {**ours, **trainer}, full, arguments.rounds)
         if "trainer" in rows:
             result["trainer_tokens_per_s"], result["trainer_mfu"] = rows["trainer"]["tokens_per_s"], rows["trainer"]["mfu"]
-        if len(rows) == 2:
-            result["times_trainer"] = round(rows["uptrain"]["tokens_per_s"] / rows["trainer"]["tokens_per_s"], 3)
+        best = max((name for name in ours if name in rows), key=lambda name: rows[name]["tokens_per_s"], default="uptrain sdpa")
+        result["attention"], chosen = ours[best]["attention"], ours[best]
+        if best in rows:
+            result["tokens_per_s_1"], result["mfu_1"] = rows[best]["tokens_per_s"], rows[best]["mfu"]
+            if "trainer" in rows:
+                result["times_trainer"] = round(rows[best]["tokens_per_s"] / rows["trainer"]["tokens_per_s"], 3)
         write()
         processes = 2 if gpus >= 2 or arguments.two_processes else 1
         if processes == 2:
-            both = measure("two", {"two": {**ours[best], "processes": 2, "turns": arguments.rounds}}, full, arguments.rounds)
+            both = measure("two", {"two": {**chosen, "processes": 2, "turns": arguments.rounds}}, full, arguments.rounds)
             if "two" in both:
                 result["tokens_per_s_2"] = both["two"]["tokens_per_s"]
                 result["scaling_efficiency"] = round(both["two"]["tokens_per_s"] / 2 / max(1, result.get("tokens_per_s_1", 0)), 3)
-        measure("mixed_lengths", {"uptrain": ours[best], "trainer": {"kind": "trainer"}}, mixed, max(2, arguments.rounds // 2))
-        measure("fido", {"uptrain": {**ours[best], "kind": "fido"}}, full, max(2, arguments.rounds // 2))
+        if not arguments.short:
+            measure("mixed_lengths", {"uptrain": chosen, **trainer}, mixed, max(2, arguments.rounds // 2))
+            measure("fido", {"uptrain": {**chosen, "kind": "fido"}}, full, max(2, arguments.rounds // 2))
+        write()
     print(json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=2))
 
 
@@ -236,6 +238,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="training.json")
     parser.add_argument("--logs", type=pathlib.Path, help="folder of the workers' logs (default: beside --out)")
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--short", action="store_true", help="without passages of mixed lengths and FiDO")
     parser.add_argument("--start-timeout", type=float, default=200.0)
     parser.add_argument("--two-processes", action="store_true", help="measure two processes without two GPUs, to try the script out")
     speed(parser.parse_args())

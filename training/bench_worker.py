@@ -56,8 +56,13 @@ def _turns(step: Any, tokens: int, flops: float, arguments: argparse.Namespace) 
     if first:
         print(json.dumps({"ready": True}), flush=True)
     while arguments.turns is None or turn < arguments.turns:
-        if arguments.turns is None and not sys.stdin.readline():
-            return
+        if arguments.turns is None:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # for the contestant whose turn it is
+            if not sys.stdin.readline():
+                return
+            step()  # gets its memory back
+            wait()
         started = time.perf_counter()
         for _ in range(arguments.steps):
             loss = step()
