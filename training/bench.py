@@ -38,6 +38,8 @@ class Worker:
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
         words = [word for option, value in given.items() for word in (f"--{option}", str(value))]
         command = [sys.executable, *start, "-m", "training.bench_worker", *words]
+        # one process sees one card: Trainer would spread its batches over all that it sees
+        alone = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]} if processes == 1 else {}
         self._log = (log / f"{name.replace(' ', '-')}-{micro}.log").open("wb")
         self._process = subprocess.Popen(
             command,
@@ -45,7 +47,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, "PYTHONPATH": import_path()},
+            env={**os.environ, **alone, "PYTHONPATH": import_path()},
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()

@@ -32,6 +32,7 @@ FETCH_TIMEOUT_S = 5.0
 HAPROXY_END_S = 2.0
 SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (.*)$")
 READY_GAUGE = "fido_server_ready"
+GPU_FIELD = "{gpu}"
 # Checks twice a second. `redispatch` gives a request that found no connection to another server; nothing that a server has read is sent
 # twice by HAProxy, except where the server died without a word: a reader is a pure function of the request. A request must fit
 # into one buffer for that; each connection has two.
@@ -90,6 +91,8 @@ class Place:
 def places_of(gpus: str | None, replicas: int) -> list[Place]:
     """A place for each GPU, or for each of `replicas` on the CPU, with an equal share of this process's cores, side by side.
 
+    "{gpu}" in CUDA_MPS_PIPE_DIRECTORY stands for the name of a place's GPU: each then has a multi-process daemon of its own.
+
     Args:
         gpus: numbers or UUIDs by commas, or "all"; None for servers on the CPU. Numbers count within CUDA_VISIBLE_DEVICES if that is set.
         replicas: on the CPU.
@@ -110,6 +113,8 @@ def places_of(gpus: str | None, replicas: int) -> list[Place]:
             if visible and name.isdecimal() and int(name) >= len(visible):
                 raise ServerError(f"--gpus {name}: CUDA_VISIBLE_DEVICES has {len(visible)}: {','.join(visible)}")
             variables["CUDA_VISIBLE_DEVICES"] = visible[int(name)] if visible and name.isdecimal() else name
+            if GPU_FIELD in (pipes := os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "")):
+                variables["CUDA_MPS_PIPE_DIRECTORY"] = pipes.replace(GPU_FIELD, name)
         places.append(Place((kind, name), tuple(cores[number * share : (number + 1) * share]), variables))
     return places
 

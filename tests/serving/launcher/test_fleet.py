@@ -34,6 +34,7 @@ HAPROXY = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin")
 def eight_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(2, 10)))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
 
 
 def test_gpus_and_replicas_share_the_cores(eight_cores, monkeypatch):
@@ -49,6 +50,9 @@ def test_gpus_and_replicas_share_the_cores(eight_cores, monkeypatch):
     assert [place.variables["CUDA_VISIBLE_DEVICES"] for place in places_of("0,1", 1)] == ["5", "GPU-abc"]
     with pytest.raises(ServerError, match="CUDA_VISIBLE_DEVICES has 2: 5,GPU-abc"):
         places_of("0,2", 1)
+    assert "CUDA_MPS_PIPE_DIRECTORY" not in places_of("0,1", 1)[0].variables
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/tmp/mps-{gpu}")  # a multi-process daemon for each GPU
+    assert [place.variables["CUDA_MPS_PIPE_DIRECTORY"] for place in places_of("0,1", 1)] == ["/tmp/mps-0", "/tmp/mps-1"]
 
 
 def test_all_gpus_are_those_that_nvidia_smi_lists(eight_cores, monkeypatch, tmp_path):
