@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=int, default=getattr(Limits(), name), help="the servers' limit of this name"
         )
-    parser.add_argument("--out", type=Path, default=Path("perf/results/h100x2/summary.json"))
+    parser.add_argument("--out", type=Path, default=Path("perf/results/h200x2/summary.json"))
     arguments = parser.parse_args(argv)
 
     places = places_of(arguments.gpus, arguments.replicas)
