@@ -1,4 +1,4 @@
-"""`python -m perf.peers.cpu_engines`: a base-sized FiD reader on a CPU, by every engine and precision, beside PyTorch.
+"""`python -m perf.peers.cpu_engines`: a base-sized FiD reader on a CPU, by every engine and precision, beside PyTorch, eager and compiled.
 
 The encoder alone, on 8 passages of 256 tokens, and whole questions, one at a time: in this process from token ids to token ids, and served,
 from text to text through Triton and gRPC on loopback. Every round runs all of them in turn, so that a busy machine slows all alike; a gain
@@ -103,7 +103,7 @@ def served_ways(directory: Path, threads: int, new_tokens: int) -> Iterator[dict
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as clients:
         for name, path in variants.items():
             repository_from_engines(path, Path(scratch), name, limits)
-        server = clients.enter_context(TritonServer(models_of(list(variants), stream=False), Path(scratch)))
+        server = clients.enter_context(TritonServer(models_of(list(variants), stream=False), Path(scratch), start_timeout_s=300))
         manifest = Manifest.load(directory / BASELINE)
         maker = RequestMaker(Tokenizer.from_file(str(TOKENIZER)), manifest)
         spec = WorkloadSpec(Uniform(PASSAGES, PASSAGES), Uniform(LENGTH, LENGTH), Uniform(new_tokens, new_tokens))
@@ -116,15 +116,17 @@ def served_ways(directory: Path, threads: int, new_tokens: int) -> Iterator[dict
         yield found
 
 
-def torch_ways(new_tokens: int, question: tuple[np.ndarray, np.ndarray]) -> dict[str, Way]:
-    """The T5 of transformers in eager PyTorch, fp32 and bf16; FiD's fusion is ours (transformers_fid.py)."""
+def torch_ways(new_tokens: int, question: tuple[np.ndarray, np.ndarray], compiled: bool) -> dict[str, Way]:
+    """The T5 of transformers and its `generate`, fp32 and bf16, eager and compiled; FiD's fusion is ours (transformers_fid.py)."""
     ids, mask = (torch.from_numpy(array.astype(np.int64)) for array in question)
     found = {}
     for name, dtype in (("pytorch_fp32", torch.float32), ("pytorch_bf16", torch.bfloat16)):
         checkpoint = random_checkpoint("base", TOKENIZER, fido=False, period=None, num_kv_heads=None, passage_length=LENGTH, seed=0)
         model = hugging_face_fid(checkpoint.reader).to(dtype)
-        encode = torch.inference_mode()(functools.partial(model.encoder, input_ids=ids, attention_mask=mask))
-        found[name] = Way(functools.partial(FusionPeer(model).answer, [(ids, mask)], new_tokens, new_tokens), encode)
+        for is_compiled in (False, True) if compiled else (False,):
+            peer = FusionPeer(model, compiled=is_compiled)
+            encode = torch.inference_mode()(functools.partial(peer.encode, [(ids, mask)]))
+            found[name + "_compiled" * is_compiled] = Way(functools.partial(peer.answer, [(ids, mask)], new_tokens, new_tokens), encode)
         del checkpoint
         gc.collect()
     return found
@@ -156,6 +158,7 @@ def measure(ways: dict[str, Way], rounds: int) -> dict[str, Any]:
         "fid_questions_per_s": {name: spread([1 / s for s in seconds]) for name, seconds in taken["answer"].items()},
         "encoder_gain": {name: gain("encode", name, BASELINE) for name in encoders},
         "fid_gain_over_pytorch_bf16": {name: gain("answer", name, "pytorch_bf16") for name in ways},
+        "fid_gain_over_compiled_pytorch_bf16": {name: gain("answer", name, "pytorch_bf16_compiled") for name in ways},
     }
 
 
@@ -169,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--engines", type=Path, default=ENGINES, help="where they are kept (default: %(default)s)")
     parser.add_argument("--no-torch", action="store_true", help="without PyTorch's rows")
+    parser.add_argument("--no-compile", action="store_true", help="without compiled PyTorch, which takes minutes to compile")
     parser.add_argument("--no-server", action="store_true", help="without the rows through Triton")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args(argv)
@@ -178,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     question = (ids, np.ones_like(ids))
     before = os.getloadavg()
     ways = engine_ways(arguments.engines, arguments.threads, arguments.new_tokens, question)
-    ways |= {} if arguments.no_torch else torch_ways(arguments.new_tokens, question)
+    ways |= {} if arguments.no_torch else torch_ways(arguments.new_tokens, question, not arguments.no_compile)
     with contextlib.ExitStack() as served:
         if not arguments.no_server:
             ways |= served.enter_context(served_ways(arguments.engines, arguments.threads, arguments.new_tokens))

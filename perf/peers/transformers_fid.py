@@ -124,7 +124,7 @@ class FusionPeer:
             max_new_tokens: maximum number of tokens.
             min_new_tokens: minimum number of tokens before the end token.
         """
-        hidden, mask = self._encode(questions)
+        hidden, mask = self.encode(questions)
         generated = self._model.generate(
             encoder_outputs=BaseModelOutput(hidden),
             attention_mask=mask,
@@ -138,7 +138,7 @@ class FusionPeer:
         rows = generated[:, 1:].tolist()  # without the start token; shorter answers are followed by padding
         return [row[: row.index(eos) + 1] if eos in row else row for row in rows]
 
-    def _encode(self, questions: Sequence[Passages]) -> tuple[Tensor, Tensor]:
+    def encode(self, questions: Sequence[Passages]) -> tuple[Tensor, Tensor]:
         """Hidden states float[batch, encoder_sequence_length, d_model] and their mask, padded to the longest question."""
         device = self._model.device
         counts = [len(ids) for ids, _ in questions]

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from export.checkpoint.files import load_checkpoint
+from export.checkpoint.weights import CheckpointError
 from export.compare import transformers_model
 from serving.pipeline.prompt import PromptEncoder
 from tests.conftest import VOCAB_SIZE
@@ -99,6 +100,21 @@ def test_b1_spiece_model_alone(settings: dict[str, Any], checkpoint: Path, spiec
     sentinels = tokenizer.encode("<extra_id_0> the Year <extra_id_99>", add_special_tokens=False).ids
     assert (sentinels[0], sentinels[-1]) == (len(pieces) + 99, len(pieces))
     assert tokenizer.token_to_id("<extra_id_41>") == len(pieces) + 58
+
+
+def test_b1_fields_of_fixed_width_are_passed_over(tmp_path: Path, spiece: bytes):
+    """Newer trainers may write fields of any kind; a file with such fields is the same model."""
+    from export.checkpoint.tokenizer import read_tokenizer
+
+    file = tmp_path / "spiece.model"
+    file.write_bytes(spiece)
+    plain = read_tokenizer(file)
+    more = b"\xc1\x3e" + bytes(range(8)) + b"\xc5\x3e" + bytes(range(4))  # field 1000, of 8 bytes and of 4
+    file.write_bytes(more + spiece + more)
+    assert read_tokenizer(file) == plain
+    file.write_bytes(spiece + more[:5])
+    with pytest.raises(CheckpointError, match="field 1000 ends after the file"):
+        read_tokenizer(file)
 
 
 def test_b1_needs_no_sentencepiece_and_no_protobuf(tmp_path: Path, spiece: bytes):
@@ -273,6 +289,36 @@ def test_b5_generation_config_is_obeyed_and_named(checkpoint: Path, capsys: pyte
     )
     ours = loaded.reader.generate(torch.tensor([[[5, 6, 7]]]), torch.ones(1, 1, 3, dtype=torch.int64), 6).tokens[0]
     assert generated == [5, *ours]
+
+
+@pytest.mark.parametrize(
+    ("setting", "neutral", "other"),
+    [
+        ("guidance_scale", [None, 1, 1.0], 2),
+        ("repetition_penalty", [None, 1, 1.0], 1.2),
+        ("encoder_repetition_penalty", [None, 1.0], 2),
+        ("no_repeat_ngram_size", [None, 0], 3),
+        ("encoder_no_repeat_ngram_size", [None, 0], 1),
+        ("min_length", [None, 0], 1),
+        ("min_new_tokens", [None, 0], 1),
+        ("penalty_alpha", [None, 0.0], 0.6),
+        ("do_sample", [None, False], True),
+        ("suppress_tokens", [None, []], [3]),
+        ("sequence_bias", [None, {}], {"5": -1.0}),
+        ("forced_bos_token_id", [None], 0),
+    ],
+)
+def test_b5_a_setting_that_is_not_applied_is_named_unless_it_changes_nothing(
+    setting: str, neutral: list[Any], other: Any, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+):
+    """generation_config.json is full of defaults: they need no line. What generate() would obey and readers do not does."""
+    for value in neutral:
+        edit(checkpoint / "generation_config.json", **{setting: value})
+        load_checkpoint(checkpoint)
+        assert setting not in capsys.readouterr().err
+    edit(checkpoint / "generation_config.json", **{setting: other})
+    load_checkpoint(checkpoint)
+    assert f"generation_config.json: {setting}=" in capsys.readouterr().err
 
 
 def test_b5_inputs_still_end_with_the_tokenizers_token(checkpoint: Path, tmp_path: Path):

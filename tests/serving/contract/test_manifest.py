@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from serving.contract import versions
 from serving.contract.gemms import StackSizes
 from serving.contract.library_kernels import Choice, EncoderKernel, EncoderLibrary, Tiling
 from serving.contract.manifest import BuildTarget, EngineBuild, EngineError, Manifest, ManifestError, Prompt, require_bf16
@@ -181,3 +182,28 @@ def test_a_prompt_is_its_template_and_its_head_is_all_before_what_may_be_cut() -
     assert untitled.text("Q", "T", "C") == "q: Q t: T c: C" and untitled.text("Q", "", "C") == "Q: C"
     assert untitled.head("Q", "T") == "q: Q t: " and untitled.head("Q", "") == "Q: "
     assert Prompt("only {question}", 8, True).head("Q", "") == "only Q"
+
+
+# Which versions go together.
+
+
+@pytest.mark.parametrize(
+    ("tensorrt", "first", "last"),
+    [("8.6.1", (3, 6), (3, 10)), ("10.0", (3, 10), (3, 13)), ("10.14.1.48", (3, 10), (3, 13)), ("11.4", (3, 10), (3, 14))],
+)
+def test_a_compiler_takes_the_pythons_from_its_first_to_its_last(tensorrt, first, last):
+    family = versions.compiler_of(tensorrt)
+    assert family is not None and first in family.python and (*last, 7) in family.python
+    assert (first[0], first[1] - 1) not in family.python and (last[0], last[1] + 1) not in family.python
+    assert ("bfloat16" in family.precisions) == (family.typing == "strong") == (tensorrt[0] != "8")
+
+
+@pytest.mark.parametrize("version", ["8.5", "8.7", "9.0", "12.1", "", "x"])
+def test_other_compilers_belong_to_no_family(version):
+    assert versions.compiler_of(version) is None
+
+
+def test_a_work_around_is_needed_until_its_version_and_where_the_version_is_unknown():
+    assert all(work_around.needed(None) for work_around in versions.WORK_AROUNDS)
+    assert versions.NUMPY_1.needed((2, 51)) and versions.NUMPY_1.needed((2, 52, 9)) and not versions.NUMPY_1.needed((2, 53))
+    assert versions.STREAM_LOCKS.needed((2, 99))

@@ -70,6 +70,7 @@ GRAPHS = {
     "encoder.wi": gemm_tensors(STACK, encoder_gemms(STACK)[2], "float16"),
     "cross_kv": packed_cross_kv_tensors(FID_BASE),
     "decoder.wo": gemm_tensors(STACK, decoder_gemms(FID_BASE)[-1], "float16"),  # split-K: rows are the second axis
+    "decoder_step": decoder_step_tensors(FID_BASE),
 }
 
 
@@ -92,6 +93,7 @@ def test_limits_up_to_those_of_the_build_are_accepted(name: str) -> None:
         ("cross_kv", {"max_passages": 41}, "encoder_sequence_length: wanted at most 10240, .* allow 10496; lower max_passages in"),
         ("decoder.wo", {"slots": 25}, "batch: wanted at most 24, .* allow 25; lower slots in config.pbtxt, or build"),
         ("decoder.wo", {"slots": 96}, "batch: wanted at most 24, .* allow 96; lower slots in config.pbtxt, or build"),
+        ("decoder_step", {"max_new_tokens": 10_000}, "past_length: wanted at most [0-9]+, .* lower max_new_tokens"),
     ],
 )
 def test_a_limit_beyond_the_profiles_is_refused_by_name(name: str, raised: dict[str, int], said: str) -> None:

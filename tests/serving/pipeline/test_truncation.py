@@ -188,6 +188,28 @@ def test_a_text_ten_times_as_long_gives_the_library_no_more_characters(name, tex
     assert counts[1] == counts[0] < 40_000
 
 
+@pytest.mark.parametrize(
+    ("character", "plain"),
+    [(c, True) for c in "a!~9é中☃Ω"]
+    + [(c, False) for c in "\u0301\u200d\u200b \u00a0\u3000\n\x01\u00b4\u1100\u11a8\ufffd\u0600\U0001f1e6\U0001f3fb\U00011000"],
+    ids=lambda value: f"U+{ord(value):04X}" if isinstance(value, str) else str(value),
+)
+def test_a_prefix_ends_between_characters_that_no_normalizer_joins(character, plain):
+    assert truncation.is_plain(character) is plain
+
+
+@pytest.mark.parametrize("token", ["naïve is", "nai\u0308ve is", "<extra_id_10>", "abc", "ab"])
+def test_a_prefix_ends_inside_no_added_token(token, monkeypatch):
+    """The first prefix ends at every place in turn, also inside the token, whose first word is complete then."""
+    monkeypatch.setattr(truncation, "CHARACTERS_PER_TOKEN", 1)
+    monkeypatch.setattr(truncation, "GROWTH", 2)
+    text = "the " + token + " capital" * 30
+    for margin in range(30):
+        monkeypatch.setattr(truncation, "FIRST_MARGIN", margin)
+        for length in (2, 3):
+            assert Counting(SERIALIZED["unigram"], length).ids(text) == plain(TOKENIZERS["unigram"], text, length)
+
+
 def test_the_pool_tokenizes_short_and_long_texts_in_order():
     texts = ["a b", "the capital " * 900, "", "ﷺ" * 3000, "c" * 20_000, *(f"w{i}" for i in range(30))]
     for tokenizer in TOKENIZERS.values():
