@@ -26,7 +26,7 @@ from serving.contract.manifest import TOKENIZER_FILE, Manifest, ManifestError
 from serving.contract.tensors import READER_TENSORS
 from serving.engines.base import is_fatal
 from serving.engines.load import cross_kv_bytes_per_element, kv_budget, load_decoder, load_packer
-from serving.pipeline.beam_search import beam_search
+from serving.pipeline.beam_search import search_of
 from serving.pipeline.prompt import PromptEncoder
 from serving.pipeline.request import LIVENESS_ID, REFUSING_FILE_VARIABLE, read_request
 from serving.pipeline.scheduler import CancelledError, DecodeSequence, QueueFullError, Scheduler, SchedulerCounts, SchedulerStoppedError
@@ -46,6 +46,7 @@ SWITCH_INTERVAL_S = 0.0002
 # The client knows an error in a stream, which has no status, by this text (clients/fido_client/errors.py).
 SHUTTING_DOWN = "the server is shutting down; ask again"
 MAX_WARNINGS = 100  # that are logged once each
+GREEDY_ONLY = {"max_num_beams": 1, "max_allowed_answers": 0}  # limits of a reader whose engine gives no logits
 
 
 class ReaderModel:
@@ -80,7 +81,8 @@ class ReaderModel:
         self._kv_bytes_per_token = manifest.sizes.cross_kv_bytes_per_token(cross_kv_bytes_per_element(manifest))
         self._on_gpu = manifest.on_gpu
         decoder = load_decoder(directory, manifest, limits, device)
-        self._limits = dataclasses.replace(limits, max_num_beams=min(limits.max_num_beams, decoder.slots) if decoder.has_beams else 1)
+        searches = {"max_num_beams": min(limits.max_num_beams, decoder.slots)} if decoder.has_beams else GREEDY_ONLY
+        self._limits = dataclasses.replace(limits, **searches)
         self._eos_token, self._start_token = manifest.eos_token_id, manifest.decoder_start_token_id
         packer = load_packer(directory, manifest, device)
         self._encoder = EncoderCall(f"{reader}_encoder", self._prompt, packer, device if manifest.on_gpu else None)
@@ -179,6 +181,13 @@ class ReaderModel:
                 raise SchedulerStoppedError(SHUTTING_DOWN)
             if reason := writer.caller.cancel_reason():
                 raise reason
+            search = search_of(
+                writer.request,
+                self._prompt.answer_ids,
+                most_beams=self._limits.max_num_beams,
+                eos_token=self._eos_token,
+                start_token=self._start_token,
+            )
             hidden, positions = self._encoder.encode(
                 writer.request, writer.tokenized, writer.caller.cancel_reason, in_chunks=len(self._in_flight) == 1
             )
@@ -194,7 +203,7 @@ class ReaderModel:
                     on_attribution=writer.on_attribution,
                     cancel_reason=writer.caller.cancel_reason,
                     on_admitted=writer.on_admitted,
-                    search=beam_search(writer.request, eos_token=self._eos_token, start_token=self._start_token),
+                    search=search,
                     on_hypotheses=writer.on_hypotheses,
                 )
             )
