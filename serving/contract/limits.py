@@ -43,6 +43,7 @@ class Limits:
         reader_instances: reader processes, each with its own slots: their Python code runs in parallel.
         encode_threads: questions that are tokenized and encoded at the same time.
         intra_op_threads: threads of one engine call on the CPU; 0 = one per core.
+        answer_cache_bytes: bytes of whole answers that each reader process keeps for identical requests. 0 = none.
         log_text: 1 = the request log holds questions and answers; 0 = only sizes, times and outcomes.
     """
 
@@ -62,6 +63,7 @@ class Limits:
     reader_instances: int = 1
     encode_threads: int = 8
     intra_op_threads: int = 0
+    answer_cache_bytes: int = 0
     log_text: int = 0
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from serving.contract.manifest import TOKENIZER_FILE, Manifest, ManifestError
 from serving.contract.tensors import READER_TENSORS
 from serving.engines.base import is_fatal
 from serving.engines.load import cross_kv_bytes_per_element, kv_budget, load_decoder, load_packer
+from serving.pipeline.answer_cache import AnswerCache
 from serving.pipeline.beam_search import search_of
 from serving.pipeline.prompt import PromptEncoder
 from serving.pipeline.request import LIVENESS_ID, REFUSING_FILE_VARIABLE, read_request
@@ -105,9 +106,10 @@ class ReaderModel:
         self._warned: set[str] = set()
         self._early_stops = EarlyStops()
         self._in_flight: set[ResponseWriter] = set()
+        self._answers = AnswerCache(limits.answer_cache_bytes)
         self._stop_relay = StopRelay(self._name, self._stop)
         threading.Thread(target=self._poll_cancellations, name="cancellations", daemon=True).start()
-        self._metrics = Metrics(self._name, self._scheduler.counts, lambda: len(self._in_flight), self._kv_bytes)
+        self._metrics = Metrics(self._name, self._scheduler.counts, lambda: len(self._in_flight), self._kv_bytes, self._answers.counts)
 
     def execute(self, requests: list[Any]) -> None:
         """Accept requests; answers are sent later. A bad request gets its own error and no other is affected."""
@@ -132,7 +134,18 @@ class ReaderModel:
             self._refuse(caller, error)
             return
         self._in_flight.add(writer)
-        self._encoding.submit(self._encode, writer)
+        if not self._replay(writer):
+            self._encoding.submit(self._encode, writer)
+
+    def _replay(self, writer: ResponseWriter) -> bool:
+        """Answer as an identical request was answered, if that answer is kept."""
+        try:
+            if (kept := self._answers.get(writer.request)) is not None:
+                writer.replay(kept)
+            return kept is not None
+        except Exception as error:
+            writer.finish(error)
+            return True
 
     def _stop(self, request_id: str) -> bool:
         """End the request that has this id, now or when it comes; whether it is in flight here."""
@@ -214,6 +227,8 @@ class ReaderModel:
     def _finished(self, writer: ResponseWriter) -> None:
         self._in_flight.discard(writer)
         self._metrics.ended(writer)
+        if writer.outcome == "answered" and not writer.is_replayed:
+            self._answers.put(writer.request, writer.record())
         pb_utils.Logger.log_info(writer.log_line(self._name, with_text=bool(self._limits.log_text)))
 
     def _end_if_fatal(self, error: Exception) -> None:

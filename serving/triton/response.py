@@ -92,6 +92,17 @@ class Times:
     ended: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Everything that an answer was sent from, for whoever asks the same again."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    hypotheses: list[Hypothesis]
+    passage_scores: np.ndarray
+    encoder_tokens: int
+
+
 class ResponseWriter:
     """Collects one answer and sends it.
 
@@ -122,6 +133,7 @@ class ResponseWriter:
         self.encoder_tokens = 0
         self.outcome = ""
         self.error = ""
+        self.is_replayed = False
         self._log_probs: list[float] = []
         self._hypotheses: list[Hypothesis] = []
         self._passage_lengths = np.zeros(0, np.int64)
@@ -175,6 +187,19 @@ class ResponseWriter:
             self.times.first_token = time.monotonic()
         self.tokens.append(token)
         self._log_probs.append(log_prob)
+
+    def record(self) -> Record:
+        """What an answered question was answered from."""
+        return Record(self.tokens, self._log_probs, self._hypotheses, self._passage_scores, self.encoder_tokens)
+
+    def replay(self, record: Record) -> None:
+        """Answer as an identical request was answered. Returns at once."""
+        self.is_replayed = True
+        self.encoder_tokens, self._passage_scores, self._hypotheses = record.encoder_tokens, record.passage_scores, record.hypotheses
+        self.times.started = self.times.encoded = self.times.admitted = time.monotonic()
+        for token, log_prob in zip(record.tokens, record.log_probs, strict=True):
+            self.on_token(token, log_prob)
+        self.finish(None)
 
     def finish(self, error: Exception | None) -> None:
         """Send the last response: the answer's totals, or the error. Returns at once."""
@@ -248,6 +273,8 @@ class ResponseWriter:
             "first_token_ms": ms(arrived, times.first_token),
             "total_ms": ms(arrived, times.ended),
         }
+        if self.is_replayed:
+            fields["kept_answer"] = True
         if self.error:
             fields["error"] = self.error
         if with_text:

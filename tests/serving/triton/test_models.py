@@ -122,6 +122,7 @@ def test_a_refusal_that_cannot_be_sent_costs_no_other_request_of_the_batch(load)
     model = module.ReaderModel()
     model._name, model._in_flight, model._warned, model._streams = "fid", set(), set(), False
     model._early_stops = module.EarlyStops()
+    model._replay = lambda writer: False
     accepted: list[Any] = []
     model._encoding = types.SimpleNamespace(submit=lambda run, writer: accepted.append(writer))
     model._metrics = types.SimpleNamespace(refused=lambda: None)
