@@ -79,7 +79,7 @@ def test_ask_chooses_among_allowed_answers_and_a_stream_does_not(server: Scripte
     assert server.received[0].tensors["allowed_answers"] == ["Lyon", "Paris"]
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["answer_log_probs"] == [-0.25, -1.5]
-    assert main([*command, "--stream"]) == 2
+    assert main([*command, "--stream"]) == 1
     assert "--stream: a stream has neither beams nor choices; leave out" in capsys.readouterr().err
 
 
