@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from serving.contract.limits import Limits
 from serving.contract.manifest import TOKENIZER_FILE, Manifest, ManifestError
 from serving.contract.tensors import READER_TENSORS
-from serving.engines.base import is_fatal
+from serving.engines.base import Decoder, is_fatal
 from serving.engines.load import cross_kv_bytes_per_element, kv_budget, load_decoder, load_packer
 from serving.pipeline.answer_cache import AnswerCache
 from serving.pipeline.beam_search import search_of
@@ -47,7 +47,6 @@ SWITCH_INTERVAL_S = 0.0002
 # The client knows an error in a stream, which has no status, by this text (clients/fido_client/errors.py).
 SHUTTING_DOWN = "the server is shutting down; ask again"
 MAX_WARNINGS = 100  # that are logged once each
-GREEDY_ONLY = {"max_num_beams": 1, "max_allowed_answers": 0}  # limits of a reader whose engine gives no logits
 
 
 class ReaderModel:
@@ -82,8 +81,7 @@ class ReaderModel:
         self._kv_bytes_per_token = manifest.sizes.cross_kv_bytes_per_token(cross_kv_bytes_per_element(manifest))
         self._on_gpu = manifest.on_gpu
         decoder = load_decoder(directory, manifest, limits, device)
-        searches = {"max_num_beams": min(limits.max_num_beams, decoder.slots)} if decoder.has_beams else GREEDY_ONLY
-        self._limits = dataclasses.replace(limits, **searches)
+        self._limits = _with_what_it_can(limits, decoder)
         self._eos_token, self._start_token = manifest.eos_token_id, manifest.decoder_start_token_id
         packer = load_packer(directory, manifest, device)
         self._encoder = EncoderCall(f"{reader}_encoder", self._prompt, packer, device if manifest.on_gpu else None)
@@ -272,6 +270,13 @@ class ReaderModel:
         # Engines and their memory go now: at the process's end a GPU's library may be gone before what needs it.
         del self._encoder, self._scheduler
         gc.collect()
+
+
+def _with_what_it_can(limits: Limits, decoder: Decoder) -> Limits:
+    """The limits of requests: no more beams than slots, and neither beams nor choices of an engine that gives no logits."""
+    if decoder.has_beams:
+        return dataclasses.replace(limits, max_num_beams=min(limits.max_num_beams, decoder.slots))
+    return dataclasses.replace(limits, max_num_beams=1, max_allowed_answers=0)
 
 
 def _require_same_weights(decoder: Manifest, encoder: Manifest, reader: str) -> None:
