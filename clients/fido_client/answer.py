@@ -23,8 +23,10 @@ class Answer:
         passage_scores: Attribution to the passages, in the request's order: the first token's cross-attention to each passage's tokens,
             normalised to sum to 1 over the passages. Empty if the server does not send it.
         token_log_probs: Log-probability of each token, with the end token. Empty if the server does not send it.
-        answers: All answers of a beam search, the best, which is `text`, first. Empty for a greedy answer.
-        answer_log_probs: Log-probability of each of `answers`.
+        answers: All answers of a beam search, or the best of the allowed answers; the best, which is `text`, first. Empty for a greedy
+            answer.
+        answer_log_probs: Log-probability of each of `answers`. Of allowed answers without num_beams it is that among them: the
+            probabilities of all allowed answers sum to 1.
     """
 
     text: str

@@ -209,6 +209,7 @@ class AsyncReaderClient:
         num_beams: int | None = None,
         num_answers: int | None = None,
         length_penalty: float | None = None,
+        allowed_answers: Iterable[str] | None = None,
     ) -> Answer:
         """Ask one question and wait for the answer; arguments and errors are those of ReaderClient.answer."""
         start_s = time.perf_counter()
@@ -222,6 +223,7 @@ class AsyncReaderClient:
             num_beams=num_beams,
             num_answers=num_answers,
             length_penalty=length_penalty,
+            allowed_answers=allowed_answers,
         )
         inputs = infer_inputs_from_tensors(tensors_from_request(request, model=endpoint.model))
         failures = 0
@@ -352,6 +354,7 @@ class AsyncReaderClient:
                 num_beams=request.num_beams,
                 num_answers=request.num_answers,
                 length_penalty=request.length_penalty,
+                allowed_answers=request.allowed_answers,
             )
         except ReaderError as error:
             return error

@@ -161,6 +161,7 @@ class ReaderClient:
         num_beams: int | None = None,
         num_answers: int | None = None,
         length_penalty: float | None = None,
+        allowed_answers: Iterable[str] | None = None,
     ) -> Answer:
         """Ask one question and wait for the answer.
 
@@ -172,8 +173,10 @@ class ReaderClient:
             min_new_tokens: Minimum number of answer tokens; None: the server's default.
             timeout_s: Time-out of this request in seconds; None: the client's.
             num_beams: Beams of a beam search, at least 1; None: a greedy answer. A stream has no beams.
-            num_answers: How many answers to send, the best first, at most num_beams; None: one.
+            num_answers: How many answers to send, the best first, at most num_beams, or as many as are allowed; None: one.
             length_penalty: Answers are ordered by log_prob / tokens ** length_penalty; None: the server's default, 1.
+            allowed_answers: The answer is the most probable of these, and `answer_log_probs` says how probable among them. With num_beams
+                it is what a beam search finds among them, which is faster for long lists.
 
         Raises:
             RequestRefused: If the request is invalid, by the client's or the server's checks.
@@ -193,6 +196,7 @@ class ReaderClient:
             num_beams=num_beams,
             num_answers=num_answers,
             length_penalty=length_penalty,
+            allowed_answers=allowed_answers,
         )
         pending = _Pending(tensors_from_request(request, model=endpoint.model), deadline_s, start_s)
         while True:

@@ -1,8 +1,8 @@
 """A question and its passages -> Triton's input tensors. Only this module checks and encodes requests.
 
 In: a ReaderRequest. Out: `question: bytes[1]`, `passages: bytes[n]`, and if set `titles: bytes[n]`, `max_new_tokens: int32[1]`,
-`min_new_tokens: int32[1]`, `num_beams: int32[1]`, `num_answers: int32[1]`, `length_penalty: float32[1]`. It does not check the server's
-limits (number and length of passages, number of tokens and beams): the server does.
+`min_new_tokens: int32[1]`, `num_beams: int32[1]`, `num_answers: int32[1]`, `length_penalty: float32[1]`, `allowed_answers: bytes[n]`. It
+does not check the server's limits (number and length of passages and allowed answers, number of tokens and beams): the server does.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class ReaderRequest:
         min_new_tokens: Minimum number of answer tokens; None: the server's default.
         timeout_s: Time-out of this request in seconds; None: the client's.
         num_beams: Beams of a beam search, at least 1; None: a greedy answer.
-        num_answers: How many answers to send, at most num_beams; None: one.
+        num_answers: How many answers to send, at most num_beams, or as many as are allowed; None: one.
         length_penalty: Answers are ordered by log_prob / tokens ** length_penalty; None: the server's default, 1.
+        allowed_answers: The answer is the most probable of these. With num_beams it is what a beam search finds among them.
     """
 
     question: str
@@ -51,6 +52,7 @@ class ReaderRequest:
     num_beams: int | None = None
     num_answers: int | None = None
     length_penalty: float | None = None
+    allowed_answers: Iterable[str] | None = None
 
 
 def request_from(item: ReaderRequest | Mapping[str, Any]) -> ReaderRequest:
@@ -87,8 +89,10 @@ def tensors_from_request(request: ReaderRequest, *, model: str | None = None) ->
     if minimum is not None and maximum is not None and minimum > maximum:
         faults.append(f"min_new_tokens: wanted at most max_new_tokens ({maximum}), got {minimum}")
     beams = {name: _token_count(getattr(request, name), name, faults) for name in ("num_beams", "num_answers")}
-    if beams["num_answers"] is not None and beams["num_answers"] > (beams["num_beams"] or 1):
-        faults.append(f"num_answers: wanted at most num_beams ({beams['num_beams']}), got {beams['num_answers']}")
+    allowed = _allowed_answers(request.allowed_answers, faults)
+    most, what = (beams["num_beams"], "num_beams") if beams["num_beams"] or allowed is None else (len(allowed), "the allowed answers")
+    if beams["num_answers"] is not None and beams["num_answers"] > (most or 1):
+        faults.append(f"num_answers: wanted at most {what} ({most}), got {beams['num_answers']}")
     penalty = request.length_penalty
     if penalty is not None and (isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not math.isfinite(penalty)):
         faults.append(f"length_penalty: wanted a number, got {penalty!r}")
@@ -102,6 +106,8 @@ def tensors_from_request(request: ReaderRequest, *, model: str | None = None) ->
     tensors |= {name: np.array([value], dtype=np.int32) for name, value in {**limits, **beams}.items() if value is not None}
     if penalty is not None:
         tensors["length_penalty"] = np.array([penalty], dtype=np.float32)
+    if allowed is not None:
+        tensors["allowed_answers"] = np.array(allowed, dtype=np.object_)
     return tensors
 
 
@@ -155,6 +161,16 @@ def _texts_and_titles(request: ReaderRequest, faults: list[str]) -> tuple[list[b
     if any(title is not None for title in own_titles):
         faults.append("titles: the passages carry their own titles; give them in one place or the other")
     return texts, titles
+
+
+def _allowed_answers(answers: Iterable[str] | None, faults: list[str]) -> list[bytes] | None:
+    if answers is None:
+        return None
+    found = len(faults)
+    encoded = [_encoded(text, f"allowed_answers[{i}]", faults) for i, text in enumerate(_as_list(answers, "allowed_answers", faults))]
+    if not encoded and len(faults) == found:
+        faults.append("allowed_answers: wanted at least one, got none; leave it out to allow any answer")
+    return encoded
 
 
 def _as_list(value: object, name: str, faults: list[str]) -> list[Any]:

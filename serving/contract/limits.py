@@ -12,6 +12,7 @@ from typing import Any
 
 # Names of the previous release: still read, no longer written.
 OLD_NAMES = {"max_in_hand": "max_in_flight"}
+MAY_BE_NONE = ("max_allowed_answers",)  # bounds that may be 0 besides those whose default is
 
 
 class LimitsError(ValueError):
@@ -31,6 +32,9 @@ class Limits:
         default_max_new_tokens: max_new_tokens of a request that does not set it.
         max_num_beams: largest num_beams that a request may ask for, and 1 where the engine has no beam search. A question holds as many
             slots as it has beams, so slots bound it too. 1 = greedy answers only.
+        max_allowed_answers: answers that a request may choose from. They are scored max_num_beams at a time. 0 = none, as where the engine
+            has no beam search.
+        max_allowed_answer_characters: characters of each.
         slots: sequences that one reader process decodes together, each beam counted; further ones wait.
         kv_cache_bytes: bytes of keys and values per reader process. If the slots need more, fewer slots are used. 0 = no bound.
         max_in_flight: questions that a reader process has accepted and not yet answered, running ones included. It refuses further ones.
@@ -39,6 +43,7 @@ class Limits:
         reader_instances: reader processes, each with its own slots: their Python code runs in parallel.
         encode_threads: questions that are tokenized and encoded at the same time.
         intra_op_threads: threads of one engine call on the CPU; 0 = one per core.
+        answer_cache_bytes: bytes of whole answers that each reader process keeps for identical requests. 0 = none.
         log_text: 1 = the request log holds questions and answers; 0 = only sizes, times and outcomes.
     """
 
@@ -48,6 +53,8 @@ class Limits:
     max_new_tokens: int = 512
     default_max_new_tokens: int = 32
     max_num_beams: int = 10
+    max_allowed_answers: int = 100
+    max_allowed_answer_characters: int = 500
     slots: int = 16
     kv_cache_bytes: int = 0
     max_in_flight: int = 512
@@ -56,12 +63,13 @@ class Limits:
     reader_instances: int = 1
     encode_threads: int = 8
     intra_op_threads: int = 0
+    answer_cache_bytes: int = 0
     log_text: int = 0
 
     def __post_init__(self) -> None:
         faults = []
         for field in dataclasses.fields(self):
-            minimum, value = 0 if field.default == 0 else 1, getattr(self, field.name)
+            minimum, value = 0 if field.default == 0 or field.name in MAY_BE_NONE else 1, getattr(self, field.name)
             if not isinstance(value, int) or value < minimum:
                 faults.append(f"{field.name}: wanted an integer of at least {minimum}, got {value!r}")
         if not faults and self.default_max_new_tokens > self.max_new_tokens:

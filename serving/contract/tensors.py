@@ -173,8 +173,8 @@ def decoder_step_tensors(sizes: EngineSizes, dtype: str = "float32", *, beams: b
 
 
 # Request and response of a reader's model and its streaming twin. `passage_scores`: the first token's cross-attention on each passage;
-# they sum to 1. `answers` and `answer_log_probs`, the best first, are sent to requests with more than one beam. Over HTTP generate, Triton
-# writes a tensor of one element as a scalar, not as a list of one.
+# they sum to 1. `answers` and `answer_log_probs`, the best first, are sent to requests with more than one beam and to those with allowed
+# answers. Over HTTP generate, Triton writes a tensor of one element as a scalar, not as a list of one.
 READER_TENSORS = GraphTensors(
     (
         TensorSpec("question", "bytes", (1,)),
@@ -185,6 +185,7 @@ READER_TENSORS = GraphTensors(
         TensorSpec("num_beams", "int32", (1,), optional=True),
         TensorSpec("num_answers", "int32", (1,), optional=True),
         TensorSpec("length_penalty", "float32", (1,), optional=True),
+        TensorSpec("allowed_answers", "bytes", ("n_allowed_answers",), optional=True),
     ),
     (
         TensorSpec("answer", "bytes", (1,)),

@@ -112,7 +112,8 @@ class BeamDecoder(Decoder, Protocol):
             tokens: int32[batch], the last token of each sequence, those of slot 0 first.
             positions: int32[batch], tokens that each sequence has in its self-attention cache; equal within a slot.
             eos_penalty: float32[batch], added to the end token's logit.
-            parents: of each slot int[beams]: which of its sequences in the last step each sequence continues.
+            parents: of each slot int[its sequences]: which of its sequences in the last step each sequence continues. A slot has one
+                sequence at least and at most as many as it was admitted with, and their number may change from step to step.
 
         Returns:
             As Decoder.step, the cross-attention per slot, and float32[batch, vocab_size] logits, the penalty included. Valid until the

@@ -136,6 +136,10 @@ class PromptEncoder:
         passage, offset = np.nonzero(mask)
         return EncoderInput(input_ids, mask.astype(np.int32), ((first_passage + passage) * length + offset).astype(np.int32))
 
+    def answer_ids(self, answers: Sequence[str]) -> list[tuple[int, ...]]:
+        """The token ids that the reader spells each answer with, the end token included."""
+        return [(*found.ids, self._eos) for found in self._tokenizer.encode_batch_fast(list(answers), add_special_tokens=False)]
+
     def text(self, tokens: Sequence[int]) -> str:
         """The text of generated tokens, without special tokens."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))

@@ -28,6 +28,12 @@ FAULTS_SHOWN = 10  # in a refusal; a request of a million bad passages gets a sh
 class RequestError(ValueError):
     """A request that is refused; the client reads the message."""
 
+    @classmethod
+    def of(cls, faults: list[str]) -> RequestError:
+        """An error that names FAULTS_SHOWN of the faults, and how many more there are."""
+        more = [f"and {len(faults) - FAULTS_SHOWN} more"] if len(faults) > FAULTS_SHOWN else []
+        return cls("; ".join([*faults[:FAULTS_SHOWN], *more]))
+
 
 @dataclasses.dataclass(frozen=True)
 class BeamOptions:
@@ -39,6 +45,14 @@ class BeamOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class Choices:
+    """The answers that a request may be answered with, and how many of them are sent. Without beams every one of them is scored."""
+
+    answers: list[str]
+    num_answers: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ReaderRequest:
     """A question with its passages.
 
@@ -46,7 +60,8 @@ class ReaderRequest:
         titles: as long as `passages`, or None.
         timeout_us: 0 = none.
         id: "" = none.
-        beams: of beam search; None = greedy.
+        beams: of beam search; None = greedy, or all choices scored.
+        choices: None = any answer.
     """
 
     question: str
@@ -57,6 +72,7 @@ class ReaderRequest:
     timeout_us: int = 0
     id: str = ""
     beams: BeamOptions | None = None
+    choices: Choices | None = None
 
 
 def read_request(
@@ -68,7 +84,7 @@ def read_request(
         tensors: by the names of READER_TENSORS; None for an optional one that the client left out.
         limits: of this reader.
         parameters: of the request. Over HTTP generate these are the keys of the JSON body that name no tensor.
-        streams: the answer is sent while it is generated, which beam search cannot do.
+        streams: the answer is sent while it is generated, which neither beam search nor a choice among answers can do.
 
     Raises:
         RequestError: naming everything that is wrong, FAULTS_SHOWN faults at most.
@@ -89,13 +105,18 @@ def read_request(
         faults.append(f"titles: wanted one for each of the {n_passages} passages or none at all, got {n_titles}")
     elif passages:
         titles = _texts(tensors, "titles", limits.max_passage_characters, faults)
-    maximum, minimum = _new_tokens(_number(tensors, "max_new_tokens"), _number(tensors, "min_new_tokens"), limits, faults)
-    beams = _beams(tensors, limits, faults, streams=streams)
+    allowed = _allowed_answers(tensors, limits, faults, streams=streams)
+    maximum, minimum = _number(tensors, "max_new_tokens"), _number(tensors, "min_new_tokens")
+    if allowed and minimum:
+        faults.append(f"min_new_tokens: wanted none beside allowed_answers, which have their lengths, got {minimum}")
+    maximum = limits.max_new_tokens if allowed and maximum is None else maximum  # the default is meant for open answers
+    maximum, minimum = _new_tokens(maximum, minimum, limits, faults)
+    beams = _beams(tensors, limits, len(allowed), faults, streams=streams)
+    choices = Choices(allowed, _number(tensors, "num_answers") or 1) if allowed else None
     timeout_us, request_id = _timeout_and_id(parameters or {}, faults)
     if faults:
-        more = [f"and {len(faults) - FAULTS_SHOWN} more"] if len(faults) > FAULTS_SHOWN else []
-        raise RequestError("; ".join([*faults[:FAULTS_SHOWN], *more]))
-    return ReaderRequest(question[0], passages, titles, maximum, minimum, timeout_us, request_id, beams)
+        raise RequestError.of(faults)
+    return ReaderRequest(question[0], passages, titles, maximum, minimum, timeout_us, request_id, beams, choices)
 
 
 def _texts(tensors: Mapping[str, np.ndarray | None], name: str, max_characters: int, faults: list[str]) -> list[str] | None:
@@ -162,13 +183,37 @@ def _new_tokens(maximum: int | None, minimum: int | None, limits: Limits, faults
     return maximum, minimum
 
 
-def _beams(tensors: Mapping[str, np.ndarray | None], limits: Limits, faults: list[str], *, streams: bool) -> BeamOptions | None:
-    """None for a greedy answer: of a request that names none of the three inputs, or one beam and nothing else."""
+def _allowed_answers(tensors: Mapping[str, np.ndarray | None], limits: Limits, faults: list[str], *, streams: bool) -> list[str]:
+    """The answers to choose from; none of a request that names none. What they are in tokens is not checked here."""
+    array = tensors.get("allowed_answers")
+    if array is None:
+        return []
+    if streams:
+        faults.append(f"allowed_answers: wanted none in a stream: the answer is known once all have been compared; got {array.size}")
+    elif not limits.max_allowed_answers:
+        why = "its engine decodes greedily, or max_allowed_answers is 0"
+        faults.append(f"allowed_answers: wanted none, as this reader cannot choose among them ({why}); got {array.size}")
+    elif not 1 <= array.size <= limits.max_allowed_answers:
+        faults.append(f"allowed_answers: wanted 1 to {limits.max_allowed_answers}, got {array.size}")
+    else:
+        answers = _texts(tensors, "allowed_answers", limits.max_allowed_answer_characters, faults) or []
+        faults += [f"allowed_answers[{i}]: wanted text, got an empty string" for i, answer in enumerate(answers) if not answer.strip()]
+        return answers
+    return []
+
+
+def _beams(
+    tensors: Mapping[str, np.ndarray | None], limits: Limits, n_allowed: int, faults: list[str], *, streams: bool
+) -> BeamOptions | None:
+    """None without beams: for a request without num_beams, or with one beam and any answer allowed, which is greedy."""
     num_beams, num_answers = _number(tensors, "num_beams"), _number(tensors, "num_answers")
     array = tensors.get("length_penalty")
     length_penalty = DEFAULT_LENGTH_PENALTY if array is None else float(array.reshape(-1)[0])
     if num_beams is None:
-        faults += [f"{name}: wanted num_beams with it" for name in ("num_answers", "length_penalty") if tensors.get(name) is not None]
+        alone = ("num_answers", "length_penalty") if tensors.get("allowed_answers") is None else ("length_penalty",)
+        faults += [f"{name}: wanted num_beams with it" for name in alone if tensors.get(name) is not None]
+        if n_allowed and num_answers is not None and not 1 <= num_answers <= n_allowed:
+            faults.append(f"num_answers: wanted 1 to {n_allowed}, the allowed_answers, got {num_answers}")
         return None
     found = len(faults)
     if streams and num_beams != 1:
@@ -177,9 +222,11 @@ def _beams(tensors: Mapping[str, np.ndarray | None], limits: Limits, faults: lis
         faults.append(f"num_beams: wanted 1 to {limits.max_num_beams}, got {num_beams}")
     elif num_answers is not None and not 1 <= num_answers <= num_beams:
         faults.append(f"num_answers: wanted 1 to num_beams={num_beams}, got {num_answers}")
+    elif num_answers is not None and n_allowed and num_answers > n_allowed:
+        faults.append(f"num_answers: wanted 1 to {n_allowed}, the allowed_answers, got {num_answers}")
     if not abs(length_penalty) <= MAX_LENGTH_PENALTY:  # a NaN too
         faults.append(f"length_penalty: wanted -{MAX_LENGTH_PENALTY} to {MAX_LENGTH_PENALTY}, got {length_penalty}")
-    if num_beams == 1 or len(faults) > found:
+    if (num_beams == 1 and not n_allowed) or len(faults) > found:
         return None
     return BeamOptions(num_beams, num_answers or 1, length_penalty)
 

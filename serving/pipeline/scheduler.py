@@ -21,7 +21,7 @@ import numpy as np
 
 from serving.engines.base import BeamDecoder, Decoder
 
-from .beam_search import BeamSearch, Hypothesis
+from .beam_search import Hypothesis, Search
 
 EOS_FORBIDDEN = -1e9  # added to the end token's logit while a sequence must go on
 GREEDY_PARENT = np.zeros(1, np.intp)  # a greedy sequence goes on from itself
@@ -62,8 +62,8 @@ class DecodeSequence:
         on_admitted: called once, when the sequence has a slot.
         on_attribution: called once, with the first token's cross-attention, float32[encoder_sequence_length].
         cancel_reason: called between steps: None, or the error to end the sequence with.
-        search: the beam search of the sequence; None = greedy.
-        on_hypotheses: called once with the answers of beam search, the best first.
+        search: the search of the sequence; None = greedy.
+        on_hypotheses: called once with the answers of the search, the best first.
     """
 
     hidden: np.ndarray | None
@@ -75,7 +75,7 @@ class DecodeSequence:
     on_attribution: Callable[[np.ndarray], None] = lambda attention: None
     cancel_reason: Callable[[], Exception | None] = lambda: None
     on_admitted: Callable[[], None] = lambda: None
-    search: BeamSearch | None = None
+    search: Search | None = None
     on_hypotheses: Callable[[list[Hypothesis]], None] = lambda hypotheses: None
     generated: int = 0
     last_token: int = 0
@@ -84,6 +84,16 @@ class DecodeSequence:
     def beams(self) -> int:
         """How many of the decoder's slots it holds."""
         return 1 if self.search is None else self.search.num_beams
+
+    @property
+    def position(self) -> int:
+        """Tokens in its self-attention cache."""
+        return self.generated if self.search is None else self.search.position
+
+    @property
+    def rows(self) -> int:
+        """Rows of the next step that are its own, at most `beams`."""
+        return 1 if self.search is None else len(self.search.last_tokens)
 
 
 @dataclasses.dataclass
@@ -253,8 +263,8 @@ class Scheduler:
 
     def _step(self) -> None:
         running = [sequence for sequence in self._slots if sequence is not None]
-        counts = [s.beams for s in running]
-        positions = np.repeat(np.array([s.generated for s in running], np.int32), counts)
+        counts = [s.rows for s in running]
+        positions = np.repeat(np.array([s.position for s in running], np.int32), counts)
         eos_penalty = np.array([EOS_FORBIDDEN if s.generated < s.min_new_tokens - 1 else 0.0 for s in running], np.float32)
         with_beams = any(s.search is not None for s in running)
         logits = np.zeros((0, 0), np.float32)
@@ -279,8 +289,8 @@ class Scheduler:
         self._counts.tokens += len(next_tokens)
         next_tokens, log_probs = next_tokens.tolist(), log_probs.tolist()
         row = 0
-        for slot, sequence in enumerate(running):
-            first, row = row, row + sequence.beams
+        for slot, (sequence, count) in enumerate(zip(running, counts, strict=True)):
+            first, row = row, row + count
             token, log_prob = next_tokens[first], log_probs[first]
             try:
                 if not sequence.generated:

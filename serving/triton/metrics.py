@@ -15,6 +15,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from serving.pipeline.answer_cache import CacheCounts
 from serving.pipeline.scheduler import SchedulerCounts
 
 from .response import OUTCOMES, ResponseWriter
@@ -26,6 +27,7 @@ GAUGES = {
     "reader_waiting_questions": "Encoded questions that wait for a slot",
     "reader_in_flight_questions": "Questions accepted and not yet answered",
     "reader_kv_cache_bytes": "Bytes of keys and values that running questions use",
+    "reader_answer_cache_bytes": "Bytes of whole answers kept for identical requests",
 }
 # The name of the release before, published beside the new one for this release.
 OLD_GAUGES = {"reader_in_flight_questions": "reader_in_hand_questions"}
@@ -34,6 +36,8 @@ COUNTERS = {
     "reader_steps_total": "Decoder steps run",
     "reader_step_seconds_total": "Seconds spent in decoder steps",
     "reader_first_token_seconds_total": "Seconds from arrival to first token, summed over answered questions",
+    "reader_answer_cache_hits_total": "Requests whose answer was kept from an identical one",
+    "reader_answer_cache_misses_total": "Requests that were looked up among the kept answers and not found",
 }
 OUTCOME_COUNTER = ("reader_questions_total", "Questions by how they ended")
 # Triton's own request duration ends when `execute` returns, long before the answer. These are of answered questions.
@@ -95,12 +99,18 @@ class Metrics:
         counts: of the scheduler.
         in_flight: questions accepted and not yet answered.
         kv_bytes: bytes of keys and values at these counts.
+        cache: counts of the kept answers.
     """
 
     def __init__(
-        self, model: str, counts: Callable[[], SchedulerCounts], in_flight: Callable[[], int], kv_bytes: Callable[[SchedulerCounts], int]
+        self,
+        model: str,
+        counts: Callable[[], SchedulerCounts],
+        in_flight: Callable[[], int],
+        kv_bytes: Callable[[SchedulerCounts], int],
+        cache: Callable[[], CacheCounts] = CacheCounts,
     ):
-        self._counts, self._in_flight, self._kv_bytes = counts, in_flight, kv_bytes
+        self._counts, self._in_flight, self._kv_bytes, self._cache = counts, in_flight, kv_bytes, cache
         self._labels = {"model": model}
         self._families: dict[str, Any] = {}  # a family must live as long as its metrics
         self._metrics: dict[str, Any] = {}
@@ -165,7 +175,7 @@ class Metrics:
                 return
 
     def _publish(self) -> None:
-        counts = self._counts()
+        counts, cache = self._counts(), self._cache()
         with self._lock:
             totals = {outcome: float(total) for outcome, total in self._ended.items()}
             totals["reader_first_token_seconds_total"] = self._first_token_s
@@ -175,12 +185,15 @@ class Metrics:
             "reader_generated_tokens_total": counts.tokens,
             "reader_steps_total": counts.steps,
             "reader_step_seconds_total": counts.step_s,
+            "reader_answer_cache_hits_total": cache.hits,
+            "reader_answer_cache_misses_total": cache.misses,
         }
         gauges: dict[str, float] = {
             "reader_active_slots": counts.beams,
             "reader_waiting_questions": counts.waiting,
             "reader_in_flight_questions": self._in_flight(),
             "reader_kv_cache_bytes": self._kv_bytes(counts),
+            "reader_answer_cache_bytes": cache.bytes,
         }
         gauges |= {old: gauges[name] for name, old in OLD_GAUGES.items()}
         for name, value in {**totals, **gauges}.items():

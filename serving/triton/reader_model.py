@@ -24,9 +24,10 @@ from tokenizers import Tokenizer
 from serving.contract.limits import Limits
 from serving.contract.manifest import TOKENIZER_FILE, Manifest, ManifestError
 from serving.contract.tensors import READER_TENSORS
-from serving.engines.base import is_fatal
+from serving.engines.base import Decoder, is_fatal
 from serving.engines.load import cross_kv_bytes_per_element, kv_budget, load_decoder, load_packer
-from serving.pipeline.beam_search import beam_search
+from serving.pipeline.answer_cache import AnswerCache
+from serving.pipeline.beam_search import search_of
 from serving.pipeline.prompt import PromptEncoder
 from serving.pipeline.request import LIVENESS_ID, REFUSING_FILE_VARIABLE, read_request
 from serving.pipeline.scheduler import CancelledError, DecodeSequence, QueueFullError, Scheduler, SchedulerCounts, SchedulerStoppedError
@@ -80,7 +81,7 @@ class ReaderModel:
         self._kv_bytes_per_token = manifest.sizes.cross_kv_bytes_per_token(cross_kv_bytes_per_element(manifest))
         self._on_gpu = manifest.on_gpu
         decoder = load_decoder(directory, manifest, limits, device)
-        self._limits = dataclasses.replace(limits, max_num_beams=min(limits.max_num_beams, decoder.slots) if decoder.has_beams else 1)
+        self._limits = _with_what_it_can(limits, decoder)
         self._eos_token, self._start_token = manifest.eos_token_id, manifest.decoder_start_token_id
         packer = load_packer(directory, manifest, device)
         self._encoder = EncoderCall(f"{reader}_encoder", self._prompt, packer, device if manifest.on_gpu else None)
@@ -103,9 +104,10 @@ class ReaderModel:
         self._warned: set[str] = set()
         self._early_stops = EarlyStops()
         self._in_flight: set[ResponseWriter] = set()
+        self._answers = AnswerCache(limits.answer_cache_bytes)
         self._stop_relay = StopRelay(self._name, self._stop)
         threading.Thread(target=self._poll_cancellations, name="cancellations", daemon=True).start()
-        self._metrics = Metrics(self._name, self._scheduler.counts, lambda: len(self._in_flight), self._kv_bytes)
+        self._metrics = Metrics(self._name, self._scheduler.counts, lambda: len(self._in_flight), self._kv_bytes, self._answers.counts)
 
     def execute(self, requests: list[Any]) -> None:
         """Accept requests; answers are sent later. A bad request gets its own error and no other is affected."""
@@ -130,7 +132,18 @@ class ReaderModel:
             self._refuse(caller, error)
             return
         self._in_flight.add(writer)
-        self._encoding.submit(self._encode, writer)
+        if not self._replay(writer):
+            self._encoding.submit(self._encode, writer)
+
+    def _replay(self, writer: ResponseWriter) -> bool:
+        """Answer as an identical request was answered, if that answer is kept."""
+        try:
+            if (kept := self._answers.get(writer.request)) is not None:
+                writer.replay(kept)
+            return kept is not None
+        except Exception as error:
+            writer.finish(error)
+            return True
 
     def _stop(self, request_id: str) -> bool:
         """End the request that has this id, now or when it comes; whether it is in flight here."""
@@ -179,6 +192,13 @@ class ReaderModel:
                 raise SchedulerStoppedError(SHUTTING_DOWN)
             if reason := writer.caller.cancel_reason():
                 raise reason
+            search = search_of(
+                writer.request,
+                self._prompt.answer_ids,
+                most_beams=self._limits.max_num_beams,
+                eos_token=self._eos_token,
+                start_token=self._start_token,
+            )
             hidden, positions = self._encoder.encode(
                 writer.request, writer.tokenized, writer.caller.cancel_reason, in_chunks=len(self._in_flight) == 1
             )
@@ -194,7 +214,7 @@ class ReaderModel:
                     on_attribution=writer.on_attribution,
                     cancel_reason=writer.caller.cancel_reason,
                     on_admitted=writer.on_admitted,
-                    search=beam_search(writer.request, eos_token=self._eos_token, start_token=self._start_token),
+                    search=search,
                     on_hypotheses=writer.on_hypotheses,
                 )
             )
@@ -205,6 +225,8 @@ class ReaderModel:
     def _finished(self, writer: ResponseWriter) -> None:
         self._in_flight.discard(writer)
         self._metrics.ended(writer)
+        if writer.outcome == "answered" and not writer.is_replayed:
+            self._answers.put(writer.request, writer.record())
         pb_utils.Logger.log_info(writer.log_line(self._name, with_text=bool(self._limits.log_text)))
 
     def _end_if_fatal(self, error: Exception) -> None:
@@ -248,6 +270,13 @@ class ReaderModel:
         # Engines and their memory go now: at the process's end a GPU's library may be gone before what needs it.
         del self._encoder, self._scheduler
         gc.collect()
+
+
+def _with_what_it_can(limits: Limits, decoder: Decoder) -> Limits:
+    """The limits of requests: no more beams than slots, and neither beams nor choices of an engine that gives no logits."""
+    if decoder.has_beams:
+        return dataclasses.replace(limits, max_num_beams=min(limits.max_num_beams, decoder.slots))
+    return dataclasses.replace(limits, max_num_beams=1, max_allowed_answers=0)
 
 
 def _require_same_weights(decoder: Manifest, encoder: Manifest, reader: str) -> None:

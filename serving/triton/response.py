@@ -92,6 +92,17 @@ class Times:
     ended: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Everything that an answer was sent from, for whoever asks the same again."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    hypotheses: list[Hypothesis]
+    passage_scores: np.ndarray
+    encoder_tokens: int
+
+
 class ResponseWriter:
     """Collects one answer and sends it.
 
@@ -122,6 +133,7 @@ class ResponseWriter:
         self.encoder_tokens = 0
         self.outcome = ""
         self.error = ""
+        self.is_replayed = False
         self._log_probs: list[float] = []
         self._hypotheses: list[Hypothesis] = []
         self._passage_lengths = np.zeros(0, np.int64)
@@ -162,9 +174,10 @@ class ResponseWriter:
         self._passage_scores = (scores / scores.sum()).astype(np.float32)
 
     def on_hypotheses(self, hypotheses: list[Hypothesis]) -> None:
-        """Take the answers of beam search, the best first."""
-        assert self.request.beams is not None
-        self._hypotheses = hypotheses[: self.request.beams.num_answers]
+        """Take the answers of a search, the best first."""
+        options = self.request.choices or self.request.beams
+        assert options is not None
+        self._hypotheses = hypotheses[: options.num_answers]
         for token, log_prob in zip(hypotheses[0].tokens, hypotheses[0].log_probs, strict=True):
             self.on_token(token, log_prob)
 
@@ -174,6 +187,19 @@ class ResponseWriter:
             self.times.first_token = time.monotonic()
         self.tokens.append(token)
         self._log_probs.append(log_prob)
+
+    def record(self) -> Record:
+        """What an answered question was answered from."""
+        return Record(self.tokens, self._log_probs, self._hypotheses, self._passage_scores, self.encoder_tokens)
+
+    def replay(self, record: Record) -> None:
+        """Answer as an identical request was answered. Returns at once."""
+        self.is_replayed = True
+        self.encoder_tokens, self._passage_scores, self._hypotheses = record.encoder_tokens, record.passage_scores, record.hypotheses
+        self.times.started = self.times.encoded = self.times.admitted = time.monotonic()
+        for token, log_prob in zip(record.tokens, record.log_probs, strict=True):
+            self.on_token(token, log_prob)
+        self.finish(None)
 
     def finish(self, error: Exception | None) -> None:
         """Send the last response: the answer's totals, or the error. Returns at once."""
@@ -210,14 +236,22 @@ class ResponseWriter:
         }
 
     def _answers(self) -> dict[str, np.ndarray]:
-        """All answers of beam search; nothing for a greedy one."""
+        """All answers of a search; nothing for a greedy one. Where all choices are scored, their probabilities sum to 1."""
         if not self._hypotheses:
             return {}
-        texts = [self._prompt.text(hypothesis.tokens).encode("utf-8") for hypothesis in self._hypotheses]
-        return {
-            "answers": np.array(texts, np.object_),
-            "answer_log_probs": np.array([sum(hypothesis.log_probs) for hypothesis in self._hypotheses], np.float32),
-        }
+        texts = [self._text_of(hypothesis).encode("utf-8") for hypothesis in self._hypotheses]
+        log_probs = [sum(h.log_probs) if self.request.beams else h.score for h in self._hypotheses]
+        return {"answers": np.array(texts, np.object_), "answer_log_probs": np.array(log_probs, np.float32)}
+
+    def _text_of(self, hypothesis: Hypothesis) -> str:
+        """A choice as the request spells it: its tokens may stand for other spaces or characters."""
+        if self.request.choices is None or hypothesis.choice is None:
+            return self._prompt.text(hypothesis.tokens)
+        return self.request.choices.answers[hypothesis.choice]
+
+    def _text(self) -> str:
+        """The whole answer, or what there is of it."""
+        return self._text_of(self._hypotheses[0]) if self._hypotheses else self._prompt.text(self.tokens)
 
     def log_line(self, model: str, *, with_text: bool) -> str:
         """One line of JSON about this request; `with_text` adds question and answer."""
@@ -239,10 +273,12 @@ class ResponseWriter:
             "first_token_ms": ms(arrived, times.first_token),
             "total_ms": ms(arrived, times.ended),
         }
+        if self.is_replayed:
+            fields["kept_answer"] = True
         if self.error:
             fields["error"] = self.error
         if with_text:
-            fields |= {"question": self.request.question, "answer": self._prompt.text(self.tokens)}
+            fields |= {"question": self.request.question, "answer": self._text()}
         return json.dumps(fields, ensure_ascii=False)
 
     def _last_text(self) -> str:
@@ -263,7 +299,7 @@ class UnaryWriter(ResponseWriter):
     """One response with the whole answer."""
 
     def _last_text(self) -> str:
-        return self._prompt.text(self.tokens)
+        return self._text()
 
     def _send_totals(self, totals: dict[str, np.ndarray]) -> None:
         self.caller.close()

@@ -151,7 +151,7 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):
             if tensor.datatype == "BYTES":
                 values = [value.decode("utf-8") for value in deserialize_bytes_tensor(raw)]
             else:
-                values = np.frombuffer(raw, {"INT32": np.int32}[tensor.datatype]).tolist()
+                values = np.frombuffer(raw, {"INT32": np.int32, "FP32": np.float32}[tensor.datatype]).tolist()
             assert list(tensor.shape) == [len(values)]
             tensors[tensor.name], datatypes[tensor.name] = values, tensor.datatype
         received = Received(request.model_name, tensors, datatypes, dict(context.invocation_metadata()), request.id)
@@ -163,8 +163,9 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):
 def _response(request: Any, outputs: Outputs) -> Any:
     response = service_pb2.ModelInferResponse(model_name=request.model_name)
     for name, value in outputs.items():
-        if isinstance(value, str | bytes):
-            datatype, raw = "BYTES", serialize_byte_tensor(np.array([value], np.object_)).item()
+        if isinstance(value, str | bytes) or (isinstance(value, list) and value and isinstance(value[0], str)):
+            texts = value if isinstance(value, list) else [value]
+            datatype, raw = "BYTES", serialize_byte_tensor(np.array(texts, np.object_)).item()
         elif isinstance(value, float | list):
             datatype, raw = "FP32", np.array(value, np.float32).tobytes()
         else:

@@ -70,6 +70,19 @@ def test_ask_shows_the_passages_that_the_answer_rests_on(server: ScriptedServer,
     assert evidence.items() <= json.loads(capsys.readouterr().out).items()
 
 
+def test_ask_chooses_among_allowed_answers_and_a_stream_does_not(server: ScriptedServer, tmp_path: pathlib.Path, capsys: Any) -> None:
+    server.on_infer = lambda received, context: WHOLE | {"answers": ["Paris", "Lyon"], "answer_log_probs": [-0.25, -1.5]}
+    command = ["ask", "--url", server.url, "--question", "q", "--passages", _passages(tmp_path, "p", "x")]
+    command += ["--allowed-answers", "Lyon", "Paris", "--num-answers", "2"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == ["answers", "   -0.2500  Paris", "   -1.5000  Lyon"]
+    assert server.received[0].tensors["allowed_answers"] == ["Lyon", "Paris"]
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["answer_log_probs"] == [-0.25, -1.5]
+    assert main([*command, "--stream"]) == 1
+    assert "--stream: a stream has neither beams nor choices; leave out" in capsys.readouterr().err
+
+
 def test_ask_reads_json_jsonl_and_standard_input(server: ScriptedServer, tmp_path: pathlib.Path, monkeypatch: Any) -> None:
     listed = json.dumps([{"title": "A", "text": "a"}, "b"])
     names = [

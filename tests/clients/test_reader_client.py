@@ -39,7 +39,8 @@ def test_answer_carries_text_log_prob_tokens_and_its_latency(server: ScriptedSer
 
 def test_request_arrives_with_names_types_and_titles_that_triton_expects(server: ScriptedServer, reader: Any) -> None:
     passages = [{"title": "Oslo", "text": "Oslo is…"}, {"text": "untitled", "id": "9", "score": 1.5}]
-    reader.answer(server.url, "où?", passages, max_new_tokens=9, min_new_tokens=2, client={"model": "fid"})
+    beams = {"num_beams": 4, "num_answers": 2, "length_penalty": 0.5, "allowed_answers": (text for text in ("Oslo", "Tōkyō"))}
+    reader.answer(server.url, "où?", passages, max_new_tokens=9, min_new_tokens=2, client={"model": "fid"}, **beams)
     (received,) = server.received
     assert received.model == "fid"
     assert received.tensors == {
@@ -48,10 +49,20 @@ def test_request_arrives_with_names_types_and_titles_that_triton_expects(server:
         "titles": ["Oslo", ""],
         "max_new_tokens": [9],
         "min_new_tokens": [2],
+        "num_beams": [4],
+        "num_answers": [2],
+        "length_penalty": [0.5],
+        "allowed_answers": ["Oslo", "Tōkyō"],
     }
-    assert received.datatypes == dict.fromkeys(["question", "passages", "titles"], "BYTES") | dict.fromkeys(
-        ["max_new_tokens", "min_new_tokens"], "INT32"
-    )
+    texts, numbers = ["question", "passages", "titles", "allowed_answers"], ["max_new_tokens", "min_new_tokens", "num_beams", "num_answers"]
+    assert received.datatypes == dict.fromkeys(texts, "BYTES") | dict.fromkeys(numbers, "INT32") | {"length_penalty": "FP32"}
+
+
+def test_all_answers_of_a_search_are_given_with_their_log_probs(server: ScriptedServer, reader: Any) -> None:
+    both = {"answers": ["Oslo", "東京"], "answer_log_probs": [-0.25, -1.5]}
+    server.on_infer = lambda received, context: {"answer": "Oslo", "log_prob": -0.5, "tokens": 3} | both
+    answer = reader.answer(server.url, "q", ["p"], num_answers=2, allowed_answers=["東京", "Oslo"])
+    assert (answer.text, answer.answers, answer.answer_log_probs) == ("Oslo", ("Oslo", "東京"), (-0.25, -1.5))
 
 
 def test_optional_inputs_left_out_are_not_sent(server: ScriptedServer, reader: Any) -> None:
@@ -329,6 +340,23 @@ def test_title_of_none_is_no_title() -> None:
 )
 def test_fault_is_named_with_what_was_wanted(args: tuple[Any, ...], message: str) -> None:
     assert _fault(*args) == message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"allowed_answers": []}, "allowed_answers: wanted at least one, got none; leave it out to allow any answer"),
+        ({"allowed_answers": "yes"}, "allowed_answers: wanted a list of them, got one str"),
+        ({"allowed_answers": ["yes", 3]}, "allowed_answers[1]: wanted a string, got int"),
+        ({"allowed_answers": ["yes", "no"], "num_answers": 3}, "num_answers: wanted at most the allowed answers (2), got 3"),
+        ({"allowed_answers": ["a", "b", "c"], "num_answers": 3, "num_beams": 2}, "num_answers: wanted at most num_beams (2), got 3"),
+        ({"num_answers": 2}, "num_answers: wanted at most num_beams (None), got 2"),
+    ],
+)
+def test_faults_of_beams_and_choices_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestRefused) as caught:
+        tensors_from_request(ReaderRequest("q", ["p"], **options))
+    assert caught.value.message == message
 
 
 def test_all_faults_are_named_at_once_and_the_many_are_counted() -> None:

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->\s*\Z", re.DOTALL)
+TYPED = re.compile(r"^\$ ((?:.*\\\n)*.*)\n", re.MULTILINE)  # a command in a console, with the lines that it goes on in
 LANGUAGES = ("", "sh", "python", "console", "text")
 # of a bash script: `make serve ...` is started, waited for, and stopped by Ctrl-C at the next one or at the end
 SERVE = """
@@ -179,7 +180,7 @@ def script_of(block: Block) -> str:
     if block.language == "python":
         return f"set -e\n.venv/bin/python - <<'END'\n{block.text}END\n"
     if block.language == "console":
-        return "set -e\n" + "\n".join(line[2:] for line in block.text.splitlines() if line.startswith("$ "))
+        return "set -e\n" + "\n".join(TYPED.findall(block.text))
     return SERVE + re.sub(r"^make serve\b", "serve", block.text, flags=re.MULTILINE)
 
 
@@ -214,7 +215,7 @@ def test_e5_a_block_runs_as_printed(block, site, request):
             network.close()
     assert code == 0, f"{block.text}\n{output}"
     printed = {shape(line) for line in output.splitlines()}
-    wanted = block.output.splitlines() + [line for line in block.text.splitlines() if block.language == "console" and line[:2] != "$ "]
+    wanted = block.output.splitlines() + (TYPED.sub("", block.text).splitlines() if block.language == "console" else [])
     assert [line for line in wanted if shape(line) not in printed] == [], output
     if block.language == "python":
         assert output.strip(), "a snippet that prints its answer"

@@ -46,6 +46,7 @@ CLIENT_FAULTS: dict[str, Fault] = {
     "malformed HTTP": client_faults.malformed_http,
     "cancel storm": client_faults.cancel_storm,
     "cancel storm, streams": client_faults.cancel_storm_streams,
+    "beams, choices, cancels": client_faults.mixed_kinds,
     "deadlines too short": client_faults.deadlines_too_short,
     "slow readers": client_faults.slow_readers,
     "hanging up": client_faults.hanging_up,

@@ -135,13 +135,13 @@ def from_server(arena: Arena, case: Case, reader: str) -> None:
     Raises:
         ArenaError: if it does not.
     """
-    limits = {"max_new_tokens": case.max_new_tokens, "min_new_tokens": case.min_new_tokens}
+    options = {"max_new_tokens": case.max_new_tokens, "min_new_tokens": case.min_new_tokens, **case.search}
     try:
         with ReaderClient(arena.server.grpc_url, reader) as client:
-            answer = client.answer(case.question, case.passages, case.titles, **limits)
+            answer = client.answer(case.question, case.passages, case.titles, **options)
     except ReaderError as error:
         raise ArenaError(f"an undisturbed server does not answer: {error}") from error
-    case.text, case.tokens, case.log_prob = answer.text, answer.tokens, answer.log_prob
+    case.text, case.tokens, case.log_prob, case.answers = answer.text, answer.tokens, answer.log_prob, answer.answers
 
 
 def judge_good(tally: Tally, outcome: Outcome) -> None:

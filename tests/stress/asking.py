@@ -133,9 +133,10 @@ def judged_stream(responses: Iterable[Any], case: Case, model: str, *, hasty: bo
 
 def judged_answer(answer: Any, case: Case) -> Outcome:
     """Compare an answer with the reference."""
-    if case.fits(answer.text, answer.tokens, answer.log_prob):
+    if case.fits(answer.text, answer.tokens, answer.log_prob, answer.answers):
         return Verdict.RIGHT, ""
-    wanted, got = (case.text, case.tokens, case.log_prob), (answer.text, answer.tokens, answer.log_prob)
+    wanted = case.text, case.tokens, case.log_prob, case.answers
+    got = answer.text, answer.tokens, answer.log_prob, answer.answers
     return Verdict.WRONG, f"wanted {wanted!r}, got {got!r}"
 
 
@@ -194,6 +195,8 @@ def judged_http(body: bytes, case: Case) -> Outcome:
     if "tokens" not in events[-1]:
         return Verdict.LOST, "HTTP: the stream ended without its totals"
     answer = "".join(event["answer"] for event in events)
-    if case.fits(answer, events[-1]["tokens"], events[-1]["log_prob"]):
+    answers = events[-1].get("answers", [])
+    answers = tuple(answers) if isinstance(answers, list) else (answers,)  # Triton writes a list of one as what is in it
+    if case.fits(answer, events[-1]["tokens"], events[-1]["log_prob"], answers):
         return Verdict.RIGHT, ""
-    return Verdict.WRONG, f"HTTP: wanted {case.text!r}, got {answer!r}"
+    return Verdict.WRONG, f"HTTP: wanted {case.text!r}, {case.answers!r}, got {answer!r}, {answers!r}"

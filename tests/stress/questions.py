@@ -23,7 +23,10 @@ LOG_PROB_TOLERANCE = 1e-2  # of an answer's sum: steps in company add in another
 
 @dataclasses.dataclass
 class Case:
-    """One question to one reader; `text` and `tokens` are what an undisturbed server answered."""
+    """One question to one reader; `text`, `tokens`, `log_prob` and `answers` are what an undisturbed server answered.
+
+    `search`: options of a request that is not greedy, as ReaderRequest names them.
+    """
 
     reader: str
     question: str
@@ -31,13 +34,15 @@ class Case:
     titles: list[str]
     max_new_tokens: int
     min_new_tokens: int
+    search: dict[str, Any] = dataclasses.field(default_factory=dict)
+    answers: tuple[str, ...] = ()
     text: str = ""
     tokens: int = 0
     log_prob: float = 0.0
 
     def tensors(self, model: str) -> dict[str, np.ndarray]:
         """As READER_TENSORS names them."""
-        request = ReaderRequest(self.question, self.passages, self.titles, self.max_new_tokens, self.min_new_tokens)
+        request = ReaderRequest(self.question, self.passages, self.titles, self.max_new_tokens, self.min_new_tokens, **self.search)
         return tensors_from_request(request, model=model)
 
     def message(self, model: str) -> service_pb2.ModelInferRequest:
@@ -47,15 +52,31 @@ class Case:
     def body(self) -> dict[str, Any]:
         """The JSON for `generate` and `generate_stream`."""
         names = ("question", "passages", "titles", "max_new_tokens", "min_new_tokens")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | self.search
 
-    def fits(self, text: str, tokens: int, log_prob: float) -> bool:
-        """Whether this is the right answer."""
-        return (text, tokens) == (self.text, self.tokens) and abs(log_prob - self.log_prob) <= LOG_PROB_TOLERANCE
+    def fits(self, text: str, tokens: int, log_prob: float, answers: tuple[str, ...] = ()) -> bool:
+        """Whether this is the right answer, and all answers of a search are right."""
+        return (text, tokens, answers) == (self.text, self.tokens, self.answers) and abs(log_prob - self.log_prob) <= LOG_PROB_TOLERANCE
 
     def shortened(self) -> Case:
         """The same question to one passage, for an answer of two tokens."""
         return dataclasses.replace(self, passages=self.passages[:1], titles=self.titles[:1], max_new_tokens=2, min_new_tokens=0)
+
+    def with_beams(self, rng: random.Random, limits: Limits) -> Case:
+        """The same question, answered by beam search."""
+        beams = rng.randint(2, min(limits.max_num_beams, limits.slots))
+        return dataclasses.replace(self, search={"num_beams": beams, "num_answers": rng.randint(1, beams)})
+
+    def with_choices(self, rng: random.Random, limits: Limits) -> Case:
+        """The same question, answered by one of some runs of its passages' words; all of them are scored, or beams find the best."""
+        words = " ".join(self.passages).split()
+        starts = [(rng.randrange(len(words)), rng.randint(1, 3)) for _ in range(rng.randint(2, 8))]
+        allowed = sorted({" ".join(words[first : first + count]) for first, count in starts})
+        search: dict[str, Any] = {"allowed_answers": allowed, "num_answers": rng.randint(1, len(allowed))}
+        if rng.random() < 0.3:
+            beams = min(limits.max_num_beams, limits.slots, len(allowed))
+            search |= {"num_beams": beams, "num_answers": 1}
+        return dataclasses.replace(self, search=search, max_new_tokens=limits.max_new_tokens, min_new_tokens=0)
 
     def lengthened(self, tokens: int) -> Case:
         """The same question, answered in exactly so many tokens."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import random
 from pathlib import Path
@@ -20,6 +22,7 @@ from tests.stress.mutants.http import http_mutants, nested, request
 
 from . import recovery
 from .__main__ import FAULTS, main
+from .asking import judged_http
 from .questions import Case, largest_case, limits_of, word_cases
 from .served import descendants, is_alive, parse, resident_bytes, state_and_parent
 from .tally import Growth, Tally, Verdict, growths, last_line, notes, table
@@ -148,6 +151,18 @@ def repository(engines, tmp_path_factory) -> Path:
     return path
 
 
+def test_a_wrong_list_of_answers_is_wrong_though_the_best_is_right(cases):
+    for seed in range(20):
+        rng = random.Random(seed)
+        beams, choices = cases[0].with_beams(rng, LIMITS), cases[0].with_choices(rng, LIMITS)
+        assert "num_beams" in beams.body() and "allowed_answers" in choices.tensors("fid") and choices.min_new_tokens == 0
+    case = dataclasses.replace(choices, text="a", tokens=2, log_prob=-1.0, answers=("a", "b"))
+    assert case.fits("a", 2, -1.0, ("a", "b")) and not case.fits("a", 2, -1.0, ("a", "c")) and not case.fits("a", 2, -1.0)
+    body = {"answer": "a", "tokens": 2, "log_prob": -1.0, "answers": ["a", "b"]}
+    assert judged_http(json.dumps(body).encode(), case)[0] is Verdict.RIGHT
+    assert judged_http(json.dumps(body | {"answers": "a"}).encode(), case)[0] is Verdict.WRONG
+
+
 def test_limits_are_read_back_from_the_configuration(repository):
     assert limits_of(repository, "fid") == LIMITS
 
@@ -158,11 +173,11 @@ def test_every_fault_has_a_row_of_its_own():
 
 @pytest.mark.server
 def test_a_few_faults_leave_tiny_readers_sound(repository, capsys):
-    faults = ["malformed gRPC", "malformed HTTP", "cancel storm", "hanging up"]
+    faults = ["malformed gRPC", "malformed HTTP", "cancel storm", "beams, choices, cancels", "hanging up"]
     code = main(["--repository", str(repository), "--words", "--scale", "0.05", "--only", *faults])
     printed = capsys.readouterr().out.splitlines()
     assert code == 0, "\n".join(printed)
-    assert printed[-1].startswith("stress: 4 faults, ") and printed[-1].endswith(" tries, 0 wrong, 0 lost, 0 crashed")
+    assert printed[-1].startswith("stress: 5 faults, ") and printed[-1].endswith(" tries, 0 wrong, 0 lost, 0 crashed")
 
 
 @pytest.mark.server

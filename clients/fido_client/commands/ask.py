@@ -25,8 +25,10 @@ def ask(args: argparse.Namespace) -> int:
         client = client_of(args, args.model)
     limits: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "min_new_tokens": args.min_new_tokens}
     beams = {"num_beams": args.num_beams, "num_answers": args.num_answers, "length_penalty": args.length_penalty}
+    beams["allowed_answers"] = args.allowed_answers
     if args.stream and any(value is not None for value in beams.values()):
-        raise UsageError("--stream: a stream has no beams; leave out --num-beams, --num-answers and --length-penalty")
+        options = "--num-beams, --num-answers, --length-penalty and --allowed-answers"
+        raise UsageError(f"--stream: a stream has neither beams nor choices; leave out {options}")
     with client:
         try:
             if args.stream:

@@ -73,8 +73,13 @@ def _parser() -> argparse.ArgumentParser:
         help='JSON list (or JSONL) of strings or {"title", "text"}, or text with one passage a line; - is stdin',
     )
     one.add_argument("--min-new-tokens", type=_whole_number(0), metavar="N", help="minimum number of answer tokens")
-    one.add_argument("--num-answers", type=_whole_number(1), metavar="N", help="answers to print, at most --num-beams")
+    one.add_argument(
+        "--num-answers", type=_whole_number(1), metavar="N", help="answers to print, at most --num-beams, or as many as are allowed"
+    )
     one.add_argument("--length-penalty", type=float, metavar="X", help="order answers by log-prob / tokens ** X (default: 1)")
+    one.add_argument(
+        "--allowed-answers", nargs="+", metavar="TEXT", help="answer with the most probable of these (with --num-beams: found by beams)"
+    )
     one.add_argument("--stream", action="store_true", help="print the answer while it is generated (by MODEL_stream)")
 
     evaluation = commands.add_parser(

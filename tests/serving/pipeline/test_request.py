@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,9 +17,8 @@ from serving.contract.limits import Limits, LimitsError
 from serving.contract.manifest import Manifest, ManifestError, Prompt, token_without_embedding
 from serving.contract.tensors import EngineSizes
 from serving.pipeline.prompt import IncrementalDetokenizer, PromptEncoder, PromptError
-from serving.pipeline.request import BeamOptions, ReaderRequest, RequestError, checked_new_tokens, read_request
+from serving.pipeline.request import BeamOptions, Choices, ReaderRequest, RequestError, checked_new_tokens, read_request
 from serving.pipeline.tokenizer_pool import TokenizerPool
-from serving.pipeline.truncation import TruncatingTokenizer
 from tests.conftest import word_tokenizer
 
 LIMITS = Limits(max_passages=3, max_question_characters=20, max_passage_characters=30, max_new_tokens=8, default_max_new_tokens=4)
@@ -118,6 +115,42 @@ def test_beams_are_taken_and_one_beam_is_a_greedy_answer():
     assert read_request({**GOOD, "num_beams": number(1)}, LIMITS, streams=True).beams is None
     with pytest.raises(RequestError, match="num_beams: wanted none, or 1, in a stream: its text is final"):
         read_request({**GOOD, "num_beams": number(4)}, LIMITS, streams=True)
+
+
+def test_allowed_answers_are_taken_and_may_be_as_long_as_any_answer():
+    tensors = {**GOOD, "allowed_answers": texts("yes", "ñ")}
+    found = read_request({**tensors, "num_answers": number(2)}, LIMITS)
+    assert (found.choices, found.beams, found.max_new_tokens) == (Choices(["yes", "ñ"], 2), None, LIMITS.max_new_tokens)
+    found = read_request({**tensors, "num_beams": number(1), "max_new_tokens": number(3)}, LIMITS)
+    assert (found.choices, found.beams, found.max_new_tokens) == (Choices(["yes", "ñ"], 1), BeamOptions(1, 1, 1.0), 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "limits", "message"),
+    [
+        ({"allowed_answers": texts()}, {}, "allowed_answers: wanted 1 to 3, got 0"),
+        ({"allowed_answers": texts("a", "b", "c", "d"), "num_answers": number(4)}, {}, "allowed_answers: wanted 1 to 3, got 4"),
+        ({"allowed_answers": texts("a", "x" * 7)}, {}, "allowed_answers[1]: wanted at most 6 characters, got 7"),
+        ({"allowed_answers": texts("a", b"\xff")}, {}, "allowed_answers[1]: wanted UTF-8, got byte 0xff at 0"),
+        ({"allowed_answers": texts("a", " ")}, {}, "allowed_answers[1]: wanted text, got an empty string"),
+        ({"num_answers": number(3)}, {}, "num_answers: wanted 1 to 2, the allowed_answers, got 3"),
+        ({"num_answers": number(0)}, {}, "num_answers: wanted 1 to 2, the allowed_answers, got 0"),
+        ({"num_answers": number(3), "num_beams": number(4)}, {}, "num_answers: wanted 1 to 2, the allowed_answers, got 3"),
+        ({"min_new_tokens": number(2)}, {}, "min_new_tokens: wanted none beside allowed_answers, which have their lengths, got 2"),
+        ({"length_penalty": np.array([1], np.float32)}, {}, "length_penalty: wanted num_beams with it"),
+        ({}, {"max_allowed_answers": 0}, "allowed_answers: wanted none, as this reader cannot choose among them"),
+    ],
+)
+def test_each_fault_of_allowed_answers_is_named_alone(change, limits, message):
+    bounds = dataclasses.replace(LIMITS, **{"max_allowed_answers": 3, "max_allowed_answer_characters": 6, **limits})
+    with pytest.raises(RequestError) as caught:
+        read_request({**GOOD, "allowed_answers": texts("a", "b"), **change}, bounds)
+    assert str(caught.value).split(" (")[0] == message
+
+
+def test_a_stream_refuses_allowed_answers_by_name():
+    with pytest.raises(RequestError, match=r"^allowed_answers: wanted none in a stream: the answer is known once"):
+        read_request({**GOOD, "allowed_answers": texts("a", "b")}, LIMITS, streams=True)
 
 
 def test_the_number_of_passages_is_checked_before_any_is_decoded():
@@ -337,57 +370,3 @@ def test_added_tokens_need_an_embedding_too():
     assert token_without_embedding(tokenizer, 97) == 97 and token_without_embedding(tokenizer, 98) is None
     with pytest.raises(ManifestError, match="vocab_size=97, got 97"):
         PromptEncoder(tokenizer, MANIFEST)
-
-
-@pytest.mark.parametrize("before", [0, 1, 3])
-def test_a_question_alone_is_tokenized_on_every_thread_whoever_came_before(before: int, monkeypatch):
-    """Each call waits until as many calls as there are threads have begun."""
-    pool = TokenizerPool(word_tokenizer(), 16, threads=3)
-    texts = [f"w{i}" for i in range(6)]
-    for _ in range(before):
-        pool.truncated_ids(texts)
-    all_threads, whole = threading.Barrier(3, timeout=20), TruncatingTokenizer.whole
-
-    def together(self, texts):
-        all_threads.wait()
-        return whole(self, texts)
-
-    monkeypatch.setattr(TruncatingTokenizer, "whole", together)
-    assert pool.truncated_ids(texts) == [ids(text) for text in texts]
-
-
-def test_a_question_beside_another_is_one_task_and_leaves_the_other_threads_free(monkeypatch):
-    """Each task takes turns of Python's lock, so that a question in many tasks would slow the other."""
-    pool = TokenizerPool(word_tokenizer(), 16, threads=3)
-    first_is_in, second_is_done, whole = threading.Event(), threading.Event(), TruncatingTokenizer.whole
-    tokenizers: list[TruncatingTokenizer] = []
-
-    def recorded(self, texts):
-        if "w0" in texts:
-            first_is_in.set()
-            assert second_is_done.wait(20)
-        else:
-            tokenizers.append(self)
-            time.sleep(0.02)  # long enough for another thread to take the next task, if there is one
-        return whole(self, texts)
-
-    monkeypatch.setattr(TruncatingTokenizer, "whole", recorded)
-    with ThreadPoolExecutor(1) as other:
-        first = other.submit(pool.truncated_ids, ["w0", "w0"])
-        assert first_is_in.wait(20)
-        texts = [f"w{i}" for i in range(10, 30)]
-        assert pool.truncated_ids(texts) == [ids(text) for text in texts]
-        second_is_done.set()
-        assert first.result() == [ids("w0")] * 2
-    assert len(set(map(id, tokenizers))) == 1
-
-
-@pytest.mark.parametrize(
-    "texts", [["w1"], ["w1", "w2"], ["w3 " * 5000], ["w1 "] * 30 + ["w3 " * 5000] * 5], ids=["one", "two", "long", "many"]
-)
-def test_a_question_that_is_given_up_is_not_tokenized_further_and_frees_its_tokenizer(texts):
-    pool = TokenizerPool(word_tokenizer(), 16, threads=2)
-    for _ in range(5):
-        with pytest.raises(TimeoutError, match="left"):
-            pool.truncated_ids(texts, lambda: TimeoutError("left"))
-    assert pool.truncated_ids(texts) == [ids(text)[:16] for text in texts]

@@ -319,3 +319,61 @@ def test_a_full_table_starts_anew(monkeypatch: pytest.MonkeyPatch):
         found = cache.ids(text)
         assert found is not None and found.tolist() == TOKENIZERS["demo"].encode(text, add_special_tokens=False).ids[:20]
         assert len(cache._table) <= 8 + 4
+
+
+def ids(text: str) -> list[int]:
+    return word_tokenizer().encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_a_question_alone_is_tokenized_on_every_thread_whoever_came_before(before: int, monkeypatch):
+    """Each call waits until as many calls as there are threads have begun."""
+    pool = TokenizerPool(word_tokenizer(), 16, threads=3)
+    texts = [f"w{i}" for i in range(6)]
+    for _ in range(before):
+        pool.truncated_ids(texts)
+    all_threads, whole = threading.Barrier(3, timeout=20), TruncatingTokenizer.whole
+
+    def together(self, texts):
+        all_threads.wait()
+        return whole(self, texts)
+
+    monkeypatch.setattr(TruncatingTokenizer, "whole", together)
+    assert pool.truncated_ids(texts) == [ids(text) for text in texts]
+
+
+def test_a_question_beside_another_is_one_task_and_leaves_the_other_threads_free(monkeypatch):
+    """Each task takes turns of Python's lock, so that a question in many tasks would slow the other."""
+    pool = TokenizerPool(word_tokenizer(), 16, threads=3)
+    first_is_in, second_is_done, whole = threading.Event(), threading.Event(), TruncatingTokenizer.whole
+    tokenizers: list[TruncatingTokenizer] = []
+
+    def recorded(self, texts):
+        if "w0" in texts:
+            first_is_in.set()
+            assert second_is_done.wait(20)
+        else:
+            tokenizers.append(self)
+            time.sleep(0.02)  # long enough for another thread to take the next task, if there is one
+        return whole(self, texts)
+
+    monkeypatch.setattr(TruncatingTokenizer, "whole", recorded)
+    with ThreadPoolExecutor(1) as other:
+        first = other.submit(pool.truncated_ids, ["w0", "w0"])
+        assert first_is_in.wait(20)
+        texts = [f"w{i}" for i in range(10, 30)]
+        assert pool.truncated_ids(texts) == [ids(text) for text in texts]
+        second_is_done.set()
+        assert first.result() == [ids("w0")] * 2
+    assert len(set(map(id, tokenizers))) == 1
+
+
+@pytest.mark.parametrize(
+    "texts", [["w1"], ["w1", "w2"], ["w3 " * 5000], ["w1 "] * 30 + ["w3 " * 5000] * 5], ids=["one", "two", "long", "many"]
+)
+def test_a_question_that_is_given_up_is_not_tokenized_further_and_frees_its_tokenizer(texts):
+    pool = TokenizerPool(word_tokenizer(), 16, threads=2)
+    for _ in range(5):
+        with pytest.raises(TimeoutError, match="left"):
+            pool.truncated_ids(texts, lambda: TimeoutError("left"))
+    assert pool.truncated_ids(texts) == [ids(text)[:16] for text in texts]

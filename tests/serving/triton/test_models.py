@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from serving.contract.limits import Limits
 from serving.contract.tensors import EngineSizes, encoder_tensors
+from serving.pipeline.request import RequestError
 from tests.serving.triton import fake_backend
 from tests.serving.triton.fake_backend import Request
 
@@ -122,6 +124,7 @@ def test_a_refusal_that_cannot_be_sent_costs_no_other_request_of_the_batch(load)
     model = module.ReaderModel()
     model._name, model._in_flight, model._warned, model._streams = "fid", set(), set(), False
     model._early_stops = module.EarlyStops()
+    model._replay = lambda writer: False
     accepted: list[Any] = []
     model._encoding = types.SimpleNamespace(submit=lambda run, writer: accepted.append(writer))
     model._metrics = types.SimpleNamespace(refused=lambda: None)
@@ -213,6 +216,21 @@ def test_a_fatal_error_of_the_decoder_ends_the_readers_process(load, monkeypatch
     model._end_if_fatal(RuntimeError("out of memory"))
     model._end_if_fatal(RuntimeError("an illegal memory access"))
     assert ended == ["fid: an illegal memory access"]
+
+
+def test_a_reader_whose_engine_decodes_greedily_refuses_beams_and_choices_by_name(load):
+    module = load("reader_model")
+    texts = {name: np.array([b"a", b"b"], np.object_) for name in ("passages", "allowed_answers")} | {
+        "question": np.array([b"q"], np.object_)
+    }
+    greedy = module._with_what_it_can(Limits(), types.SimpleNamespace(has_beams=False, slots=16))
+    with pytest.raises(RequestError, match="allowed_answers: wanted none, as this reader cannot choose among them"):
+        module.read_request(texts, greedy)
+    del texts["allowed_answers"]
+    with pytest.raises(RequestError, match="num_beams: wanted 1 to 1, got 2"):
+        module.read_request({**texts, "num_beams": np.array([2], np.int32)}, greedy)
+    able = module._with_what_it_can(Limits(), types.SimpleNamespace(has_beams=True, slots=4))
+    assert (able.max_num_beams, able.max_allowed_answers) == (4, Limits().max_allowed_answers)
 
 
 def test_passage_scores_are_shares_of_the_attention(load):

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from serving.launcher.server import LOOPBACK
-from tests.stress.arena import MODELS, Arena, good_company, judge_good, reader_of
-from tests.stress.asking import TIMEOUT_S, Asker, Outcome, exchange, judged, judged_http
+from tests.stress.arena import MODELS, Arena, from_server, good_company, judge_good, reader_of
+from tests.stress.asking import TIMEOUT_S, Asker, Outcome, ask_http, exchange, judged, judged_http
 from tests.stress.mutants.grpc import Mutant, grpc_mutants, random_bytes
 from tests.stress.mutants.http import http_mutants, request
 from tests.stress.questions import Case
@@ -127,6 +127,36 @@ def cancel_storm_streams(arena: Arena, tally: Tally) -> None:
     rng = arena.rng
     tries = [(rng.choice([MODELS[1], MODELS[3]]), rng.choice([0, 0, 1, 3]), rng.random() * 0.01) for _ in range(arena.many(300))]
     in_threads(tally, [functools.partial(attempt, *one) for one in tries], threads=16)
+
+
+def mixed_kinds(arena: Arena, tally: Tally) -> None:
+    """Greedy answers, beams and choices at the same time, over gRPC and HTTP, streams beside them; a third is cancelled at any moment.
+
+    No fault of one client: whoever shares a step with whoever leaves must be answered as alone.
+    """
+    rng, cases = arena.rng, []
+    for model in MODELS[::2]:
+        limits = arena.limits[model]
+        for case in arena.cases[model]:
+            made = [case.with_beams(rng, limits), *(case.with_choices(rng, limits) for _ in range(2))]
+            for one in made:
+                from_server(arena, one, model)
+            cases += [(one, model) for one in (case, *made)]
+
+    def attempt(case: Case, model: str, cancelled: bool, over_http: bool, backoff_s: float) -> None:
+        if cancelled:
+            call = arena.asker.start(case, model)
+            time.sleep(backoff_s)
+            call.cancel()
+            tally.judge(*judged(call, case, model))
+        elif over_http:
+            judge_good(tally, ask_http(arena.server.http_port, case, model))
+        else:
+            judge_good(tally, arena.asker.ask(case, model))
+
+    tries = [(*rng.choice(cases), rng.random() < 0.33, rng.random() < 0.3, rng.random() * 0.03) for _ in range(arena.many(400))]
+    with good_company(arena, tally):
+        in_threads(tally, [functools.partial(attempt, *one) for one in tries], threads=16)
 
 
 def deadlines_too_short(arena: Arena, tally: Tally) -> None:
