@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -117,10 +118,19 @@ def pyterrier(url: str, model: str, search: Search) -> Callable[[str], Answered]
 
 
 def own_fid() -> Any:
-    """The FiD reader of pyterrier-rag over our FiD checkpoint, cut to the reader's passage length. It has no FiDO."""
+    """The FiD reader of pyterrier-rag over our FiD checkpoint, as transformers' T5, cut to the reader's passage length. It has no FiDO."""
     from pyterrier_rag.readers import T5FiD
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-    return T5FiD(CHECKPOINT, text_max_length=128)
+    from export.checkpoint.files import load_reader
+    from export.checkpoint.hugging_face import t5_from_reader
+
+    with tempfile.TemporaryDirectory() as folder:
+        t5_from_reader(load_reader(CHECKPOINT)).save_pretrained(folder)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{CHECKPOINT}/tokenizer.json", pad_token="<pad>", eos_token="</s>")
+        tokenizer.save_pretrained(folder)
+        tokens = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+        return T5FiD(folder, text_max_length=128, generation_config=GenerationConfig(max_new_tokens=32, **tokens))
 
 
 def pyterrier_rag(url: str, model: str, search: Search) -> Callable[[str], Answered]:
