@@ -84,7 +84,8 @@ def test_servers_and_clients_import_without_torch(imports):
         "serving.engines.whole": "cupy",
         "serving.engines.openvino": "openvino",
     }
-    frameworks = {"clients.fido_client.integrations.haystack": "haystack", "clients.fido_client.integrations.langchain": "langchain_core"}
+    packages = {"haystack": "haystack", "langchain": "langchain_core", "llama_index": "llama_index", "pyterrier": "pandas"}
+    frameworks = {f"clients.fido_client.integrations.{name}": package for name, package in packages.items()}
     optional |= frameworks
     for name, missing in imports["failed"].items():
         if name.startswith(("serving", "clients", "examples")):

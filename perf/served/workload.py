@@ -1,8 +1,8 @@
 """`python -m perf.served.workload`: seeded requests with stated distributions of passages, prompt tokens and answer tokens.
 
-In: a name of `WORKLOADS` and a reader, for its tokenizer. Out: perf_analyzer's input data (`--input-data`): questions with passages and a
-forced answer length, so that random and trained weights do the same work. Passages consist of words of one token each, so their length in
-tokens is exact.
+In: a name of `WORKLOADS` and a reader, for its tokenizer. Out: perf_analyzer's input data (`--input-data`), or AIPerf's (`--input-file`) if
+the name ends in .jsonl: questions with passages and a forced answer length, so that random and trained weights do the same work. Passages
+consist of words of one token each, so their length in tokens is exact.
 
 The workload `real` is different: it has the questions, passages and titles of a data file, and the reader decides the answer's length.
 """
@@ -112,6 +112,21 @@ class Request:
             entry |= {"max_new_tokens": [self.new_tokens], "min_new_tokens": [self.new_tokens]}
         return entry
 
+    def as_aiperf(self) -> dict[str, Any]:
+        """The request as an entry of AIPerf's data set "single_turn"; AIPERF_TEMPLATE makes the body of /generate of it."""
+        texts = {"query": [self.question], "passages": list(self.passages), "titles": list(self.titles or ())}
+        entry: dict[str, Any] = {"texts": [{"name": name, "contents": contents} for name, contents in texts.items() if contents]}
+        if self.new_tokens is not None:
+            entry["extra"] = {"max_new_tokens": self.new_tokens, "min_new_tokens": self.new_tokens}
+        return entry
+
+
+# AIPerf reads a "single_turn" data set's texts by these names and adds the entry's "extra" to the body.
+AIPERF_TEMPLATE = (
+    '{"question": {{ query|tojson }}, "passages": {{ passages|tojson }}'
+    '{% if texts_by_name.titles %}, "titles": {{ texts_by_name.titles|tojson }}{% endif %}}'
+)
+
 
 class RequestMaker:
     """Makes requests of exact lengths for one reader.
@@ -207,11 +222,15 @@ def random_token_ids(spec: WorkloadSpec, count: int, seed: int, vocab_size: int)
 
 
 def write_input_data(requests: Iterable[Request], path: Path) -> int:
-    """Write perf_analyzer's input data; return the number of requests."""
-    entries = [request.as_perf_analyzer() for request in requests]
+    """Write perf_analyzer's input data, or AIPerf's where the path ends in .jsonl, with its template beside it; return the number."""
+    requests = list(requests)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"data": entries}) + "\n", encoding="utf-8")
-    return len(entries)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(request.as_aiperf()) + "\n" for request in requests), encoding="utf-8")
+        path.with_suffix(".jinja").write_text(AIPERF_TEMPLATE + "\n", encoding="utf-8")
+    else:
+        path.write_text(json.dumps({"data": [request.as_perf_analyzer() for request in requests]}) + "\n", encoding="utf-8")
+    return len(requests)
 
 
 def main(argv: list[str] | None = None) -> int:
