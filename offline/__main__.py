@@ -15,11 +15,13 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+# Ray sends nobody anything, and says only what is wrong: the lines of this command are its progress.
+for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "ERROR", "RAY_BACKEND_LOG_LEVEL": "fatal"}.items():
+    os.environ.setdefault(name, value)
 
 try:
     import ray
@@ -27,7 +29,7 @@ try:
 except ImportError:
     sys.exit("error: ray is not installed here: `make setup FOR=offline`, then .venv-offline/bin/python -m offline")
 
-from .inputs import Shard, data_files, plan_file
+from .inputs import Shard, data_files, place_of, plan_file
 from .readers import ShardReader, Source
 from .results import Results, Settings
 
@@ -63,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _connect(address: str | None) -> None:
     """Join the cluster at the address, or start one of this machine."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     alone: dict[str, Any] = {} if address else {"include_dashboard": False}
     ray.init(address=address, logging_level=logging.ERROR, **alone)
     context = ray.data.DataContext.get_current()
@@ -90,8 +91,6 @@ def _planned(names: list[str], settings: Settings, results: Results) -> list[dic
 
 
 def _size(name: str) -> int:
-    from .inputs import place_of
-
     system, place = place_of(name)
     size: int = system.get_file_info(place).size
     return size
@@ -164,6 +163,8 @@ def _pass(todo: list[Shard], actor: type, arguments: tuple[Any, ...], actors: in
         # Soft: the actor of a node that is lost goes to another one. A resource of our own may not spread actors (ray#47631).
         return {"scheduling_strategy": NodeAffinitySchedulingStrategy(next(turns), soft=True)}
 
+    # Ray warns that two arguments lose their form in 2.64; requirements-offline.txt pins 2.60.
+    warnings.filterwarnings("ignore", message=".*ray_remote_args", category=Warning)
     data = ray.data.from_items([dataclasses.asdict(shard) for shard in todo], override_num_blocks=len(todo)).map(
         actor,
         fn_constructor_args=arguments,

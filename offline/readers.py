@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import os
 import socket
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +23,14 @@ from fido_client.errors import ReaderError, ReaderUnavailable, RequestRefused
 from fido_client.reader_client import ReaderClient, ReaderRequest
 from fido_client.request import tensors_from_request
 
+from serving.contract.limits import Limits
+from serving.launcher.endpoints import free_ports
+from serving.launcher.installation import PROJECT
+from serving.launcher.processes import GuardedProcess
+from serving.pipeline.in_process import InProcessReader
+from serving.pipeline.prompt import PromptError
+from serving.pipeline.request import RequestError, read_request
+
 from .inputs import Row, Shard, read_rows
 from .results import Results, Settings
 
@@ -27,6 +38,7 @@ from .results import Results, Settings
 # up to 3 s (serving/launcher/supervisor.py), and is then away until it has started.
 PAUSES_S = (0.0, 4.0, 8.0)
 READY_POLL_S = 0.5
+END_S = 10.0  # of a server at the end of its actor
 # Few: a server that is gone is noticed within seconds, and what was in flight is then asked one by one.
 CLIENT_RETRIES = 3
 
@@ -69,9 +81,10 @@ class Reader(Protocol):
 
 
 class _Served:
-    """A reader behind a client; with a repository, of a server that this process keeps up."""
+    """A reader behind a client; with a repository, of a server that is a process of this one's."""
 
     def __init__(self, source: Source) -> None:
+        self._server: GuardedProcess | None = None
         url = source.url or self._serve(source)
         self._concurrency = source.concurrency
         self._client = ReaderClient(url, source.model, source.timeout_s, retries=CLIENT_RETRIES)
@@ -80,34 +93,25 @@ class _Served:
         return self._client.answer_many(requests, self._concurrency)
 
     def is_ready(self) -> bool:
+        if self._server is not None and self._server.popen.poll() is not None:
+            raise ServerGone(f"the server ended: {self._log.read_text(errors='replace').strip()[-500:]}")
         return self._client.is_ready()
 
-    @staticmethod
-    def _serve(source: Source) -> str:
-        """Start a server on free ports of loopback and keep it up; it ends with this process. Returns its address."""
-        from serving.launcher.endpoints import free_ports
-        from serving.launcher.repository import models_of
-        from serving.launcher.server import TritonServer
-        from serving.launcher.supervisor import keep_serving
+    def _serve(self, source: Source) -> str:
+        """Start `python -m serving` on free ports of loopback, which keeps its server up; returns the address.
 
-        ports, ready, errors = free_ports(3), threading.Event(), []
-
-        def new_server() -> TritonServer:
-            return TritonServer(models_of([source.model], stream=False), Path(source.repository or ""), ports)
-
-        def serve() -> None:
-            try:
-                keep_serving(new_server, threading.Event(), lambda _: ready.set())
-            except Exception as error:
-                errors.append(error)
-                ready.set()
-
-        threading.Thread(target=serve, name="server", daemon=True).start()
-        if not ready.wait(source.wait_s):
-            raise ServerGone(f"the server of {source.repository} was not ready within {source.wait_s:g} s")
-        if errors:
-            raise ServerGone(str(errors[0]))
-        return f"127.0.0.1:{ports[1]}"
+        It ends with this process, however that ends: Ray kills a process's children with it, and the guard does where Ray could not.
+        """
+        folder = tempfile.mkdtemp(prefix="fido-offline-")
+        self._log = Path(folder) / "serving.log"
+        http, grpc, metrics = free_ports(3)
+        ports = [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
+        served = ["--readers", source.model, f"--repository={source.repository}", f"--log={folder}/tritonserver.log"]
+        variables = {**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        with self._log.open("wb") as log:
+            command = [sys.executable, "-m", "serving", *served, *ports]
+            self._server = GuardedProcess(command, variables, {}, log.fileno(), (), END_S, scratch=folder)
+        return f"127.0.0.1:{grpc}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +127,6 @@ class _InProcess:
     """Engines in this process; requests are checked as a server checks them."""
 
     def __init__(self, source: Source) -> None:
-        from serving.contract.limits import Limits
-        from serving.pipeline.in_process import InProcessReader
-
         self._limits = Limits()
         self._reader = InProcessReader(Path(source.engines or ""), self._limits)
         self._threads = concurrent.futures.ThreadPoolExecutor(source.concurrency)
@@ -137,9 +138,6 @@ class _InProcess:
         return True
 
     def _one(self, request: ReaderRequest) -> _Found | ReaderError:
-        from serving.pipeline.prompt import PromptError
-        from serving.pipeline.request import RequestError, read_request
-
         try:
             checked = read_request(tensors_from_request(request), self._limits)
             found = self._reader.answer(
