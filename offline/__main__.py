@@ -26,12 +26,12 @@ for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "ERROR
 try:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-except ImportError:
-    sys.exit("error: ray is not installed here: `make setup FOR=offline`, then .venv-offline/bin/python -m offline")
 
-from .inputs import Shard, data_files, place_of, plan_file
-from .readers import ShardReader, Source
-from .results import Results, Settings
+    from .inputs import Shard, data_files, place_of, plan_file
+    from .readers import ShardReader, Source
+    from .results import Results, Settings
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}: `make setup FOR=offline`, then .venv-offline/bin/python -m offline")
 
 LEAST_ASKED = 100  # rows, before the share set aside is judged
 NODE_RETRIES = 3  # of a shard whose process or node died; a question that ends the process must not be asked for ever
@@ -50,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.engines is None and arguments.url is None and not os.path.isdir(arguments.repository):
             raise OfflineError(f"--repository {arguments.repository}: there is no such folder (`make export` makes one)")
+        names, planned = data_files(arguments.files), results.known_files(settings)
+        _require_unchanged(names, planned)
         _connect(arguments.address)
-        files = _planned(data_files(arguments.files), settings, results)
-        return _run(arguments, settings, results, files)
+        return _run(arguments, settings, results, _planned(names, planned, settings, results))
     except KeyboardInterrupt:
         print("offline: stopped; run it again to go on", file=sys.stderr)
         return 130
@@ -73,27 +74,26 @@ def _connect(address: str | None) -> None:
     context.print_on_execution_start = False
 
 
-def _planned(names: list[str], settings: Settings, results: Results) -> list[dict[str, Any]]:
-    """The plans of all files, old and new, written to the manifest; a file is planned once."""
-    files = results.known_files(settings)
-    known = {entry["file"]: entry for entry in files}
-    sizes = {name: _size(name) for name in names}
-    changed = [name for name in names if name in known and known[name]["bytes"] != sizes[name]]
-    if changed:
-        raise OfflineError(f"{changed[0]}: {known[changed[0]]['bytes']} bytes when it was planned, {sizes[changed[0]]} now; pass another --out")
-    new = [{"file": name, "number": len(files) + index} for index, name in enumerate(name for name in names if name not in known)]
+def _require_unchanged(names: list[str], planned: list[dict[str, Any]]) -> None:
+    """Refuse a file that has changed since it was planned: its shards would hold other rows."""
+    sizes = {entry["file"]: entry["bytes"] for entry in planned}
+    for name in names:
+        system, place = place_of(name)
+        now = system.get_file_info(place).size
+        if sizes.get(name, now) != now:
+            raise OfflineError(f"{name}: {sizes[name]} bytes when it was planned, {now} now; pass another --out")
+
+
+def _planned(names: list[str], planned: list[dict[str, Any]], settings: Settings, results: Results) -> list[dict[str, Any]]:
+    """The plans of all files, old and new, which the manifest holds then."""
+    known = {entry["file"] for entry in planned}
+    new = [name for name in names if name not in known]
     if new:
-        plan = ray.remote(num_cpus=1)(plan_file)
-        pending = [plan.remote(item["file"], item["number"], settings.shard_rows, results.out) for item in new]
-        files += ray.get(pending)
-        results.write_manifest(settings, files)
-    return files
-
-
-def _size(name: str) -> int:
-    system, place = place_of(name)
-    size: int = system.get_file_info(place).size
-    return size
+        plan = ray.remote(plan_file)
+        pending = [plan.remote(name, len(planned) + index, settings.shard_rows, results.out) for index, name in enumerate(new)]
+        planned = planned + ray.get(pending)
+        results.write_manifest(settings, planned)
+    return planned
 
 
 def _run(arguments: argparse.Namespace, settings: Settings, results: Results, files: list[dict[str, Any]]) -> int:

@@ -22,7 +22,6 @@ import clients  # noqa: F401  (it makes fido_client importable in a checkout)
 from fido_client.errors import ReaderError, ReaderUnavailable, RequestRefused
 from fido_client.reader_client import ReaderClient, ReaderRequest
 from fido_client.request import tensors_from_request
-
 from serving.contract.limits import Limits
 from serving.launcher.endpoints import free_ports
 from serving.launcher.installation import PROJECT
@@ -140,9 +139,7 @@ class _InProcess:
     def _one(self, request: ReaderRequest) -> _Found | ReaderError:
         try:
             checked = read_request(tensors_from_request(request), self._limits)
-            found = self._reader.answer(
-                checked.question, checked.passages, checked.titles, checked.max_new_tokens, checked.min_new_tokens
-            )
+            found = self._reader.answer(checked.question, checked.passages, checked.titles, checked.max_new_tokens, checked.min_new_tokens)
         except ReaderError as error:
             return error
         except (RequestError, PromptError) as error:
@@ -221,7 +218,7 @@ class ShardReader:
         while todo:
             self._wait_until_ready(reader)
             replies, at = reader.ask([self._request(row) for row in todo]), 0
-            for row, reply in zip(todo, replies):
+            for row, reply in zip(todo, replies, strict=True):
                 if isinstance(reply, ReaderUnavailable):
                     alone += todo[at : at + self._source.concurrency]
                     at += self._source.concurrency

@@ -103,7 +103,7 @@ class Results:
             [row.row for row, _ in answers],
             *([getattr(answer, name) for _, answer in answers] for name in ("text", "log_prob", "tokens")),
         ]
-        table = pa.Table.from_arrays([pa.array(column, field.type) for column, field in zip(columns, ANSWERS)], schema=ANSWERS)
+        table = pa.Table.from_arrays([pa.array(column, field.type) for column, field in zip(columns, ANSWERS, strict=True)], schema=ANSWERS)
         aside = [{"id": row.id, "file": shard.file, "row": row.row, "error": error, "source": row.source} for row, error in faults]
         system, place = place_of(f"{self.out}/set_aside/{shard.name}.parquet")
         if aside:
