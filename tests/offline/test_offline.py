@@ -171,7 +171,8 @@ def test_what_is_wrong_with_the_command_is_said_in_one_line(tmp_path):
 
 ENDS_THE_SERVER = """
 import sys
-from fido_client.errors import ReaderError, ReaderUnavailable, RequestRefused
+import clients
+from fido_client.errors import ReaderError, ReaderUnavailable
 from offline import readers
 from offline.inputs import Row
 from fido_client.data.examples import example_from
@@ -218,7 +219,7 @@ def test_a_question_that_ends_its_server_is_set_aside_and_the_others_are_answere
 
 @pytest.mark.server
 def test_a_killed_server_of_an_actor_comes_back_and_no_question_is_lost(tmp_path):
-    examples = list(read_examples(ROOT / "examples" / "questions.json"))
+    examples = list(read_examples(ROOT / "examples" / "demo_questions.jsonl"))
     jsonl, out = tmp_path / "lines.jsonl", tmp_path / "out"
     with jsonl.open("w") as file:
         for number in range(400):
