@@ -6,7 +6,8 @@ SHELL := /bin/bash
 # ---- Settings: NAME=value on make's command line ----
 
 PYTHON ?= python3
-VENV ?= .venv
+# Ray has an environment of its own.
+VENV ?= $(if $(filter offline,$(FOR)),.venv-offline,.venv)
 
 # Readers to export: a checkpoint directory of any known layout, or a hub name. `make export FID=path` exports fid alone.
 FID ?= checkpoints/fid
@@ -66,7 +67,7 @@ help: ## list the targets
 # ---- Set-up: a task installs what it needs (deploy/set_up.py) ----
 
 FOR ?= serve
-setup: $(VENV)/.$(FOR) ## make .venv for a task: FOR=serve (no torch), export, evaluate, openvino or dev (everything)
+setup: $(VENV)/.$(FOR) ## make .venv for a task: FOR=serve (no torch), export, evaluate, openvino, offline or dev (everything)
 
 SERVE := $(VENV)/.serve
 EXPORT_READY := $(VENV)/.export
@@ -81,6 +82,8 @@ $(EVALUATE): requirements-evaluate.txt $(SERVE)
 	$(SET_UP) evaluate
 $(VENV)/.openvino: requirements-openvino.txt $(SERVE)
 	$(SET_UP) openvino
+$(VENV)/.offline: requirements-offline.txt $(SERVE)
+	$(SET_UP) offline
 $(DEV): requirements-dev.txt $(EXPORT_READY) $(EVALUATE) $(VENV)/.openvino
 	$(SET_UP) dev
 
@@ -238,7 +241,7 @@ lint: $(DEV) ## ruff and mypy
 	$(VENV)/bin/mypy .
 
 clean: ## remove everything that was built, and the environment
-	rm -rf build $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build $(VENV) .venv-offline .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find model_repository -mindepth 1 ! -name README.md -delete
 
 .PHONY: help setup export demo-readers serve status ask demo play evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation uptrain-demo test stress storm gpu-test gpu-check container-test mutants lint clean

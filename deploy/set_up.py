@@ -4,6 +4,7 @@
     python3 deploy/set_up.py export     and torch, to export checkpoints (without a GPU: its CPU build)
     python3 deploy/set_up.py evaluate   and the demo's corpus
     python3 deploy/set_up.py openvino   and OpenVINO, for faster CPU engines
+    python3 deploy/set_up.py offline    and Ray, in .venv-offline, to answer files of questions on many machines
     python3 deploy/set_up.py dev        everything: tests, benchmarks, training, lint
 
 Python, glibc and free disk are checked before anything is downloaded. Runs on any Python from 3.8 on, without packages; the environment is
@@ -39,6 +40,7 @@ SETS = {
     "export": (["requirements-export.txt"], ["serve"], 2500),
     "evaluate": (["requirements-evaluate.txt"], ["serve"], 300),
     "openvino": (["requirements-openvino.txt"], ["serve"], 1000),
+    "offline": (["requirements-offline.txt"], ["serve"], 1000),
     "dev": (["requirements-dev.txt"], ["serve", "export", "evaluate", "openvino"], 3000),
 }
 SERVER = "requirements-triton.txt"
@@ -56,8 +58,9 @@ def main() -> int:
     """Check, install, sum up."""
     parser = argparse.ArgumentParser(prog="python3 deploy/set_up.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("set", choices=list(SETS), nargs="?", default="serve")
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="default: .venv")
+    parser.add_argument("--venv", type=Path, help="default: .venv; .venv-offline for offline")
     arguments = parser.parse_args()
+    arguments.venv = arguments.venv or ROOT / (".venv-offline" if arguments.set == "offline" else ".venv")
     needed = SETS[arguments.set][1]
     python = arguments.venv / "bin" / "python"
     version = version_of(str(python))

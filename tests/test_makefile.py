@@ -22,7 +22,7 @@ class Make:
     def __init__(self, directory: Path):
         self.directory = directory
         shutil.copyfile(ROOT / "Makefile", directory / "Makefile")
-        for file in ("", "-triton", "-export", "-evaluate", "-openvino", "-dev"):
+        for file in ("", "-triton", "-export", "-evaluate", "-openvino", "-offline", "-dev"):
             (directory / f"requirements{file}.txt").write_text("")
         for folder in ("export", "serving/contract", "serving/launcher/preload", "venv/bin", "build/corpus"):
             (directory / folder).mkdir(parents=True)

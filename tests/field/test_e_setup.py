@@ -60,6 +60,17 @@ def test_e1_an_environment_of_a_python_without_wheels_is_refused(tmp_path, monke
         set_up.main()
 
 
+def test_e1_ray_gets_an_environment_of_its_own(monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(set_up, "version_of", asked.append)
+    monkeypatch.setattr(set_up.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    for name in ("offline", "serve"):
+        monkeypatch.setattr(sys, "argv", ["set_up.py", name])
+        with pytest.raises(SystemExit, match="^error: disk: "):
+            set_up.main()
+    assert asked == [str(ROOT / folder / "bin" / "python") for folder in (".venv-offline", ".venv")]
+
+
 @pytest.mark.parametrize("damage", ["no pip", "its Python is gone"])
 def test_e1_an_environment_that_is_half_made_is_mended(tmp_path, monkeypatch, damage):
     venv = tmp_path / "venv"

@@ -91,14 +91,25 @@ def _examples(path: pathlib.Path, n_context: int | None, limit: int | None) -> I
         with open_data(path) as file:
             elements = json_values(read_lines(file, path), path, ACCEPTED)
             for index, (line, element) in enumerate(itertools.islice(elements, limit)):
-                yield _example(element, index, n_context, f"{path}:{line}")
+                yield example_from(element, str(index), n_context=n_context, where=f"{path}:{line}")
     except ExampleError:
         raise
     except DataFileError as error:
         raise ExampleError(str(error)) from error
 
 
-def _example(element: Any, index: int, n_context: int | None, where: str) -> Example:
+def example_from(element: Any, default_id: str, *, n_context: int | None = None, where: str) -> Example:
+    """One example from its JSON value; for `n_context` see `read_examples`.
+
+    Args:
+        element: The JSON value.
+        default_id: The id of an example that has none.
+        n_context: Maximum number of contexts; None: all.
+        where: Its file and line, for messages.
+
+    Raises:
+        ExampleError: If it is not an example; the message names all faults.
+    """
     faults: list[str] = []
     if not isinstance(element, dict):
         raise ExampleError(f"{where}: wanted an object with question, answers and ctxs, got {_kind(element)}; accepted: {ACCEPTED}")
@@ -125,7 +136,7 @@ def _example(element: Any, index: int, n_context: int | None, where: str) -> Exa
         contexts.sort(key=lambda context: -(context.score or 0.0))
     identifier = element.get("id")
     return Example(
-        id=str(index if identifier is None else identifier),
+        id=default_id if identifier is None else str(identifier),
         question=element["question"],
         answers=tuple(answers),
         contexts=tuple(contexts[:n_context]),
