@@ -30,6 +30,7 @@ from perf.bounds.cost import (
     step_weights,
 )
 from perf.bounds.rates import hardware_spec_of
+from perf.gpu import forms
 
 PAPER = Workload(batch=24, n_passages=40, passage_length=256, new_tokens=32)
 ONE = dataclasses.replace(PAPER, batch=1)
@@ -141,6 +142,25 @@ def run(tmp_path):
 def test_the_hardware_spec_has_the_measured_rates(run):
     spec = hardware_spec_of(run)
     assert (spec.name, spec.bytes_per_s, spec.flops_per_s) == ("a processor", 1e10, 1e11)
+
+
+def test_two_forms_of_the_engines_are_measured_in_turns(engines, tmp_path):
+    folders = []
+    for form in forms.FORMS:
+        folders.append(tmp_path / form)
+        folders[-1].mkdir()
+        for reader in stages.READERS:
+            (folders[-1] / reader).symlink_to(engines[reader][1])
+    points = [{"model": reader, "load": 8, "questions_per_s": number} for number, reader in enumerate(stages.READERS, 5)]
+    (folders[1] / "sweep.json").write_text(json.dumps({"points": points}))
+    (folders[0] / "sweep.json").write_text(json.dumps({"points": []}))
+    out, options = tmp_path / "whole.json", ["--plan", "smoke", "--batches", "1", "2", "--rounds", "1", "--steps", "2"]
+    assert forms.main([*map(str, folders), "--sweeps", *map(str, folders), *options, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert [found["whole"][reader]["questions_per_s_in_flight"] for reader in stages.READERS] == [{"8": 5}, {"8": 6}]
+    for form in forms.FORMS:
+        for reader in stages.READERS:
+            assert set(found[form][reader]["step_ms"]) == {"1", "2"} and found[form][reader]["encoder_ms"]["median"] > 0
 
 
 def test_stages_take_a_question_apart(run, engines, tmp_path, tokenizer_json):
