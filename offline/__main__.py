@@ -73,6 +73,7 @@ def _connect(address: str | None) -> None:
     context.enable_progress_bars = False
     context.max_errored_blocks = -1  # a shard that failed is not done: it is asked for again
     context.print_on_execution_start = False
+    context.max_consecutive_actor_init_deaths = NODE_RETRIES
 
 
 def _require_unchanged(names: list[str], planned: list[dict[str, Any]]) -> None:
@@ -147,7 +148,7 @@ def _run(arguments: argparse.Namespace, settings: Settings, results: Results, fi
     set_aside = results.set_aside()
     print(
         f"offline: {total} questions, {total - set_aside} answered, {set_aside} set aside, "
-        f"{progress.asked} of them asked now in {time.monotonic() - started_s:.1f} s; {results.out}/answers",
+        f"{progress.asked} of them asked now in {time.monotonic() - started_s:.1f} s; {arguments.out}/answers",
         flush=True,
     )
     return 0
