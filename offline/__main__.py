@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 # Ray sends nobody anything, and says only what is wrong: the lines of this command are its progress.
-for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "ERROR", "RAY_BACKEND_LOG_LEVEL": "fatal"}.items():
+for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "ERROR"}.items():
     os.environ.setdefault(name, value)
 
 try:
@@ -36,6 +36,7 @@ except ModuleNotFoundError as missing:
 LEAST_ASKED = 100  # rows, before the share set aside is judged
 NODE_RETRIES = 3  # of a shard whose process or node died; a question that ends the process must not be asked for ever
 PROGRESS_EVERY_S = 1.0
+FRUITLESS_PASSES = 3  # in which Ray lost all actors, one after the other
 
 
 class OfflineError(Exception):
@@ -67,11 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _connect(address: str | None) -> None:
     """Join the cluster at the address, or start one of this machine."""
     alone: dict[str, Any] = {} if address else {"include_dashboard": False}
-    ray.init(address=address, logging_level=logging.ERROR, **alone)
+    ray.init(address=address or "local", logging_level=logging.ERROR, **alone)  # without an address Ray joins any cluster that it finds
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = -1  # a shard that failed is not done: it is asked for again
     context.print_on_execution_start = False
+    context.max_consecutive_actor_init_deaths = NODE_RETRIES
 
 
 def _require_unchanged(names: list[str], planned: list[dict[str, Any]]) -> None:
@@ -118,30 +120,35 @@ def _run(arguments: argparse.Namespace, settings: Settings, results: Results, fi
         arguments.timeout_s,
         arguments.wait_s,
     )
+    fruitless = 0
     while todo:
         problems: list[str] = []
         before = len(todo)
-        for summary in _pass(todo, ShardReader, (source, settings, results.out), actors, nodes if not gpus else []):
-            if summary["problem"]:
-                problems.append(f"{summary['shard']} on {summary['actor']}: {summary['problem']}")
-                print(f"offline: shard {problems[-1]}", file=sys.stderr, flush=True)
-                if len(problems) >= 2 * actors and not progress.asked:
-                    break
-                continue
-            progress.add(summary)
-            if progress.set_aside > arguments.max_set_aside * max(progress.asked, LEAST_ASKED):
-                if results.undone(files, again=False):
+        try:
+            for summary in _pass(todo, ShardReader, (source, settings, results.out), actors, nodes if not gpus else []):
+                if summary["problem"]:
+                    problems.append(f"shard {summary['shard']} on {summary['actor']}: {summary['problem']}")
+                    print(f"offline: {problems[-1]}", file=sys.stderr, flush=True)
+                    if len(problems) >= 2 * actors and not progress.asked:
+                        break
+                    continue
+                progress.add(summary)
+                if progress.set_aside > arguments.max_set_aside * max(progress.asked, LEAST_ASKED) and results.undone(files, again=False):
                     raise OfflineError(
                         f"{progress.set_aside} of {progress.asked} questions were set aside, the first: {progress.first_error}; "
                         "mend the data or the reader, or allow more with --max-set-aside"
                     )
+        except ray.exceptions.RayError as error:  # a loaded machine was seen to lose an actor before it ran
+            problems.append(_reason(error))
+            print(f"offline: Ray ended a pass: {problems[-1]}", file=sys.stderr, flush=True)
         todo = results.undone(files, again=False)
-        if len(todo) >= before:
+        fruitless = fruitless + 1 if len(todo) >= before else 0
+        if fruitless and (fruitless == FRUITLESS_PASSES or any(problem.startswith("shard ") for problem in problems)):
             raise OfflineError(f"no shard could be answered: {problems[0] if problems else 'their processes died, see the lines above'}")
     set_aside = results.set_aside()
     print(
         f"offline: {total} questions, {total - set_aside} answered, {set_aside} set aside, "
-        f"{progress.asked} of them asked now in {time.monotonic() - started_s:.1f} s; {results.out}/answers",
+        f"{progress.asked} of them asked now in {time.monotonic() - started_s:.1f} s; {arguments.out}/answers",
         flush=True,
     )
     return 0

@@ -66,7 +66,7 @@ def test_e1_ray_gets_an_environment_of_its_own(monkeypatch):
     monkeypatch.setattr(set_up.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
     for name in ("offline", "serve"):
         monkeypatch.setattr(sys, "argv", ["set_up.py", name])
-        with pytest.raises(SystemExit, match="^error: disk: "):
+        with pytest.raises(SystemExit, match=r"^error: disk: "):
             set_up.main()
     assert asked == [str(ROOT / folder / "bin" / "python") for folder in (".venv-offline", ".venv")]
 

@@ -218,6 +218,7 @@ def test_a_question_that_ends_its_server_is_set_aside_and_the_others_are_answere
 
 
 @pytest.mark.server
+@pytest.mark.usefixtures("cluster")  # which a run without --address does not join
 def test_a_killed_server_of_an_actor_comes_back_and_no_question_is_lost(tmp_path):
     examples = list(read_examples(ROOT / "examples" / "demo_questions.jsonl"))
     jsonl, out = tmp_path / "lines.jsonl", tmp_path / "out"
@@ -231,8 +232,10 @@ def test_a_killed_server_of_an_actor_comes_back_and_no_question_is_lost(tmp_path
     while len(stamps(out / "answers")) < 2:
         assert process.poll() is None and time.monotonic() < deadline_s, process.communicate()[0]
         time.sleep(0.05)
-    (server,) = [pid for pid in descendants(process.pid) if b"--model-repository" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    programs = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0] for pid in descendants(process.pid)}
+    (server,) = [pid for pid, program in programs.items() if program.endswith(b"/tritonserver")]
     os.kill(server, signal.SIGKILL)
     output = process.communicate(timeout=300)[0]
+    assert "1 actors on 1 nodes" in output, output
     assert process.returncode == 0 and "400 questions, 400 answered, 0 set aside" in output, output
     assert sorted(int(row["id"]) for row in table(out / "answers")) == list(range(400))
