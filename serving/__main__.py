@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from serving.contract.versions import SAFE_FROM, dotted
-from serving.launcher.endpoints import LOOPBACK, fetch
+from serving.launcher.endpoints import LOOPBACK, fetch, tls_arguments
 from serving.launcher.fleet import Fleet, Place, places_of
 from serving.launcher.installation import PROJECT, ServerError
 from serving.launcher.repository import STREAM, chosen_readers, models_of, reader_table, served_reader
 from serving.launcher.server import TritonServer
 from serving.launcher.supervisor import Draining, keep_serving
-from serving.launcher.tls import tls_arguments
 
 READY = "ready; Ctrl-C stops"
 STATUS_TIMEOUT_S = 2.0

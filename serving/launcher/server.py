@@ -20,14 +20,13 @@ from serving.contract.versions import version_of
 from serving.pipeline.request import REFUSING_FILE_VARIABLE
 
 from .cleanup import SHM, SHM_PREFIX, Workspace, remove_leftovers
-from .endpoints import LOOPBACK, PortError, fetch, free_ports, require_free_ports
+from .endpoints import LOOPBACK, PortError, fetch, free_ports, require_free_ports, tls_arguments
 from .environment import SERVER_ALONE, environment, missing_guards, preloadable
 from .installation import PROJECT, ServerError, find_installation, prepared_backends, require_supported
 from .log import REQUEST_LOG, LogPump
 from .processes import GuardedProcess, model_processes
 from .repository import has_python_process, models_of
 from .statistics import model_statistics, questions_in_flight
-from .tls import tls_arguments
 
 # The names that other packages import from here.
 __all__ = ["LOOPBACK", "SHM", "SHM_BYTES", "SHM_PREFIX", "TritonServer", "free_ports", "model_statistics", "models_of", "tls_arguments"]

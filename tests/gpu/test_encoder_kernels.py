@@ -11,7 +11,7 @@ from serving.contract.call_sizes import attention_tiles, max_tiles  # noqa: E402
 from serving.contract.gemms import StackSizes  # noqa: E402
 from serving.engines.gpu.hopper_attention import HopperAttention, attention_for  # noqa: E402
 from serving.engines.gpu.kernels import EncoderAttention, RowKernels  # noqa: E402
-from tests.serving.engines.numpy_rows import activate, attend_within_passages, norm  # noqa: E402
+from tests.serving.engines.numpy_reader import activate, attend_within_passages, norm  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 SIZES = [

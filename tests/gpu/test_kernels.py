@@ -11,8 +11,11 @@ cp = pytest.importorskip("cupy")
 
 from serving.contract.tensors import EngineSizes  # noqa: E402
 from serving.engines.gpu.kernels import MAX_K, MAX_TILES, TILE_ROWS, HeadKernels, SkinnyGemm, StepKernels  # noqa: E402
-from tests.gpu.numpy_fp8 import narrowed, numbers  # noqa: E402
-from tests.serving.engines.numpy_rows import as_splits  # noqa: E402
+from tests.serving.engines.numpy_reader import (  # noqa: E402
+    as_splits,
+    narrowed,
+    numbers,
+)
 
 pytestmark = pytest.mark.gpu
 CAPACITY, SLOTS, BATCH, MAX_RELATIVE_DISTANCE = 700, 6, 5, 20

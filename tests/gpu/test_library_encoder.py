@@ -24,8 +24,11 @@ from serving.contract.library_kernels import (  # noqa: E402
 )
 from serving.engines.gpu.library.layers import load_kernels  # noqa: E402
 from tests.gpu.conftest import GpuReader  # noqa: E402
-from tests.gpu.numpy_fp8 import narrowed, numbers  # noqa: E402
-from tests.serving.engines.numpy_rows import activate  # noqa: E402
+from tests.serving.engines.numpy_reader import (  # noqa: E402
+    activate,
+    narrowed,
+    numbers,
+)
 
 pytestmark = pytest.mark.gpu
 # Of the norm: what rounding once explains, in half precision, of sums by FP8's tensor cores, and of e4m3 (at worst 2^-4 / sqrt(3)).

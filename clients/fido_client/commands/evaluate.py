@@ -19,9 +19,8 @@ from ..data.examples import Example, read_examples
 from ..errors import ReaderError, ReaderUnavailable
 from ..evaluation import Evaluation, Prediction, agreement, evaluate
 from ..reader_client import ReaderClient
-from .common import EXIT_ALL_FAILED, EXIT_OK, EXIT_SOME_FAILED, UsageError, client_of, usage_errors
+from .common import EXIT_ALL_FAILED, EXIT_OK, EXIT_SOME_FAILED, Progress, UsageError, client_of, usage_errors
 from .limits import check_limits, check_reader
-from .progress import Progress
 
 _ERRORS_SHOWN = 5
 

@@ -21,8 +21,7 @@ from export.model.reader import Reader
 from serving.contract.manifest import Manifest
 from serving.engines.cpu import OnnxDecoder, OnnxEncoder
 from tests.conftest import FID, FIDO, RELEASED_FID, random_passages, random_reader, wide
-from tests.serving.engines.numpy_encoder import NumpyEncoder
-from tests.serving.engines.numpy_step import NumpyStep
+from tests.serving.engines.numpy_reader import NumpyEncoder, NumpyStep
 
 WIDE = {name: wide(config) for name, config in {"fid": FID, "fido": FIDO, "released_fid": RELEASED_FID}.items()}
 STEPS = 6

@@ -39,7 +39,7 @@ from serving.contract.library_kernels import (
     weight_file,
 )
 from tests.conftest import FID, T5_V1_0, VOCAB_SIZE, random_reader, wide
-from tests.serving.engines.numpy_rows import activate, attend_within_passages
+from tests.serving.engines.numpy_reader import activate, attend_within_passages
 
 GATED = StackSizes(192, 2, 6, 6, 32, 384, True, 1e-6)
 RAGGED = dataclasses.replace(GATED, d_model=272, d_ff=528, gated=False)  # no tile divides its columns

@@ -14,8 +14,7 @@ import numpy as np
 
 from serving.contract.gemms import StackSizes
 from serving.contract.tensors import EngineSizes
-from tests.gpu.numpy_fp8 import narrowed, numbers
-from tests.serving.engines.numpy_rows import activate, as_splits, attend_within_passages, norm, whole
+from tests.serving.engines.numpy_reader import activate, as_splits, attend_within_passages, narrowed, norm, numbers, whole
 
 
 class Array(np.ndarray):

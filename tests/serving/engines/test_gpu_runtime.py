@@ -33,8 +33,7 @@ from serving.engines.load import kv_budget, load_decoder
 from serving.launcher.installation import PROJECT
 from tests.conftest import FID, FIDO, RELEASED_FID, random_passages, random_reader, wide
 from tests.serving.engines import fake_cupy, fake_tensorrt
-from tests.serving.engines.numpy_encoder import NumpyEncoder
-from tests.serving.engines.numpy_step import NumpyStep
+from tests.serving.engines.numpy_reader import NumpyEncoder, NumpyStep
 
 READERS = {"fid": FID, "fido": FIDO, "released_fid": RELEASED_FID}
 FP8 = "fid_fp8"  # fid with FP8 keys and values in cross-attention

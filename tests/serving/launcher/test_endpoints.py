@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 from serving.launcher import log, supervisor
-from serving.launcher.endpoints import PortError, fetch, free_ports, require_free_ports
+from serving.launcher.endpoints import PortError, fetch, free_ports, require_free_ports, tls_arguments
 from serving.launcher.installation import ServerError
 from serving.launcher.log import EXCERPT_LINES, LogExcerpt, LogPump, request_fields
-from serving.launcher.tls import tls_arguments
 from tests.serving.launcher.stand_in import install_stand_in, write_models
 
 ROOT = Path(__file__).parents[3]
