@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -59,6 +59,7 @@ def asked(number: int) -> Checked:
     return dataclasses.replace(ASKED, question=f"q{number}")
 
 
+@settings(deadline=None)
 @given(
     room=st.integers(0, 12 * ENTRY),
     calls=st.lists(st.tuples(st.booleans(), st.integers(0, 7), st.integers(0, 900)), max_size=60),
