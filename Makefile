@@ -67,7 +67,7 @@ help: ## list the targets
 # ---- Set-up: a task installs what it needs (deploy/set_up.py) ----
 
 FOR ?= serve
-setup: $(VENV)/.$(FOR) ## make .venv for a task: FOR=serve (no torch), export, evaluate, openvino, offline or dev (everything)
+setup: $(VENV)/.$(FOR) ## make .venv for a task: FOR=serve (no torch), export, evaluate, openvino, frameworks, offline or dev
 
 SERVE := $(VENV)/.serve
 EXPORT_READY := $(VENV)/.export
@@ -84,6 +84,8 @@ $(VENV)/.openvino: requirements-openvino.txt $(SERVE)
 	$(SET_UP) openvino
 $(VENV)/.offline: requirements-offline.txt $(SERVE)
 	$(SET_UP) offline
+$(VENV)/.frameworks: requirements-frameworks.txt $(EVALUATE)
+	$(SET_UP) frameworks
 $(DEV): requirements-dev.txt $(EXPORT_READY) $(EVALUATE) $(VENV)/.openvino
 	$(SET_UP) dev
 

@@ -1,7 +1,7 @@
 """`python -m examples.frameworks NAME`: a question in a RAG framework: BM25 over the demo corpus -> a served reader -> answer and passages.
 
-The names: haystack, langchain, llama-index, pyterrier; and pyterrier-rag, which reads by that package's own FiD (eager transformers) from the
-same checkpoint, in this process, for comparison. The others need a server: `make serve DEMO=1`. The corpus comes from a Python package:
+The names: haystack, langchain, llama-index, pyterrier; and pyterrier-rag, which reads by that package's own FiD (eager transformers) from
+the same checkpoint, in this process, for comparison. The others need a server: `make serve DEMO=1`. The corpus comes from a Python package:
 `make setup FOR=frameworks` brings it with the frameworks.
 """
 
@@ -58,7 +58,7 @@ def langchain(url: str, model: str, search: Search) -> Callable[[str], Answered]
     def bm25(question: str) -> list[Document]:
         return [Document(page_content=each["text"], metadata={"title": each["title"]}) for each in search(question, PASSAGES)]
 
-    chain = {"question": RunnablePassthrough(), "documents": RunnableLambda(bm25)} | FidoRunnable(url, model)
+    chain: Any = {"question": RunnablePassthrough(), "documents": RunnableLambda(bm25)} | FidoRunnable(url, model)
 
     def ask(question: str) -> Answered:
         got = chain.invoke(question)
@@ -78,7 +78,9 @@ def llama_index(url: str, model: str, search: Search) -> Callable[[str], Answere
     class Bm25(BaseRetriever):
         def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
             found = search(query_bundle.query_str, PASSAGES)
-            return [NodeWithScore(node=TextNode(text=each["text"], metadata={"title": each["title"]}), score=each["bm25"]) for each in found]
+            return [
+                NodeWithScore(node=TextNode(text=each["text"], metadata={"title": each["title"]}), score=each["bm25"]) for each in found
+            ]
 
     engine = RetrieverQueryEngine(Bm25(), response_synthesizer=FidoSynthesizer(url, model))
 

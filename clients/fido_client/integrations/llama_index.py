@@ -126,7 +126,7 @@ class _Reading:
 
     def __init__(self, nodes: Sequence[NodeWithScore]) -> None:
         self.nodes = list(nodes)
-        self.passages = [
+        self.passages: list[Any] = [
             {"text": each.node.get_content(MetadataMode.NONE), "title": str(each.node.metadata.get("title", ""))} for each in self.nodes
         ]
         self._answer: Any = None
