@@ -320,8 +320,9 @@ def test_aiperfs_template_makes_the_body_of_generate(titles):
     assert body == wanted | ({"titles": list(titles)} if titles else {})
 
 
-def test_a_workload_for_aiperf_is_a_line_a_request_with_its_template(reader, tmp_path):
-    command = ["paper", "--reader", str(reader[0]), "--requests", "3", "--passage-tokens", "40"]
+def test_a_workload_for_aiperf_is_a_line_a_request_with_its_template(reader, tmp_path, monkeypatch):
+    monkeypatch.setitem(WORKLOADS, "paper", SPEC)
+    command = ["paper", "--reader", str(reader[0]), "--requests", "3"]
     assert write_workload([*command, "--out", str(tmp_path / "out.jsonl")]) == 0
     assert write_workload([*command, "--out", str(tmp_path / "out.json")]) == 0
     entries = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
