@@ -66,7 +66,7 @@ help: ## list the targets
 # ---- Set-up: a task installs what it needs (deploy/set_up.py) ----
 
 FOR ?= serve
-setup: $(VENV)/.$(FOR) ## make .venv for a task: FOR=serve (no torch), export, evaluate, openvino or dev (everything)
+setup: $(VENV)/.$(FOR) ## make .venv for a task: FOR=serve (no torch), export, evaluate, openvino, frameworks or dev (all others but frameworks)
 
 SERVE := $(VENV)/.serve
 EXPORT_READY := $(VENV)/.export
@@ -81,6 +81,8 @@ $(EVALUATE): requirements-evaluate.txt $(SERVE)
 	$(SET_UP) evaluate
 $(VENV)/.openvino: requirements-openvino.txt $(SERVE)
 	$(SET_UP) openvino
+$(VENV)/.frameworks: requirements-frameworks.txt $(EVALUATE)
+	$(SET_UP) frameworks
 $(DEV): requirements-dev.txt $(EXPORT_READY) $(EVALUATE) $(VENV)/.openvino
 	$(SET_UP) dev
 

@@ -4,6 +4,7 @@
     python3 deploy/set_up.py export     and torch, to export checkpoints (without a GPU: its CPU build)
     python3 deploy/set_up.py evaluate   and the demo's corpus
     python3 deploy/set_up.py openvino   and OpenVINO, for faster CPU engines
+    python3 deploy/set_up.py frameworks and the RAG frameworks that the client has adapters for
     python3 deploy/set_up.py dev        everything: tests, benchmarks, training, lint
 
 Python, glibc and free disk are checked before anything is downloaded. Runs on any Python from 3.8 on, without packages; the environment is
@@ -39,6 +40,7 @@ SETS = {
     "export": (["requirements-export.txt"], ["serve"], 2500),
     "evaluate": (["requirements-evaluate.txt"], ["serve"], 300),
     "openvino": (["requirements-openvino.txt"], ["serve"], 1000),
+    "frameworks": (["requirements-frameworks.txt"], ["serve", "evaluate"], 1000),
     "dev": (["requirements-dev.txt"], ["serve", "export", "evaluate", "openvino"], 3000),
 }
 SERVER = "requirements-triton.txt"

