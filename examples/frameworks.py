@@ -132,7 +132,9 @@ def own_fid() -> Any:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{CHECKPOINT}/tokenizer.json", pad_token="<pad>", eos_token="</s>")
         tokenizer.save_pretrained(folder)
         tokens = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-        return T5FiD(folder, text_max_length=128, generation_config=GenerationConfig(max_new_tokens=32, **tokens))
+        reader = T5FiD(folder, text_max_length=128, generation_config=GenerationConfig(max_new_tokens=32, **tokens))
+    reader.tokenizer.batch_encode_plus = reader.tokenizer.__call__  # pyterrier-rag 0.3 asks for it, transformers 5 has it no more
+    return reader
 
 
 def pyterrier_rag(url: str, model: str, search: Search) -> Callable[[str], Answered]:
