@@ -1,6 +1,7 @@
 """The client's adapters, each in a pipeline of the real framework. Skipped by name where a framework is absent."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -123,7 +124,8 @@ def test_llama_index_query_engine(triton, search, wanted, streams, asynchronous)
         return response, [part async for part in response.response_gen] if streams else [response.response]
 
     if asynchronous:
-        response, parts = asyncio.run(ask())
+        with ThreadPoolExecutor() as pool:  # other tests' Playwright may keep a loop running in this thread
+            response, parts = pool.submit(asyncio.run, ask()).result()
     else:
         response = engine.query(QUESTION)
         parts = list(response.response_gen) if streams else [response.response]

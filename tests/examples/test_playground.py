@@ -15,7 +15,7 @@ from serving.launcher.server import LOOPBACK
 
 pytestmark = pytest.mark.server
 
-HINT = "pip install -r requirements-frameworks.txt"
+HINT = "make setup FOR=frameworks"
 CHROMIUM = shutil.which("chromium")
 QUESTION = "What is the capital of Australia?"
 PASSAGES = [
