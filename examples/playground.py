@@ -21,12 +21,13 @@ from typing import Any
 
 from examples.chat_completions import ApiError, completion, completion_chunks, model_list
 from examples.demo import READERS, REPOSITORY
-from fido_client import ReaderClient, ReaderError
+from fido_client import ReaderClient, ReaderError, RequestRefused
 from serving.launcher.server import LOOPBACK, TritonServer, models_of
 
 PAGE = Path(__file__).with_suffix(".html")
 BODY_BYTES = 1 << 20
 N_PASSAGES = 10
+MAX_N_BEST = 10
 LOCAL_NAMES = ("127.0.0.1", "localhost")
 # Nothing from elsewhere can be loaded, and nothing can be sent elsewhere.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'"
@@ -81,6 +82,9 @@ class Playground(ThreadingHTTPServer):
         question, passages = asked.get("question"), asked.get("passages")
         if not isinstance(question, str) or not question.strip():
             raise ApiError(400, f"question: wanted some text, got {question!r}")
+        n_best = asked.get("n_best", 1)
+        if type(n_best) is not int or not 1 <= n_best <= MAX_N_BEST:
+            raise ApiError(400, f"n_best: wanted a number from 1 to {MAX_N_BEST}, got {n_best!r}")
         if passages is None:
             passages = self.search(question, N_PASSAGES)
         yield {"event": "passages", "passages": [p if isinstance(p, dict) else {"text": p} for p in passages]}
@@ -93,7 +97,7 @@ class Playground(ThreadingHTTPServer):
             for group in groups:
                 arrived: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
                 for name in group:
-                    threading.Thread(target=self._read, args=(name, question, given, arrived, left), daemon=True).start()
+                    threading.Thread(target=self._read, args=(name, question, given, n_best, arrived, left), daemon=True).start()
                 running = len(group)
                 while running:
                     event = arrived.get()
@@ -104,7 +108,9 @@ class Playground(ThreadingHTTPServer):
         finally:
             left.set()
 
-    def _read(self, name: str, question: str, passages: list[Any], arrived: queue.SimpleQueue[Event | None], left: threading.Event) -> None:
+    def _read(
+        self, name: str, question: str, passages: list[Any], n_best: int, arrived: queue.SimpleQueue[Event | None], left: threading.Event
+    ) -> None:
         try:
             with self.clients[name].stream(question, passages) as stream:
                 for piece in stream:
@@ -112,12 +118,21 @@ class Playground(ThreadingHTTPServer):
                         return
                     arrived.put({"event": "piece", "reader": name, "text": piece.text})
                 arrived.put({"event": "answer", "reader": name, **dataclasses.asdict(stream.answer)})
+            if n_best > 1 and not left.is_set():  # a stream has no beams
+                arrived.put({"event": "n_best", "reader": name, **self._n_best(name, question, passages, n_best)})
         except ReaderError as error:
             arrived.put({"event": "error", "reader": name, "message": str(error)})
         except Exception as error:  # whatever it is, the page must not wait for ever
             arrived.put({"event": "error", "reader": name, "message": f"{type(error).__name__}: {error}"})
         finally:
             arrived.put(None)
+
+    def _n_best(self, name: str, question: str, passages: list[Any], n_best: int) -> Event:
+        try:
+            found = self.clients[name].answer(question, passages, num_beams=n_best, num_answers=n_best)
+        except RequestRefused as error:  # an engine without beam search, or a smaller limit
+            return {"message": str(error)}
+        return {"answers": found.answers, "log_probs": found.answer_log_probs, "latency_s": found.latency_s}
 
 
 class Handler(BaseHTTPRequestHandler):

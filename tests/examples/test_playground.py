@@ -10,7 +10,7 @@ import pytest
 
 from examples.demo import READERS
 from examples.playground import BODY_BYTES, Playground
-from fido_client import ReaderClient
+from fido_client import ReaderClient, RequestRefused
 from serving.launcher.server import LOOPBACK
 
 pytestmark = pytest.mark.server
@@ -74,6 +74,28 @@ def test_both_readers_stream_what_the_client_gets(page, triton, at_once):
         assert 0 < own[-1]["time_to_first_token_s"] <= own[-1]["latency_s"]
 
 
+def test_the_best_answers_of_a_beam_search_follow_the_streamed_one(page, triton):
+    got = events(page, {"question": QUESTION, "passages": PASSAGES, "n_best": 4})
+    for reader in READERS:
+        with ReaderClient(triton.grpc_url, reader) as client:
+            wanted = client.answer(QUESTION, PASSAGES, num_beams=4, num_answers=4)
+        *_, answer, best = [event for event in got if event.get("reader") == reader]
+        assert (answer["event"], best["event"]) == ("answer", "n_best")
+        assert best["answers"] == list(wanted.answers) and len(set(best["answers"])) == 4
+        assert best["log_probs"] == pytest.approx(wanted.answer_log_probs, abs=1e-3)
+
+
+def test_a_reader_without_beams_says_so_beside_its_answer(page, monkeypatch):
+    def refuse(*_, **__):
+        raise RequestRefused("num_beams: this reader decodes greedily")
+
+    for client in page.clients.values():
+        monkeypatch.setattr(client, "answer", refuse)
+    got = events(page, {"question": QUESTION, "passages": PASSAGES, "n_best": 4})
+    assert [event["message"] for event in got if event["event"] == "n_best"] == ["num_beams: this reader decodes greedily"] * 2
+    assert sum(event["event"] == "answer" for event in got) == 2 and not [event for event in got if event["event"] == "error"]
+
+
 def test_one_after_the_other_the_second_starts_when_the_first_has_ended(page):
     order = [event["reader"] for event in events(page, {"question": QUESTION})[1:]]
     assert order == sorted(order) and set(order) == set(READERS)
@@ -89,6 +111,8 @@ def test_the_corpus_answers_a_question_without_passages(page):
     ("body", "status", "said"),
     [
         ({"question": " "}, 400, "question: wanted some text"),
+        ({"question": "x", "n_best": 0}, 400, "n_best: wanted a number from 1 to 10, got 0"),
+        ({"question": "x", "n_best": True}, 400, "n_best: wanted a number from 1 to 10, got True"),
         ("not JSON", 400, "body: wanted a JSON object"),
         ("[]", 400, "got list"),
         (b" " * (BODY_BYTES + 1), 413, f"at most {BODY_BYTES} bytes"),
@@ -163,6 +187,17 @@ def test_a_question_by_keyboard_over_the_corpus(tab, page):
     boxes = [card.bounding_box() for card in tab.locator(".reader").all()]
     is_wide = tab.viewport_size["width"] > 600
     assert (boxes[0]["y"] == boxes[1]["y"]) == is_wide, "side by side on a desktop, one below the other on a phone"
+
+
+def test_the_best_answers_are_a_list_in_each_readers_card(tab, page):
+    tab.goto(page.url)
+    tab.select_option("#n_best", "4")
+    tab.click("#ask")
+    wait_for(tab, "Done.")
+    best = tab.locator("#reader-fid .best li").all_inner_texts()
+    assert len(best) == 4 and re.fullmatch(r"Canberra\s+-\d+\.\d{3}", best[0]) and tab.locator("#reader-fido .best li").count() == 4
+    assert "4 answers by beam search" in tab.locator("#reader-fid dl").inner_text()
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing may hang over the side"
 
 
 def test_pasted_passages_are_text_and_reached_by_keyboard(tab, page):
