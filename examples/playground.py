@@ -187,6 +187,8 @@ class Handler(BaseHTTPRequestHandler):
     def _body(self) -> dict[str, Any]:
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > BODY_BYTES:
+            if length.isdecimal():  # a client that is still sending when the connection closes does not see why
+                self.rfile.read(min(int(length), 4 * BODY_BYTES))
             raise ApiError(413, f"Content-Length: wanted at most {BODY_BYTES} bytes, got {length or 'none'}")
         try:
             value = json.loads(self.rfile.read(int(length)))
