@@ -159,16 +159,26 @@ report: $(DEV) ## HTML page, Markdown summary and summary.json of every run in p
 BASE := build/base
 BASE_SLOTS := --slots 48
 BASE_LIMITS := $(BASE_SLOTS) --encoder-batch 120
-# Several processes of each model, so that their Python code runs in parallel. CUDA's multi-process service lets their kernels overlap too.
-BASE_SERVED := $(BASE_LIMITS) --encoder-instances 2 --reader-instances 3 --encode-threads 16
+# What `make export` chooses on 16 cores: several processes of each model, so that their Python code runs in parallel. The bytes keep FiD's
+# keys and values, unary and streaming, within 80 GB.
+BASE_SERVED := --slots 32 --encoder-batch 120 --encoder-instances 2 --reader-instances 3 --encode-threads 16 --kv-cache-bytes 9000000000
+BASE_READER = $(if $(filter fido,$*),--fido) --tokenizer "$$FID/tokenizer.json"
 $(BASE)/%/manifest.json: $(DEV) $(EXPORT_CODE)
-	$(PY) -m export preset base $(BASE)/$*.graphs --gpu $(if $(filter fido,$*),--fido) --tokenizer "$$FID/tokenizer.json"
+	$(PY) -m export preset base $(BASE)/$*.graphs --gpu --encoder-kernels auto $(BASE_READER)
 	$(PY) -m export engine $(BASE)/$*.graphs $(@D) $(BASE_LIMITS)
+$(BASE)/fp8/%/manifest.json: $(DEV) $(EXPORT_CODE)
+	$(PY) -m export preset base $(BASE)/fp8/$*.graphs --gpu --encoder-kernels auto --encoder-precision float8 $(BASE_READER)
+	$(PY) -m export engine $(BASE)/fp8/$*.graphs $(@D) $(BASE_LIMITS)
 
-gpu-bench: $(BASE)/fid/manifest.json $(BASE)/fido/manifest.json ## on a GPU: `make perf` at base size, 24 questions x 40 passages x 256 tokens (RUN=folder)
+BASE_STAGES := --batches 1 8 24 --encoder-batch 120
+BASE_ENGINES := $(foreach folder,$(BASE) $(BASE)/fp8,$(folder)/fid/manifest.json $(folder)/fido/manifest.json)
+gpu-bench: $(BASE_ENGINES) ## on a GPU: `make perf` at base size, fp16, FP8 and the strongest peers, 24 questions x 40 passages x 256 tokens (RUN=folder)
 	$(PY) -m perf.bounds.rates --device gpu --run "$$RUN"
+	-$(PY) -m perf.peers.library --out "$$RUN/library_pytorch.json" # its rows of library kernels need requirements-kernels.txt
 	$(PY) -m perf.served.sweep --plan gpu --engines $(BASE) $(BASE_SERVED) --run "$$RUN"
-	$(PY) -m perf.bounds.stages --plan gpu --engines $(BASE) --batches 1 8 24 --encoder-batch 120 --run "$$RUN"
+	$(PY) -m perf.served.sweep --plan paper --engines $(BASE)/fp8 --variant fp8 $(BASE_SERVED) --run "$$RUN"
+	$(PY) -m perf.bounds.stages --plan gpu --engines $(BASE) $(BASE_STAGES) --run "$$RUN"
+	$(PY) -m perf.bounds.stages --plan gpu --engines $(BASE)/fp8 --variant fp8 $(BASE_STAGES) --run "$$RUN"
 	$(PY) -m perf.gpu.step $(BASE)/fido $(BASE_SLOTS) --out "$$RUN/gpu_step_fido.json"
 	$(PY) -m perf.gpu.step $(BASE)/fid $(BASE_SLOTS) --out "$$RUN/gpu_step_fid.json"
 	$(PY) -m perf.peers.transformers_fid --preset base --device cuda --requests 8 --compiled-batches 8 --out "$$RUN/peers.json"

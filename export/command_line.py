@@ -13,9 +13,11 @@ from export.build import GRAPHS, PRECISION_NAMES, PRECISIONS, TIMING_CACHE, Chec
 from export.checkpoint.config import FIDO_PERIOD
 from export.library.options import ARCHITECTURES, AUTO, CROSS_KV_PRECISIONS, LIBRARY_PRECISIONS, LibraryOptions
 from export.library.options import ENGINES as ENGINES_OF_ENCODER
+from export.tensorrt.detect import GPU_LIMITS, gpu_limits
 from serving.contract.limits import Limits
 
 ENGINES = ("auto", "tensorrt", "onnxruntime-gpu", "openvino", "onnxruntime")
+GPU_ENGINES = ("tensorrt", "onnxruntime-gpu")
 TRITON_BACKENDS = ("python", "tensorrt")
 
 
@@ -166,12 +168,15 @@ def _add_repository(command: argparse.ArgumentParser) -> None:
 
 def _add_limits(command: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(Limits):
-        command.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default, help="default: %(default)s")
+        on_gpu = f", on a GPU by its cores and its memory: {GPU_LIMITS[field.name]}" if field.name in GPU_LIMITS else ""
+        command.add_argument(f"--{field.name.replace('_', '-')}", type=int, help=f"default: {field.default}{on_gpu}")
 
 
 def limits(arguments: argparse.Namespace) -> Limits:
-    """The limits of a reader, as the command line gives them."""
-    return Limits(**{name: getattr(arguments, name) for name in Limits.names()})
+    """The limits of a reader, as the command line gives them; where it builds a reader for a GPU, the rest are this machine's."""
+    given = {name: value for name in Limits.names() if (value := getattr(arguments, name)) is not None}
+    builds = getattr(arguments, "engine", None) in ("auto", *GPU_ENGINES)
+    return Limits(**({name: value for name, value in gpu_limits(given.get("reader_instances")).items() if builds} | given))
 
 
 def options(arguments: argparse.Namespace) -> CheckpointOptions:

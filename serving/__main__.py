@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 log if place is None else log.parent / "".join(place.label) / log.name,
                 extra=[*tls_arguments(arguments.tls_certificate, arguments.tls_key, arguments.tls_root), *arguments.extra],
                 variables=place.variables if place else None,
+                multi_process=arguments.multi_process == "auto",
             )
 
         if arguments.gpus is None and arguments.replicas == 1:
@@ -130,6 +131,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=("auto", "haproxy", "none"),
         default="auto",
         help="before several servers: haproxy, none (clients take turns over their addresses), or auto: haproxy where it is installed",
+    )
+    parser.add_argument(
+        "--multi-process",
+        choices=("auto", "off"),
+        default="auto",
+        help="on a GPU, CUDA's multi-process service: auto starts one for the server where the driver has it (default: %(default)s)",
     )
     parser.add_argument("--tls-certificate", type=Path, help="serve gRPC over TLS with this certificate (PEM); needs --tls-key")
     parser.add_argument("--tls-key", type=Path, help="private key of the certificate (PEM)")

@@ -293,10 +293,12 @@ class DecoderStepGraph(nn.Module):
         x = functional.embedding(decoder_input_ids, self.embedding)
         dtype = x.dtype
 
-        # behind: distance of each cached token behind the new one, then 0 for the new one itself; cells not yet written are masked
+        # behind: distance of each cached token behind the new one, then 0 for the new one itself; cells not yet written are masked.
+        # Whole numbers are joined and then compared: TensorRT 8.6 refuses to join truth values along an axis of dynamic length.
         cached = torch.arange(past[0].shape[2], dtype=torch.int32, device=x.device)
-        behind = torch.cat([positions[:, None] - cached[None, :], torch.zeros_like(positions)[:, None]], dim=1)
-        unwritten = torch.cat([cached[None, :] >= positions[:, None], torch.zeros_like(positions, dtype=torch.bool)[:, None]], dim=1)
+        distance = positions[:, None] - cached[None, :]
+        behind = torch.cat([distance, torch.zeros_like(positions)[:, None]], dim=1)
+        unwritten = torch.cat([distance, torch.ones_like(positions)[:, None]], dim=1) < 1
         self_bias = self._grouped(self.bias(behind)) + unwritten[:, None, None, :].to(dtype) * _penalty(dtype)
 
         keys = torch.arange(cross[0].shape[2], dtype=torch.int32, device=x.device)

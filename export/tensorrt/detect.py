@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import importlib
 import importlib.util
+import os
 import sys
 from typing import Any
 
@@ -48,6 +49,17 @@ def cuda_gpu(library: str = "libcuda.so.1") -> Gpu | None:
     if failed:
         return None
     return Gpu(name.value.decode(), f"{major.value}.{minor.value}", f"{version.value // 1000}.{version.value % 1000 // 10}")
+
+
+def gpu_memory_bytes(library: str = "libcuda.so.1") -> int | None:
+    """All memory of the first visible GPU, or None without a driver or a GPU."""
+    try:
+        cuda = ctypes.CDLL(library)
+    except OSError:
+        return None
+    device, memory = ctypes.c_int(), ctypes.c_size_t()
+    failed = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0) or cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    return None if failed else memory.value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,3 +111,40 @@ def _loaded(package: str) -> Any:
         if not (isinstance(error, ModuleNotFoundError) and error.name == package):
             print(f"note: {package} is installed but cannot be loaded: {error}", file=sys.stderr)
         return None
+
+
+# What `gpu_limits` chooses, in words.
+GPU_LIMITS = {
+    "slots": "32",
+    "encoder_batch": "120",
+    "encoder_instances": "2 from 8 cores",
+    "reader_instances": "2 from 8 cores, 3 from 12",
+    "encode_threads": "16 from 12 cores",
+    "kv_cache_bytes": "0.3 of the memory, divided among reader_instances",
+}
+# Of a GPU's memory, for one model's keys and values: a reader may be served unary and streaming, and FiD beside FiDO, whose share is small.
+KV_SHARE = 0.3
+
+
+def gpu_limits(reader_instances: int | None = None) -> dict[str, int]:
+    """Limits of a reader on this machine's GPU, by name; empty where there is none, or no CuPy for the runtime on it.
+
+    With 16 cores and an H100 the numbers of processes are those of the benchmark. There three reader processes answered more than two (380
+    questions/s and 325, FiDO in FP8): their Python code runs in parallel.
+
+    Args:
+        reader_instances: if it was chosen; None for this machine's.
+    """
+    memory = gpu_memory_bytes()
+    if memory is None or importlib.util.find_spec("cupy") is None:
+        return {}
+    cores = len(os.sched_getaffinity(0))
+    instances = reader_instances or (3 if cores >= 12 else 2 if cores >= 8 else 1)
+    return {
+        "slots": 32,
+        "encoder_batch": 120,
+        "encoder_instances": 2 if cores >= 8 else 1,
+        "reader_instances": instances,
+        "encode_threads": 16 if cores >= 12 else 8,
+        "kv_cache_bytes": int(memory * KV_SHARE / instances),
+    }

@@ -3,7 +3,8 @@
 It measures tokenizer, encoder, keys and values, and decoder steps separately in one process; then the chain without Triton; and reads the
 chain with Triton from the run's sweep.json. Every round alternates between the readers. Excluded: loading, and the first run of each part.
 
-The stages are those of a single question. Full encoder calls and steps at each batch are measured as well, with their bounds.
+The stages are those of a single question. Full encoder calls and steps at each batch are measured as well, with their bounds. With
+--variant fp8, for the same readers in FP8 on the same machine, the file is stages_fp8.json; bounds and roofline are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tokenizers import Tokenizer
 from examples.demo import ENGINES
 from export.checkpoint.config import ReaderConfig, own_config, reader_preset
 from perf.report.run_folder import NAMES
-from perf.served.workload import PLANS, Request, RequestMaker, Series
+from perf.served.workload import PLANS, VARIANTS, Request, RequestMaker, Series
 from serving.contract.limits import Limits
 from serving.contract.manifest import TOKENIZER_FILE, Manifest
 from serving.engines.load import Decoder, Encoder, bytes_per_element, load_decoder, load_encoder
@@ -215,10 +216,10 @@ def _exactly(value: float) -> dict[str, float]:
     return {"median": round(value, 3), "min": round(value, 3), "max": round(value, 3)}
 
 
-def served_alone(run: Path, reader: str, workload: str) -> dict[str, float] | None:
+def served_alone(sweep: Path, reader: str, workload: str) -> dict[str, float] | None:
     """Median latency of one question at a time through Triton, from the run's sweep; None if it was not measured."""
     try:
-        points = json.loads((run / "sweep.json").read_text(encoding="utf-8"))["points"]
+        points = json.loads(sweep.read_text(encoding="utf-8"))["points"]
     except FileNotFoundError:
         return None
     wanted = {"model": reader, "workload": workload, "mode": "concurrency", "load": 1}
@@ -256,7 +257,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--encoder-batch", type=int, default=0)
     parser.add_argument("--questions", type=int, help="in a full encoder call (default: the largest batch)")
     parser.add_argument("--run", type=Path, default=Path("build/perf"))
+    parser.add_argument("--variant", choices=VARIANTS, help="a second run of the same folder: the same readers in this precision")
     arguments = parser.parse_args(argv)
+    ending = f"{'_' + arguments.variant if arguments.variant else ''}.json"
     spec, batches = hardware_spec_of(arguments.run), sorted(arguments.batches)
     questions = arguments.questions or batches[-1]
     limits = Limits(slots=batches[-1], max_passages=arguments.max_passages, encoder_batch=arguments.encoder_batch)
@@ -270,10 +273,15 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         for stage in stages:
             stage.chain.close()
-    found = {s.reader: result_of(s, spec, work, batches, questions, served_alone(arguments.run, s.reader, series.workload)) for s in stages}
-    (arguments.run / "stages.json").write_text(json.dumps({"readers": found}, indent=1) + "\n", encoding="utf-8")
-    points = [point for stage in stages for point in roofline_of(stage, spec, work, batches, questions)]
-    (arguments.run / "roofline.json").write_text(json.dumps({"points": points}, indent=1) + "\n", encoding="utf-8")
+    served = {s.reader: served_alone(arguments.run / f"sweep{ending}", s.reader, series.workload) for s in stages}
+    found = {s.reader: result_of(s, spec, work, batches, questions, served[s.reader]) for s in stages}
+    if arguments.variant:  # the machine's rates are those of half precision
+        for entry in found.values():
+            del entry["step_bound_ms"], entry["encoder_bound_ms"]
+    (arguments.run / f"stages{ending}").write_text(json.dumps({"readers": found}, indent=1) + "\n", encoding="utf-8")
+    if not arguments.variant:
+        points = [point for stage in stages for point in roofline_of(stage, spec, work, batches, questions)]
+        (arguments.run / "roofline.json").write_text(json.dumps({"points": points}, indent=1) + "\n", encoding="utf-8")
     for reader, entry in found.items():
         parts = ", ".join(f"{name} {part['median']:.2f}" for name, part in entry["parts_ms"].items())
         print(f"{reader}: {parts} ms; encoder {entry['encoder_ms']['median']:.1f} ms for {questions} questions")

@@ -40,27 +40,35 @@ STAGES = {
     **dict.fromkeys(("encoder_ms?", "encoder_questions_per_s?", "in_process_ms?", "served_ms?"), SPREAD),
     **dict.fromkeys(("encoder_tflops?", "questions?", "passages?", "passage_tokens?", "new_tokens?"), NUMBER),
 }
+SWEEP: dict[str, Any] = {
+    "settings": {"workloads": {"*": TEXT}},
+    "points": [
+        {
+            **{"reader": ("fid", "fido"), "model": ("fid", "fid_stream", "fido", "fido_stream"), "workload": TEXT},
+            **{"mode": ("concurrency", "request_rate"), "load": NUMBER, "round": NUMBER, "raw": TEXT, "stable": FLAG},
+            **dict.fromkeys(("new_tokens?", "passages?", "passage_tokens?", "tokens_per_s?"), NUMBER),
+            **dict.fromkeys(("questions_per_s", "requests", "errors"), NUMBER),
+            "latency_ms": {"p50": NUMBER, "p99": NUMBER},
+            "ttft_ms?": {"p50": NUMBER, "p99": NUMBER},
+            "inter_token_ms?": {"p50": NUMBER, "p99": NUMBER},
+        }
+    ],
+}
 SHAPES: dict[str, Any] = {
     "machine": {
         **dict.fromkeys(("processor", "system", "python", "commit", "precision"), TEXT),
         **{"gpu?": TEXT, "cores": NUMBER, "memory_gib": NUMBER, "versions": {"*": ANYTHING}},
         **{"copy_tb_per_s": RATE, "peak_tflops": RATE},
     },
-    "sweep": {
-        "settings": {"workloads": {"*": TEXT}},
-        "points": [
-            {
-                **{"reader": ("fid", "fido"), "model": ("fid", "fid_stream", "fido", "fido_stream"), "workload": TEXT},
-                **{"mode": ("concurrency", "request_rate"), "load": NUMBER, "round": NUMBER, "raw": TEXT, "stable": FLAG},
-                **dict.fromkeys(("new_tokens?", "passages?", "passage_tokens?", "tokens_per_s?"), NUMBER),
-                **dict.fromkeys(("questions_per_s", "requests", "errors"), NUMBER),
-                "latency_ms": {"p50": NUMBER, "p99": NUMBER},
-                "ttft_ms?": {"p50": NUMBER, "p99": NUMBER},
-                "inter_token_ms?": {"p50": NUMBER, "p99": NUMBER},
-            }
-        ],
-    },
+    "sweep": SWEEP,
+    "sweep_fp8": SWEEP,
     "stages": {"readers": {"fid?": STAGES, "fido?": STAGES}},
+    "stages_fp8": {"readers": {"fid?": STAGES, "fido?": STAGES}},
+    "library_pytorch": {
+        "summary": {"*": NUMBER},
+        "ways": {"*": {"all_ms?": SPREAD, "one_question_ms?": SPREAD, "questions_per_s?": {"*": RATE}, "error?": ANYTHING}},
+        "settings": {"questions": NUMBER, "passages": NUMBER, "passage_length": NUMBER, "new_tokens": NUMBER},
+    },
     "cpu_engines": {"encoder_ms": {"*": SPREAD}, "fid_questions_per_s": {"*": RATE}},
     "chain": {"demo_readers": {"fid": {"triton_throughput_cost_at_8": NUMBER}, "fido": {"triton_throughput_cost_at_8": NUMBER}}},
     "peers": {
@@ -215,6 +223,33 @@ def pair_from_rows(fid: Row, fido: Row) -> Pair | None:
     return Pair(fid, fido, {"median": round(ratio, 6), "min": round(min(ratios), 6), "max": round(max(ratios), 6)}, len(common))
 
 
+WAYS = {"hand": "PyTorch by hand (flex_attention)", "library": "PyTorch with library kernels (QuACK, cuDNN)"}
+
+
+def library_peers(measured: Mapping[str, Any] | None, *, fp8: bool) -> list[dict[str, Any]]:
+    """What perf/peers/library.py measured, as rows of peers.json: those in FP8, or the others; none if it was not run."""
+    found = []
+    for way, row in (measured["ways"] if measured else {}).items():
+        kind, _, precision = way.partition("_")
+        if (precision == "fp8") != fp8:
+            continue
+        settings = measured["settings"] if measured else {}
+        for reader in NAMES:
+            rate = (row["questions_per_s"] or {}).get(reader)
+            found.append(
+                {
+                    **{"name": f"{WAYS[kind]}, compiled, {precision}", "reader": reader, "batch": settings["questions"]},
+                    **{"questions_per_s": rate, "p50_ms": None, "error": None if rate else str(row["error"] or "not measured")},
+                    **{"new_tokens": settings["new_tokens"], "passages": settings["passages"]},
+                    **{"passage_tokens": settings["passage_length"], "excludes": EXCLUDED_OF_LIBRARY},
+                }
+            )
+    return found
+
+
+EXCLUDED_OF_LIBRARY = "Triton, tokenization and any queue: batches of token ids, one after the other; compilation."
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """The content of a run's folder; a missing file is None in `files`."""
@@ -273,8 +308,15 @@ class Run:
         return f"{name}.json" if (self.folder / f"{name}.json").exists() else PACKED
 
     def peers(self) -> list[dict[str, Any]]:
-        """The rows of peers.json and of every peers_*.json beside it; none without such a file."""
-        return [peer for name, content in self.files.items() if name.startswith("peers") and content for peer in content["peers"]]
+        """The rows of peers.json and of every peers_*.json beside it, and PyTorch's of library_pytorch.json in half precision."""
+        files = [content for name, content in self.files.items() if name.startswith("peers") and content]
+        return [peer for content in files for peer in content["peers"]] + library_peers(self.files.get("library_pytorch"), fp8=False)
+
+    def in_fp8(self) -> Run | None:
+        """The same readers in FP8, on the same machine, or None if they were not measured."""
+        if not self.files.get("sweep_fp8"):
+            return None
+        return Run(self.folder, self.files | {"sweep": self.files["sweep_fp8"], "stages": self.files.get("stages_fp8")})
 
     def headline(self, workload: str) -> Pair | None:
         """The pair at FiD's best concurrency: among saturated loads the comparison least favourable to FiDO."""

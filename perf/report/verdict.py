@@ -1,4 +1,4 @@
-"""A run in one sentence, in a few claims, and in a few numbers.
+"""A run in one sentence, in a few claims, and in a few numbers; and how all numbers are to be read.
 
 In: a `Run`. Out: the verdict and the claims as text, and the summary for JSON.
 """
@@ -15,6 +15,24 @@ from .run_folder import NAMES, WORKLOAD_KEYS, ReportError, Row, Run, Spread, bes
 
 FEW_TURNS = 12  # answers a place in flight in a round; equal answers end together, so a third of fewer is only a few bursts
 MAX_STEP_BATCH = 24  # verdict and summary report the step at the largest measured batch up to this
+
+HOW_TO_READ = (
+    "A number is the median of the rounds, with the least and the most of them in brackets where they differ. A round is one process of "
+    "perf_analyzer; its raw output is linked where the folder still has it (`make perf RUN=folder` writes it). * marks a point of which "
+    "a round was not steady from its start to its end, † one of which a round had errors; they are hollow in the plots; none is left out.",
+    "A ratio is FiDO's questions/s over FiD's, both at the same workload and concurrency: the ratio of the medians, and in brackets the "
+    "least and the most of a round. Where one ratio has to stand for a workload, it is the one at the concurrency where FiD answers most "
+    "questions/s, steady or not.",
+    "A bound is the time below which this machine cannot do a piece of work: its operations over the machine's rate for a large matrix "
+    "product, or the bytes that it has to read and write at least once over its rate for a copy, whichever is longer. Both rates were "
+    "measured on the machine, not taken from a data sheet.",
+)
+EXCLUDED = (
+    "Start-up, loading of models and engines, and the first questions of each point.",
+    "Retrieval of the passages, and any network: client and server share the machine, and its processor.",
+    "Whether answers are right. Where a workload fixes the number of new tokens, the answer's length is forced.",
+    "Bounds know nothing of launches, synchronisation, tokenization or Triton, and count every byte once.",
+)
 
 
 def readers_of(stages: Any) -> dict[str, Any]:
@@ -243,8 +261,33 @@ def summary(run: Run) -> dict[str, Any]:
         "fido_p50_ms": alone.over_rounds("latency_ms", "p50") if alone else None,
         "peak_tflops": machine["peak_tflops"],
         "copy_tb_per_s": machine["copy_tb_per_s"],
+        **_one_question(encoder, "encoder_one_question_ms"),
+        **_in_fp8(run),
+        **((run.files["library_pytorch"] or {}).get("summary", {})),
         **_cpu_engines(run.files["cpu_engines"]),
         **_chain(run.files["chain"]),
+    }
+
+
+def _one_question(stage: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The encoder's time for the passages of one question."""
+    return {key: stage["parts_ms"]["encoder"]} if "encoder" in stage.get("parts_ms", {}) else {}
+
+
+def _in_fp8(run: Run) -> dict[str, Any]:
+    """The numbers of the same readers in FP8; none where they were not measured."""
+    fp8 = run.in_fp8()
+    if not fp8:
+        return {}
+    readers, batch = readers_of(fp8.files["stages"]), step_batch(fp8.files["stages"])
+    encoder: dict[str, Any] = next(iter(readers.values()), {})
+    alone = next((row for row in fp8.closed(fp8.main, "fido") if row["load"] == 1), None)
+    return {
+        "encoder_fp8_ms": encoder.get("encoder_ms"),
+        **_one_question(encoder, "encoder_one_question_fp8_ms"),
+        **{f"{reader}_step_fp8_ms": stage["step_ms"][batch] for reader, stage in readers.items() if batch},
+        **{f"{row['reader']}_fp8_questions_per_s": row.questions_per_s for row in bests_of(fp8, fp8.main)},
+        "fido_p50_fp8_ms": alone.over_rounds("latency_ms", "p50") if alone else None,
     }
 
 

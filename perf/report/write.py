@@ -17,8 +17,10 @@ from typing import Any
 
 from . import plots
 from .page import Cell, Figure, Link, Section, Table, html_from_sections, markdown_from_sections, shown, significant, whole
-from .run_folder import NAMES, PACKED, ReportError, Row, Run, Spread, pack_run, read_run, times_peer
+from .run_folder import NAMES, PACKED, ReportError, Row, Run, Spread, library_peers, pack_run, read_run, times_peer
 from .verdict import (
+    EXCLUDED,
+    HOW_TO_READ,
     best_of,
     claims,
     is_compiled,
@@ -37,23 +39,6 @@ RESULTS = Path("perf/results")
 README_RUN, README_PLOT = "h100", Path("docs/fido_over_fid.svg")
 MISSING = "Not measured in this run."
 MODELS = {f"{reader}{suffix}": name + shown for reader, name in NAMES.items() for suffix, shown in (("", ""), ("_stream", ", streaming"))}
-HOW_TO_READ = (
-    "A number is the median of the rounds, with the least and the most of them in brackets where they differ. A round is one process of "
-    "perf_analyzer; its raw output is linked where the folder still has it (`make perf RUN=folder` writes it). * marks a point of which "
-    "a round was not steady from its start to its end, † one of which a round had errors; they are hollow in the plots; none is left out.",
-    "A ratio is FiDO's questions/s over FiD's, both at the same workload and concurrency: the ratio of the medians, and in brackets the "
-    "least and the most of a round. Where one ratio has to stand for a workload, it is the one at the concurrency where FiD answers most "
-    "questions/s, steady or not.",
-    "A bound is the time below which this machine cannot do a piece of work: its operations over the machine's rate for a large matrix "
-    "product, or the bytes that it has to read and write at least once over its rate for a copy, whichever is longer. Both rates were "
-    "measured on the machine, not taken from a data sheet.",
-)
-EXCLUDED = (
-    "Start-up, loading of models and engines, and the first questions of each point.",
-    "Retrieval of the passages, and any network: client and server share the machine, and its processor.",
-    "Whether answers are right. Where a workload fixes the number of new tokens, the answer's length is forced.",
-    "Bounds know nothing of launches, synchronisation, tokenization or Triton, and count every byte once.",
-)
 
 
 def _raw(run: Run, row: Row) -> Cell:
@@ -290,19 +275,35 @@ def _padding(run: Run) -> Section:
     return Section("Cost of padding", [figure, _workload_table(run, rows)])
 
 
-def _peers(run: Run) -> Section:
+def _peer_table(run: Run, peers: Sequence[Mapping[str, Any]], source: str) -> Table:
+    """Peers beside what is served, each at its best concurrency."""
     lines = []
-    for peer in run.peers():
+    for peer in peers:
         times = times_peer(best_of(run, peer["reader"]), peer)
         rates = (shown(peer["questions_per_s"]), shown(peer["p50_ms"]), shown(times))
         compiled = "yes" if is_compiled(peer) else "no"
         lines.append((peer["name"], NAMES[peer["reader"]], compiled, whole(peer["batch"]), *rates, peer["error"] or ""))
-    head = ("peer", "reader", "compiled", "batch", "questions/s", "p50, ms", "ours / peer", "error")
+    return Table(("peer", "reader", "compiled", "batch", "questions/s", "p50, ms", "ours / peer", "error"), lines, run.source(source))
+
+
+def _peers(run: Run) -> Section:
     about = (
         f"Ours: through Triton at its best concurrency, workload {run.main}; where a peer was asked something else, no ratio is given. "
         "Medians; the rounds of a peer are not those of the sweep, and what a peer excludes is below."
     )
-    return Section("Against other ways to run the same readers", [about, Table(head, lines, run.source("peers"))] if lines else [])
+    table = _peer_table(run, run.peers(), "peers")
+    return Section("Against other ways to run the same readers", [about, table] if table.rows else [])
+
+
+def _fp8(run: Run) -> Section:
+    title, fp8 = "In FP8", run.in_fp8()
+    if not fp8:
+        return Section(title, [])
+    peers = _peer_table(fp8, library_peers(run.files["library_pytorch"], fp8=True), "library_pytorch")
+    tables = [_sweep_table(fp8, fp8.select(fp8.main), "concurrency"), peers]
+    stages = _stages(fp8).blocks[2:]  # the table alone
+    about = f"The same readers, encoder and FiD's cross-attention in FP8, workload {fp8.main}."
+    return Section(title, [about, *(table for table in tables if table.rows), *stages])
 
 
 def _excluded(run: Run) -> Section:
@@ -343,7 +344,7 @@ def sections_of(run: Run) -> list[Section]:
             "offered, questions/s",
             "questions are sent at a rate, answered or not; bars are the rounds' least and most.",
         ),
-        *(build(run) for build in (_streaming, _stages, _roofline, _ablation, _passages, _padding, _not_steady, _excluded)),
+        *(build(run) for build in (_streaming, _stages, _roofline, _ablation, _passages, _padding, _fp8, _not_steady, _excluded)),
         Section("How to read this", HOW_TO_READ),
         _machine(run),
     ]

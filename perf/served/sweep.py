@@ -2,7 +2,8 @@
 
 Each load point is a process with a fixed number of requests, so an unstable point does not affect others. The readers alternate at every
 point, and the first one changes from round to round: a ratio compares two consecutive runs. Writes sweep.json, and under raw/ for every
-point perf_analyzer's CSV and the times of every request and response.
+point perf_analyzer's CSV and the times of every request and response. With --variant fp8, for the same readers in FP8 on the same machine,
+the file is sweep_fp8.json and the folder raw/fp8/.
 
 Not counted: start-up, the first requests of a point (as many as are in flight, and four at least), and the last ones, as the load declines.
 A point is unstable if the rate of a third of it differs from the whole by more than UNSTABLE; it is marked and kept.
@@ -31,10 +32,10 @@ from serving.contract.manifest import TOKENIZER_FILE, Manifest
 from serving.launcher.server import TritonServer, models_of
 
 from .perf_analyzer import PerfAnalyzer, PerfAnalyzerError, Timeline, counts_of, difference, find_perf_analyzer
-from .workload import PLANS, Mode, RequestMaker, Series, requests_from, write_input_data
+from .workload import PLANS, VARIANTS, Mode, RequestMaker, Series, requests_from, write_input_data
 
 READERS = ("fid", "fido")
-LIMIT_NAMES = ("slots", "max_passages", "encoder_batch", "encoder_instances", "reader_instances", "encode_threads")
+LIMIT_NAMES = ("slots", "kv_cache_bytes", "max_passages", "encoder_batch", "encoder_instances", "reader_instances", "encode_threads")
 UNSTABLE = 0.15
 MIN_SKIPPED = 4
 SYNTHETIC_REQUESTS = 64  # distinct ones, which perf_analyzer repeats
@@ -168,14 +169,14 @@ def _is_stable(counted: Sequence[Timeline], before: int, rate: float) -> bool:
 class Sweep:
     """Measures points on a running server and keeps their raw files."""
 
-    def __init__(self, program: PerfAnalyzer, server: TritonServer, inputs: dict[tuple[str, str], Path], run: Path):
-        self._program, self._server, self._inputs, self._run = program, server, inputs, run
-        (run / "raw").mkdir(parents=True, exist_ok=True)
+    def __init__(self, program: PerfAnalyzer, server: TritonServer, inputs: dict[tuple[str, str], Path], run: Path, raw: Path):
+        self._program, self._server, self._inputs, self._run, self._raw = program, server, inputs, run, raw
+        (run / raw).mkdir(parents=True, exist_ok=True)
 
     def measure(self, point: Point) -> dict[str, Any]:
         """One entry of sweep.json."""
         series = point.series
-        raw = Path("raw", f"{point.name}.json")
+        raw = self._raw / f"{point.name}.json"
         new_tokens = series.spec.new_tokens.high if series.spec and series.spec.new_tokens.low == series.spec.new_tokens.high else None
         entry: dict[str, Any] = {
             "reader": point.reader,
@@ -245,7 +246,7 @@ def run_sweep(plan: Sequence[Series], arguments: argparse.Namespace) -> dict[str
             repository_from_engines(arguments.engines / reader, repository, reader, limits)
         inputs = write_inputs(plan, arguments.engines, arguments.data, arguments.seed, Path(scratch))
         with TritonServer(models_of(READERS, stream=streams), repository, log=arguments.log) as server:
-            sweep = Sweep(program, server, inputs, arguments.run)
+            sweep = Sweep(program, server, inputs, arguments.run, Path("raw", arguments.variant or ""))
             for number, point in enumerate(points, 1):
                 try:
                     entry = sweep.measure(point)
@@ -255,7 +256,7 @@ def run_sweep(plan: Sequence[Series], arguments: argparse.Namespace) -> dict[str
                     continue
                 entries.append(entry)
                 # after every point, so that an interrupted run keeps its results
-                (arguments.run / "sweep.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                sweep_file(arguments).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
                 mark = "" if entry["stable"] else "  unstable"
                 print(
                     f"{number:3} of {len(points)}  {point.name}: {entry['questions_per_s']:.2f} questions/s, "
@@ -263,6 +264,11 @@ def run_sweep(plan: Sequence[Series], arguments: argparse.Namespace) -> dict[str
                     flush=True,
                 )
     return result
+
+
+def sweep_file(arguments: argparse.Namespace) -> Path:
+    """Where the points go."""
+    return arguments.run / f"sweep{'_' + arguments.variant if arguments.variant else ''}.json"
 
 
 def size_fault(engines: Path) -> str:
@@ -294,6 +300,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     parser.add_argument("--log", type=Path, default=Path("build/perf-tritonserver.log"))
     parser.add_argument("--run", type=Path, default=Path("build/perf"), help="folder for the results")
+    parser.add_argument("--variant", choices=VARIANTS, help="a second run of the same folder: the same readers in this precision")
     parser.add_argument("--different-sizes", action="store_true", help="compare the readers though their encoders differ in size")
     arguments = parser.parse_args(argv)
     if not arguments.different_sizes and (fault := size_fault(arguments.engines)):
@@ -301,8 +308,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     lengths = {Manifest.load(arguments.engines / reader).prompt.passage_length for reader in READERS}
     result = run_sweep(PLANS[arguments.plan](min(lengths)), arguments)
-    (arguments.run / "sweep.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{arguments.run / 'sweep.json'}: {len(result['points'])} points")
+    sweep_file(arguments).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{sweep_file(arguments)}: {len(result['points'])} points")
     return 1 if result["settings"]["failures"] or any(entry["errors"] for entry in result["points"]) else 0
 
 

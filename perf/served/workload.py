@@ -352,3 +352,4 @@ PLANS = {"cpu": cpu_plan, "gpu": gpu_plan, "card": gpu_plan, "paper": paper_plan
 
 if __name__ == "__main__":
     sys.exit(main())
+VARIANTS = ("fp8",)  # precisions beside that of a run, which have files of their own in its folder

@@ -24,6 +24,7 @@ from .endpoints import LOOPBACK, PortError, fetch, free_ports, require_free_port
 from .environment import SERVER_ALONE, environment, missing_guards, preloadable
 from .installation import PROJECT, ServerError, find_installation, prepared_backends, require_supported
 from .log import REQUEST_LOG, LogPump
+from .multi_process import MultiProcessService, started_service
 from .processes import GuardedProcess, model_processes
 from .repository import has_python_process, models_of
 from .statistics import model_statistics, questions_in_flight
@@ -59,6 +60,7 @@ class TritonServer:
         drain_timeout_s: how long requests in flight may take to finish after the server was asked to stop.
         extra: more arguments for tritonserver.
         variables: environment variables that it has besides those of this process.
+        multi_process: whether readers on a GPU get CUDA's multi-process service where it can be had (multi_process.py).
     """
 
     def __init__(
@@ -72,17 +74,19 @@ class TritonServer:
         drain_timeout_s: float = 30.0,
         extra: Sequence[str] = (),
         variables: Mapping[str, str] | None = None,
+        multi_process: bool = True,
     ):
         self.models, self.repository, self.address = tuple(models), Path(repository), address
         self.http_port, self.grpc_port, self.metrics_port = ports or free_ports(3)
         self._start_timeout_s, self._drain_timeout_s, self._extra = start_timeout_s, drain_timeout_s, tuple(extra)
-        self._variables = dict(variables or {})
+        self._variables, self._multi_process = dict(variables or {}), multi_process
         self._workspace = Workspace()
         self.log = log or self._workspace.scratch / "tritonserver.log"
         self.triton: tuple[int, ...] | None = None  # version, once it is known
         self.missing_guards: list[str] = []  # one line for each preloaded library that the server runs without
         self._running: GuardedProcess | None = None
         self._pump: LogPump | None = None
+        self._service: MultiProcessService | None = None
         self._python_models: list[str] = []
         self._is_drained = False
         self._processes: set[str] = set()  # names of the models' processes once the server was ready
@@ -177,6 +181,10 @@ class TritonServer:
         variables = environment(installation, preloaded)
         variables |= self._variables | {name: str(path) for name, path in self._drain_files.items()}
         alone = {name: variables.pop(name) for name in SERVER_ALONE if name in variables}
+        if self._multi_process and self._service is None and on_gpu(chosen):
+            self._service = started_service(scratch / "mps", variables)
+        if self._service is not None:
+            variables |= self._service.variables
         try:
             self._pump = LogPump(self.log, self.request_log)
         except OSError as error:
@@ -282,6 +290,9 @@ class TritonServer:
             drain_timeout_s: how long they may take; None takes the server's own.
         """
         self._end_process(self._drain_timeout_s + 10 if drain_timeout_s is None else drain_timeout_s)
+        if self._service is not None:
+            self._service.stop()
+            self._service = None
         self._workspace.remove()
 
     def _waits_for_connections(self, pid: int) -> bool:
@@ -297,14 +308,18 @@ class TritonServer:
             self._pump.join()
 
 
-def pool_arguments(repository: Path) -> list[str]:
-    """Arguments for Triton's pool of GPU memory, through which GPU models pass hidden states; none if no model runs on a GPU."""
+def on_gpu(repository: Path) -> bool:
+    """Whether a model of the repository runs on a GPU."""
 
-    def on_gpu(directory: Path) -> bool:
+    def is_on_gpu(directory: Path) -> bool:
         try:
             return Manifest.load(directory).on_gpu
         except ManifestError:
             return False  # the model says what is wrong when it loads
 
-    found = any(on_gpu(path.parent) for path in repository.glob(f"*/*/{MANIFEST_FILE}"))
-    return [f"--cuda-memory-pool-byte-size=0:{CUDA_POOL_BYTES}"] if found else []
+    return any(is_on_gpu(path.parent) for path in repository.glob(f"*/*/{MANIFEST_FILE}"))
+
+
+def pool_arguments(repository: Path) -> list[str]:
+    """Arguments for Triton's pool of GPU memory, through which GPU models pass hidden states; none if no model runs on a GPU."""
+    return [f"--cuda-memory-pool-byte-size=0:{CUDA_POOL_BYTES}"] if on_gpu(repository) else []

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from export import command_line
 from export.tensorrt import detect
-from export.tensorrt.detect import Gpu, build_target, cuda_gpu, default_backend
+from export.tensorrt.detect import GPU_LIMITS, Gpu, build_target, cuda_gpu, default_backend, gpu_limits, gpu_memory_bytes
 from export.tensorrt.plan_cache import PlanCache, fingerprint
+from serving.contract.limits import Limits
 from serving.contract.manifest import EngineError
 
 H100 = Gpu("NVIDIA H100", "9.0", "13.0")
@@ -155,3 +157,41 @@ def test_the_plans_used_least_recently_are_evicted(tmp_path: Path):
 def test_fingerprints_depend_on_every_part_and_on_nothing_else():
     assert fingerprint({"a": 1, "b": (1, 2)}) == fingerprint({"b": [1, 2], "a": 1})
     assert len({fingerprint({"a": a, "b": b}) for a in (1, 2) for b in (None, "x")}) == 4
+
+
+@pytest.mark.parametrize(
+    ("cores", "chosen", "wanted"),
+    [
+        (16, None, {"slots": 32, "encoder_batch": 120, "encoder_instances": 2, "reader_instances": 3, "encode_threads": 16}),
+        (8, None, {"slots": 32, "encoder_batch": 120, "encoder_instances": 2, "reader_instances": 2, "encode_threads": 8}),
+        (4, None, {"slots": 32, "encoder_batch": 120, "encoder_instances": 1, "reader_instances": 1, "encode_threads": 8}),
+        (16, 1, {"slots": 32, "encoder_batch": 120, "encoder_instances": 2, "reader_instances": 1, "encode_threads": 16}),
+    ],
+)
+def test_limits_on_a_gpu_are_those_of_its_machine(monkeypatch, cores, chosen, wanted):
+    monkeypatch.setattr(detect, "gpu_memory_bytes", lambda: 80_000_000_000)
+    monkeypatch.setattr(detect.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    assert gpu_limits(chosen) == {**wanted, "kv_cache_bytes": 24_000_000_000 // wanted["reader_instances"]}
+    assert set(GPU_LIMITS) == set(gpu_limits(chosen)) <= set(Limits.names())
+
+
+def test_the_command_line_takes_a_gpus_limits_for_a_reader_that_it_builds_for_one(monkeypatch):
+    monkeypatch.setattr(command_line, "gpu_limits", lambda instances: {"slots": 32, "reader_instances": instances or 3})
+
+    def limits(*arguments: str) -> Limits:
+        return command_line.limits(command_line.parser(None).parse_args(arguments))
+
+    assert limits("readers", "fid=x") == Limits(slots=32, reader_instances=3)
+    assert limits("readers", "fid=x", "--reader-instances", "2", "--engine", "tensorrt") == Limits(slots=32, reader_instances=2)
+    assert limits("build", "x", "y", "--slots", "8") == Limits(slots=8, reader_instances=3)
+    assert limits("readers", "fid=x", "--engine", "onnxruntime") == limits("repository", "x", "--reader", "fid") == Limits()
+
+
+def test_a_machine_without_a_gpu_or_cupy_has_no_limits_of_its_own(monkeypatch):
+    assert gpu_memory_bytes("libnone.so") is None
+    monkeypatch.setattr(detect, "gpu_memory_bytes", lambda: None)
+    assert gpu_limits() == {}
+    monkeypatch.setattr(detect, "gpu_memory_bytes", lambda: 80_000_000_000)
+    monkeypatch.setattr(detect.importlib.util, "find_spec", lambda name: None)
+    assert gpu_limits() == {}

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving.launcher import installation, log
+from serving.launcher import installation, log, multi_process
 from serving.launcher.endpoints import PortError, free_ports
 from serving.launcher.installation import ServerError, find_installation
 from serving.launcher.server import START_ATTEMPTS, TritonServer
@@ -203,3 +203,65 @@ def test_servers_that_start_together_ask_sysconfig_one_at_a_time(monkeypatch):
     for thread in threads:
         thread.join()
     assert most == [1]
+
+
+CONTROL = """#!{python}
+import os, pathlib, signal, sys, time
+pipes = pathlib.Path(os.environ["CUDA_MPS_PIPE_DIRECTORY"])
+asked = " ".join(sys.argv[1:]) or sys.stdin.read().strip()
+with open({calls!r}, "a") as calls:
+    print(asked, os.environ.get("CUDA_VISIBLE_DEVICES"), file=calls)
+if asked == "get_server_list":
+    print({servers!r})
+if sys.argv[1:] == ["-f"]:
+    {before}
+    (pipes / "control").touch()
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def control(tmp_path, monkeypatch):
+    """Puts a stand-in of the multi-process service's program on the path, and makes every reader one for a GPU; the file of its calls."""
+
+    def install(before: str = "", servers: str = "4711") -> Path:
+        program, calls = tmp_path / "bin" / multi_process.CONTROL, tmp_path / "calls"
+        program.parent.mkdir()
+        program.write_text(CONTROL.format(python=sys.executable, calls=str(calls), before=before or "pass", servers=servers))
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+        monkeypatch.setattr("serving.launcher.server.on_gpu", lambda repository: True)
+        monkeypatch.setattr(multi_process, "PROBE", "import os; os.environ['CUDA_MPS_PIPE_DIRECTORY']")
+        return calls
+
+    return install
+
+
+def variables_of(pid: int) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in line)
+
+
+def test_a_gpu_server_has_a_multi_process_service_of_its_own_and_ends_it(tmp_path, monkeypatch, control):
+    calls = control()
+    install_stand_in(tmp_path, monkeypatch)
+    repository = write_models(tmp_path / "repository", fid="python")
+    with TritonServer(["fid"], repository, variables={"CUDA_VISIBLE_DEVICES": "1"}) as server:
+        pipes = Path(variables_of(server.process.pid)["CUDA_MPS_PIPE_DIRECTORY"])
+        assert (pipes / "control").exists() and pipes.is_relative_to(server.log.parent)
+        assert variables_of(server.model_processes()["fid"])["CUDA_VISIBLE_DEVICES"] == "1"
+    # the daemon sees all GPUs: it would number those that it sees anew
+    assert calls.read_text().splitlines() == ["-f None", "get_server_list None", "quit -t 5 None"]
+    assert not pipes.exists()
+
+
+@pytest.mark.parametrize("fault", ["daemon", "clients", "connection", "chosen", "off"])
+def test_a_gpu_server_does_without_a_multi_process_service_that_fails_or_is_not_wanted(tmp_path, monkeypatch, control, fault):
+    calls = control("sys.exit(1)" if fault == "daemon" else "", "" if fault == "connection" else "4711")
+    if fault == "clients":
+        monkeypatch.setattr(multi_process, "PROBE", "raise SystemExit(805)")
+    if fault == "chosen":
+        monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/somewhere/else")
+    install_stand_in(tmp_path, monkeypatch)
+    with TritonServer(["fid"], write_models(tmp_path / "repository", fid="python"), multi_process=fault != "off") as server:
+        assert variables_of(server.process.pid).get("CUDA_MPS_PIPE_DIRECTORY") == ("/somewhere/else" if fault == "chosen" else None)
+    assert calls.exists() == (fault in ("daemon", "clients", "connection"))
