@@ -144,7 +144,7 @@ def _ratios(run: Run) -> Section:
     return Section("FiDO over FiD", [*([Figure(plots.ratio_against_new_tokens(drawn), caption)] if drawn else []), table])
 
 
-def _stages(run: Run) -> Section:
+def _stages(run: Run, source: str = "stages") -> Section:
     title, readers = "Where a question's time goes", readers_of(run.files["stages"])
     if not readers:
         return Section(title, [])
@@ -177,7 +177,7 @@ def _stages(run: Run) -> Section:
         "difference of larger numbers that were not measured together. The table has the whole chain in process and served.",
     )
     about = f"One question at a time{': ' if sizes else ''}{', '.join(sizes)}{', preset ' + first['preset'] if first['preset'] else ''}."
-    return Section(title, [about, figure, Table(("reader", "part", "ms", "bound, ms", "times bound"), lines, run.source("stages"))])
+    return Section(title, [about, figure, Table(("reader", "part", "ms", "bound, ms", "times bound"), lines, run.source(source))])
 
 
 def _of_bound(measured: Spread | None, bound: float | None) -> tuple[str, str]:
@@ -296,14 +296,14 @@ def _peers(run: Run) -> Section:
 
 
 def _fp8(run: Run) -> Section:
-    title, fp8 = "In FP8", run.in_fp8()
+    fp8 = run.in_fp8()
     if not fp8:
-        return Section(title, [])
+        return Section("", [])
     peers = _peer_table(fp8, library_peers(run.files["library_pytorch"], fp8=True), "library_pytorch")
     tables = [_sweep_table(fp8, fp8.select(fp8.main), "concurrency"), peers]
-    stages = _stages(fp8).blocks[2:]  # the table alone
+    stages = _stages(fp8, "stages_fp8").blocks[2:]  # the table alone
     about = f"The same readers, encoder and FiD's cross-attention in FP8, workload {fp8.main}."
-    return Section(title, [about, *(table for table in tables if table.rows), *stages])
+    return Section("In FP8", [about, *(table for table in tables if table.rows), *stages])
 
 
 def _excluded(run: Run) -> Section:
@@ -348,7 +348,7 @@ def sections_of(run: Run) -> list[Section]:
         Section("How to read this", HOW_TO_READ),
         _machine(run),
     ]
-    return [section if section.blocks else Section(section.title, [MISSING]) for section in sections]
+    return [section if section.blocks else Section(section.title, [MISSING]) for section in sections if section.title]
 
 
 def write_report(folder: Path) -> None:

@@ -58,24 +58,11 @@ STAGES = {
         for reader, steps, step in (("fid", 70.0, 25.0), ("fido", 32.0, 12.0))
     }
 }
+ROW = {"reader": "fid", "excludes": "tokens"}
 PEERS = {
     "peers": [
-        {
-            "name": "transformers, eager",
-            "reader": "fid",
-            "questions_per_s": spread(5.0),
-            "p50_ms": spread(200.0),
-            "batch": 1,
-            "excludes": "tokens",
-        },
-        {
-            "name": "transformers | compiled",
-            "reader": "fid",
-            "questions_per_s": spread(12.4),
-            "p50_ms": None,
-            "batch": 4,
-            "excludes": "tokens",
-        },
+        {**ROW, "name": "transformers, eager", "questions_per_s": spread(5.0), "p50_ms": spread(200.0), "batch": 1},
+        {**ROW, "name": "transformers | compiled", "questions_per_s": spread(12.4), "p50_ms": None, "batch": 4},
     ]
 }
 ROWS = [
@@ -289,7 +276,22 @@ def test_the_summary_has_the_numbers_that_others_quote(folder_of):
         "fido_p50_ms": pytest.approx({"median": (40 + 1000 / 27) / 2, "min": 1000 / 27, "max": 40.0}),
         "peak_tflops": spread(0.1, 0.09, 0.11),
         "copy_tb_per_s": spread(0.02),
+        "encoder_one_question_ms": spread(12.0),
     }
+
+
+def test_fp8_and_the_strongest_peers_stand_beside_half_precision(folder_of):
+    twice = SWEEP | {"points": [row | {"questions_per_s": 2 * row["questions_per_s"]} for row in SWEEP["points"]]}
+    ways = {"library_fp16": {"questions_per_s": {"fid": spread(30.0)}}, "library_fp8": {"questions_per_s": {"fid": spread(31.0)}}}
+    sizes = {"questions": 24, "passages": 10, "passage_length": 128, "new_tokens": 32}
+    library = {"summary": {"library_pytorch_encoder_fp8_ms": 7.0}, "ways": ways, "settings": sizes}
+    folder = folder_of(**EVERYTHING, sweep_fp8=twice, stages_fp8=STAGES, library_pytorch=library)
+    found = summary_of(folder)
+    assert found["fid_fp8_questions_per_s"] == spread(62.0, 60.0, 64.0) and found["encoder_fp8_ms"] == spread(12.0)
+    assert found["library_pytorch_encoder_fp8_ms"] == 7.0 and found["peer_fid_questions_per_s"] == spread(30.0)
+    text = markdown_of(folder)
+    for line in ("fp16 | FiD | yes | 24 | 30.0 |  | 1.03 |", "fp8 | FiD | yes | 24 | 31.0 | 2.00 |", "fp8 | FiDO | yes | 24 |  |"):
+        assert f"| PyTorch with library kernels (QuACK, cuDNN), compiled, {line}" in text
 
 
 def test_the_summary_has_null_where_the_run_has_nothing(folder_of):
