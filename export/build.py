@@ -28,7 +28,7 @@ PRECISIONS = ("float16", "bfloat16")  # of graphs for a GPU
 PRECISION_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}  # as on the command line -> in a manifest
 # Precisions of each engine; the first is its own.
 PRECISIONS_OF = {
-    "onnxruntime": ("float32",),
+    "onnxruntime": ("float32", "int8"),
     "openvino": ("float32", "bfloat16", "int8"),
     "onnxruntime-gpu": PRECISIONS,
     "tensorrt": PRECISIONS,
@@ -175,7 +175,8 @@ def _chosen(engine: str, precision: str | None, samples: Path | None, *, has_tor
         from export.tensorrt.detect import default_backend
 
         engine = default_backend() if has_torch else "onnxruntime"
-        if engine == "onnxruntime" and precision in PRECISIONS_OF["openvino"][1:]:
+        without = precision == "int8" and importlib.util.find_spec("openvino") is None  # ONNX Runtime has an int8 of its own
+        if engine == "onnxruntime" and precision in PRECISIONS_OF["openvino"][1:] and not without:
             engine = "openvino"
     if precision is not None and precision not in PRECISIONS_OF[engine]:
         names = {long: short for short, long in PRECISION_NAMES.items()}
@@ -186,6 +187,10 @@ def _chosen(engine: str, precision: str | None, samples: Path | None, *, has_tor
         from export.graphs.openvino import require_openvino
 
         require_openvino(precision, samples)
+    if (engine, precision) == ("onnxruntime", "int8"):
+        from export.graphs.int8 import require_quantizer
+
+        require_quantizer()
     return engine, precision
 
 
@@ -201,6 +206,10 @@ def _for_cpu(directory: Path, manifest: Manifest, engine: str, precision: str, s
         from export.graphs.openvino import for_openvino
 
         return for_openvino(directory, manifest, precision, samples)
+    if precision == "int8":
+        from export.graphs.openvino import for_onnxruntime_int8
+
+        return for_onnxruntime_int8(directory, manifest)
     if chooses and importlib.util.find_spec("openvino") is not None:
         from export.graphs.openvino import for_the_faster
 

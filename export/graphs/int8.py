@@ -1,9 +1,10 @@
-"""A CPU reader's graphs in int8, for OpenVINO: calibrated by NNCF on the user's questions and passages.
+"""A CPU reader's graphs in int8: for OpenVINO calibrated by NNCF on the user's questions and passages, for ONNX Runtime without samples.
 
-Comes in: exported fp32 graphs and a file of questions with passages. Goes out: OpenVINO's own files, a quarter as large. In the encoder and
-cross_kv weights and activations are int8, with ranges measured on the samples. In decoder_step the weights alone are: a step reads all of
-them for a few rows, so that their bytes are its time. Layers whose result int8 would change too much stay as they were, each with its
-reason.
+Comes in: exported fp32 graphs and, for OpenVINO, a file of questions with passages. Goes out: files a quarter as large. For OpenVINO, in
+the encoder and cross_kv weights and activations are int8, with ranges measured on the samples. In decoder_step the weights alone are: a
+step reads all of them for a few rows, so that their bytes are its time. Layers whose result int8 would change too much stay as they were,
+each with its reason. For ONNX Runtime the encoder's products measure the range of their input when they run, and the step's files alone
+are int8.
 """
 
 from __future__ import annotations
@@ -45,6 +46,14 @@ class LayerError:
 
     def __str__(self) -> str:
         return f"int8 would change its output by {self.error:.0%}: its largest input is {self.outlier:,.0f} times that of 99.9%"
+
+
+def require_quantizer() -> None:
+    """Raise UsageError before anything is exported, if ONNX Runtime's quantizer lacks the package onnx."""
+    if importlib.util.find_spec("onnx") is None:
+        raise UsageError(
+            "precision int8: wanted the package onnx, which the quantizer needs, found none; `make setup FOR=export` installs it"
+        )
 
 
 def require_nncf(samples: Path | None) -> None:
@@ -103,6 +112,65 @@ def to_int8(directory: Path, manifest: Manifest, samples: Path) -> dict[str, Any
         "hidden_states_error": round(float(np.mean(errors)), 4),
         "left_out": left_out,
     }
+
+
+def to_onnxruntime_int8(directory: Path, manifest: Manifest) -> dict[str, Any]:
+    """Replace the graphs in a directory by their int8 form for ONNX Runtime.
+
+    A product of the encoder or of cross_kv measures the range of its input in every call, which is one question's. A call of decoder_step
+    has rows of several questions, and none may depend on the others: there int8 is in the file alone, and weights are fp32 once loaded.
+
+    Args:
+        directory: holds fp32 graphs.
+        manifest: of these graphs.
+
+    Returns:
+        What was done, for the manifest's provenance.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    settings = {"MatMulConstBOnly": True}  # the products within attention stay in fp32
+    for name in ("encoder", "cross_kv"):
+        path, made = directory / manifest.engine_file(name), directory / f"{name}.int8"
+        kinds = ["MatMul", "Gather"]
+        quantize_dynamic(path, made, kinds, per_channel=True, weight_type=QuantType.QInt8, extra_options=settings)
+        _replace(path, made)
+    path, made = directory / manifest.engine_file("decoder_step"), directory / "decoder_step.int8"
+    model = onnx.load(path)
+    _store_weights_in_int8(model.graph)
+    onnx.save(model, made)
+    _replace(path, made)
+    return {"ranges": "of the inputs of encoder and cross_kv: measured in every call", "decoder_step": "weights alone, fp32 in memory"}
+
+
+def _replace(path: Path, made: Path) -> None:
+    for file in path.parent.glob(f"{path.name}*"):
+        file.unlink()
+    made.rename(path)
+
+
+def _store_weights_in_int8(graph: Any) -> None:
+    """Weights and embeddings of an ONNX graph in int8, a scale a column of a weight and a row of an embedding, and what makes them fp32."""
+    from onnx import helper, numpy_helper
+
+    weights, nodes, made = {tensor.name: tensor for tensor in graph.initializer}, list(graph.node), []
+    for node in nodes:
+        place = {"MatMul": 1, "Gather": 0}.get(node.op_type)
+        tensor = None if place is None else weights.pop(node.input[place], None)
+        value = None if tensor is None else numpy_helper.to_array(tensor)
+        if value is None or value.ndim != 2 or value.dtype != np.float32:
+            continue
+        axis = 1 if node.op_type == "MatMul" else 0
+        scale = np.maximum(np.abs(value).max(axis=1 - axis, keepdims=True), np.finfo(np.float32).tiny) / INT8_LEVELS
+        stored = np.rint(value / scale).astype(np.int8)
+        graph.initializer.remove(tensor)
+        names = [f"{tensor.name}.int8", f"{tensor.name}.scale"]
+        parts = (stored, scale.reshape(-1).astype(np.float32))
+        graph.initializer.extend(numpy_helper.from_array(part, name) for part, name in zip(parts, names, strict=True))
+        made.append(helper.make_node("DequantizeLinear", names, [tensor.name], axis=axis))
+    del graph.node[:]
+    graph.node.extend([*made, *nodes])
 
 
 def sample_rows(directory: Path, manifest: Manifest, samples: Path) -> list[np.ndarray]:

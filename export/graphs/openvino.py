@@ -1,6 +1,6 @@
 """A CPU reader's graphs for the engine and the precision that run them, and which engine is the faster here.
 
-Comes in: exported graphs with their manifest. Goes out: the same directory with the manifest of OpenVINO, in bf16 or int8 if asked. ONNX
+Comes in: exported graphs with their manifest. Goes out: the same directory with the manifest of its engine, in bf16 or int8 if asked. ONNX
 Runtime and OpenVINO read the same fp32 files; both are timed on the same question where the engine is left to us. Needs no torch.
 """
 
@@ -79,6 +79,16 @@ def for_openvino(directory: Path, manifest: Manifest, precision: str, samples: P
             require_bf16("int8")
             precision = "int8-bf16"
     changed = dataclasses.replace(manifest, engine="openvino", precision=precision, provenance=provenance, files=files)
+    return write_manifest(changed, directory)
+
+
+def for_onnxruntime_int8(directory: Path, manifest: Manifest) -> Manifest:
+    """Make exported graphs int8 ones of ONNX Runtime; the directory's manifest is written again."""
+    from .int8 import to_onnxruntime_int8
+
+    provenance = {**manifest.provenance, "int8": to_onnxruntime_int8(directory, manifest)}
+    (directory / MANIFEST_FILE).unlink(missing_ok=True)
+    changed = dataclasses.replace(manifest, precision="int8", provenance=provenance, files=hashes(directory))
     return write_manifest(changed, directory)
 
 

@@ -146,8 +146,8 @@ class Manifest:
     Attributes:
         reader: "fid" or "fido".
         engine: the backend that runs the engines: "onnxruntime" or "openvino" (CPU), "onnxruntime-gpu" or "tensorrt".
-        precision: dtype of weights and activations: "float32", "float16" or "bfloat16"; for OpenVINO also "int8", and "int8-bf16" where the
-            rest is bf16. Hidden states of GPU engines are float16 always, those of CPU engines float32.
+        precision: dtype of weights and activations: "float32", "float16" or "bfloat16"; on a CPU also "int8", and for OpenVINO "int8-bf16"
+            where the rest is bf16. Hidden states of GPU engines are float16 always, those of CPU engines float32.
         files: name -> SHA-256 of every file of the reader.
         weights_sha256: of the checkpoint's weights; engines of one checkpoint have the same.
         provenance: source, versions, opset; for people, not read by serving.
@@ -186,12 +186,8 @@ class Manifest:
 
     def engine_file(self, name: str) -> str:
         """File name of the engine called `name`."""
-        return name + (".xml" if self.is_int8 else SUFFIXES[self.engine])
-
-    @property
-    def is_int8(self) -> bool:
-        """Whether weights are int8; OpenVINO's own files hold them, `NAME.xml` and `NAME.bin`."""
-        return self.precision.startswith("int8")
+        own = self.engine == "openvino" and self.precision.startswith("int8")  # OpenVINO's own files hold them, `NAME.xml` and `NAME.bin`
+        return name + (".xml" if own else SUFFIXES[self.engine])
 
     @property
     def has_bf16_caches(self) -> bool:

@@ -60,6 +60,7 @@ class OnnxSession:
         options.intra_op_num_threads = threads
         # several processes share the cores: a thread that spins while it waits slows another engine
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.disable_quant_qdq", "1")  # a step's int8 weights become fp32 once, not in every step
         options.log_severity_level = 3
         try:
             with manifest.verified(directory, (file,)):

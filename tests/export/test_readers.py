@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,17 +246,20 @@ HALF = "onnxruntime-gpu"
         ("openvino", "bfloat16", "tensorrt", ("openvino", "bfloat16")),
         ("auto", None, "onnxruntime", ("onnxruntime", "float32")),
         ("auto", "bfloat16", "onnxruntime", ("openvino", "bfloat16")),
+        ("auto", "int8", "onnxruntime", ("openvino", "int8")),
+        ("onnxruntime", "int8", "tensorrt", ("onnxruntime", "int8")),
         ("auto", "bfloat16", "tensorrt", ("tensorrt", "bfloat16")),
         ("auto", None, HALF, (HALF, "float16")),
-        ("onnxruntime", "bfloat16", "tensorrt", "precision: engine onnxruntime has fp32; got bf16"),
+        ("onnxruntime", "bfloat16", "tensorrt", "precision: engine onnxruntime has fp32, int8; got bf16"),
         ("openvino", "float16", "tensorrt", "precision: engine openvino has fp32, bf16, int8; got fp16"),
-        ("auto", "float16", "onnxruntime", "precision: engine onnxruntime has fp32; got fp16"),
+        ("auto", "float16", "onnxruntime", "precision: engine onnxruntime has fp32, int8; got fp16"),
         ("tensorrt", "float32", "tensorrt", "precision: engine tensorrt has fp16, bf16; got fp32"),
     ],
 )
 def test_an_engine_and_a_precision_are_chosen_before_anything_is_exported(engine, precision, best, wanted, monkeypatch, tmp_path):
     monkeypatch.setattr("export.tensorrt.detect.default_backend", lambda: best)
     monkeypatch.setattr("export.graphs.openvino.require_openvino", lambda *_: None)
+    monkeypatch.setattr("export.build.importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: object())))
     if isinstance(wanted, tuple):
         assert build._chosen(engine, precision, None, has_torch=True) == wanted
     else:

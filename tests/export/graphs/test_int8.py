@@ -1,10 +1,11 @@
-"""int8 for OpenVINO: layers that it would spoil stay out, the files are a quarter as large, and the reader still answers."""
+"""int8: layers that it would spoil stay out, the files are a quarter as large, and the reader still answers."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from export.graphs import int8
 from export.library.options import AUTO, LibraryOptions
 from serving.contract.limits import Limits
 from serving.contract.manifest import Manifest, ManifestError
-from serving.engines.load import load_encoder
+from serving.engines.load import load_decoder, load_encoder
 from serving.pipeline.in_process import InProcessReader
 from tests.conftest import WITHOUT_OPENVINO
 
@@ -49,6 +50,44 @@ def test_an_int8_reader_is_a_quarter_as_large_and_answers_the_demos_questions(ex
             question = (example["question"], [c["text"] for c in example["ctxs"]], [c["title"] for c in example["ctxs"]])
             first, second = wanted.answer(*question), got.answer(*question)
             assert first.text == second.text and first.log_probs != second.log_probs
+
+
+def test_an_int8_reader_of_onnxruntime_needs_neither_openvino_nor_samples(monkeypatch, tmp_path):
+    packages = SimpleNamespace(find_spec=lambda name: None if name == "openvino" else importlib.util.find_spec(name))
+    monkeypatch.setattr("export.build.importlib", SimpleNamespace(util=packages))
+    monkeypatch.setattr("export.tensorrt.detect.default_backend", lambda: "onnxruntime")
+    checkpoint = str(ROOT / "checkpoints" / "fido")
+    plain = build_reader(checkpoint, tmp_path / "fp32", "onnxruntime", Limits())
+    made = build_reader(checkpoint, tmp_path / "int8", "auto", Limits(), precision="int8")
+    assert (made.engine, made.precision) == ("onnxruntime", "int8") and Manifest.load(tmp_path / "int8") == made
+    for name in ("encoder", "decoder_step"):
+        sizes = [(tmp_path / kind / f"{name}.onnx").stat().st_size for kind in ("fp32", "int8")]
+        assert sizes[1] < 0.29 * sizes[0], name
+    ids = np.random.default_rng(0).integers(5, 900, (4, 60)).astype(np.int32)
+    folders = ((tmp_path / "fp32", plain), (tmp_path / "int8", made))
+    exact, rounded = (load_encoder(*folder, Limits()).encode([(ids, np.ones_like(ids))])[0] for folder in folders)
+    assert 0 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.05
+    examples = [json.loads(line) for line in QUESTIONS.read_text().splitlines()]
+    with InProcessReader(tmp_path / "fp32") as wanted, InProcessReader(tmp_path / "int8") as got:
+        for example in examples:
+            question = (example["question"], [c["text"] for c in example["ctxs"]], [c["title"] for c in example["ctxs"]])
+            first, second = wanted.answer(*question), got.answer(*question)
+            assert first.text == second.text and first.log_probs != second.log_probs
+
+
+def test_a_row_of_an_int8_step_does_not_depend_on_the_other_rows(tmp_path):
+    made = build_reader(str(ROOT / "checkpoints" / "fido"), tmp_path / "int8", "onnxruntime", Limits(), precision="int8")
+    rng = np.random.default_rng(1)
+    hidden = [rng.standard_normal((30, made.sizes.d_model_encoder)).astype(np.float32) * scale for scale in (0.1, 5.0)]
+
+    def log_probs(rows: list[int]) -> np.ndarray:
+        decoder, count = load_decoder(tmp_path / "int8", made, Limits(slots=2)), len(rows)
+        for slot, row in enumerate(rows):
+            decoder.admit(slot, slot, hidden[row], np.arange(30, dtype=np.int32))
+        token, no_penalty = np.full(count, 7, np.int32), np.zeros(count, np.float32)
+        return np.array([decoder.step(token, np.full(count, at, np.int32), no_penalty)[1] for at in range(3)])
+
+    np.testing.assert_allclose(log_probs([0, 1])[:, 0], log_probs([0])[:, 0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_weights_beside_an_int8_graph_are_checked(exported):
