@@ -210,6 +210,9 @@ class AsyncReaderClient:
         num_answers: int | None = None,
         length_penalty: float | None = None,
         allowed_answers: Iterable[str] | None = None,
+        keep_encoder_tokens: float | None = None,
+        keep_passages: int | None = None,
+        drop_after: int | None = None,
     ) -> Answer:
         """Ask one question and wait for the answer; arguments and errors are those of ReaderClient.answer."""
         start_s = time.perf_counter()
@@ -224,6 +227,9 @@ class AsyncReaderClient:
             num_answers=num_answers,
             length_penalty=length_penalty,
             allowed_answers=allowed_answers,
+            keep_encoder_tokens=keep_encoder_tokens,
+            keep_passages=keep_passages,
+            drop_after=drop_after,
         )
         inputs = infer_inputs_from_tensors(tensors_from_request(request, model=endpoint.model))
         failures = 0
@@ -280,6 +286,9 @@ class AsyncReaderClient:
         max_new_tokens: int | None = None,
         min_new_tokens: int | None = None,
         timeout_s: float | None = None,
+        keep_encoder_tokens: float | None = None,
+        keep_passages: int | None = None,
+        drop_after: int | None = None,
     ) -> AsyncAnswerStream:
         """Ask one question and stream the answer while it is generated; not a coroutine, but it needs a running event loop.
 
@@ -287,7 +296,8 @@ class AsyncReaderClient:
         """
         start_s = time.perf_counter()
         connection, model, deadline_s = self._connection(), self.endpoint.streaming_model, self.endpoint.deadline_s(timeout_s)
-        request = ReaderRequest(question, passages, titles, max_new_tokens, min_new_tokens)
+        dropping: dict[str, Any] = {"keep_encoder_tokens": keep_encoder_tokens, "keep_passages": keep_passages, "drop_after": drop_after}
+        request = ReaderRequest(question, passages, titles, max_new_tokens, min_new_tokens, **dropping)
         inputs = infer_inputs_from_tensors(tensors_from_request(request, model=model))
 
         def open_call() -> tuple[AsyncStreamCall, Callable[[Exception | None], None]]:
@@ -355,6 +365,9 @@ class AsyncReaderClient:
                 num_answers=request.num_answers,
                 length_penalty=request.length_penalty,
                 allowed_answers=request.allowed_answers,
+                keep_encoder_tokens=request.keep_encoder_tokens,
+                keep_passages=request.keep_passages,
+                drop_after=request.drop_after,
             )
         except ReaderError as error:
             return error

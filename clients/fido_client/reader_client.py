@@ -162,6 +162,9 @@ class ReaderClient:
         num_answers: int | None = None,
         length_penalty: float | None = None,
         allowed_answers: Iterable[str] | None = None,
+        keep_encoder_tokens: float | None = None,
+        keep_passages: int | None = None,
+        drop_after: int | None = None,
     ) -> Answer:
         """Ask one question and wait for the answer.
 
@@ -177,6 +180,10 @@ class ReaderClient:
             length_penalty: Answers are ordered by log_prob / tokens ** length_penalty; None: the server's default, 1.
             allowed_answers: The answer is the most probable of these, and `answer_log_probs` says how probable among them. With num_beams
                 it is what a beam search finds among them, which is faster for long lists.
+            keep_encoder_tokens: Share of the encoder tokens that are kept once `drop_after` tokens are generated: those with most
+                cross-attention so far. Long answers are faster then. None: all.
+            keep_passages: Passages that are kept then, chosen likewise; None: all.
+            drop_after: None: the server's default, 1. Not together with beams or allowed answers.
 
         Raises:
             RequestRefused: If the request is invalid, by the client's or the server's checks.
@@ -197,6 +204,9 @@ class ReaderClient:
             num_answers=num_answers,
             length_penalty=length_penalty,
             allowed_answers=allowed_answers,
+            keep_encoder_tokens=keep_encoder_tokens,
+            keep_passages=keep_passages,
+            drop_after=drop_after,
         )
         pending = _Pending(tensors_from_request(request, model=endpoint.model), deadline_s, start_s)
         while True:
@@ -237,6 +247,9 @@ class ReaderClient:
         max_new_tokens: int | None = None,
         min_new_tokens: int | None = None,
         timeout_s: float | None = None,
+        keep_encoder_tokens: float | None = None,
+        keep_passages: int | None = None,
+        drop_after: int | None = None,
     ) -> AnswerStream:
         """Ask one question and stream the answer while it is generated; arguments and errors are those of `answer`, with one exception.
 
@@ -246,7 +259,8 @@ class ReaderClient:
         self._check_open()
         start_s = time.perf_counter()
         model, deadline_s = self.endpoint.streaming_model, self.endpoint.deadline_s(timeout_s)
-        request = ReaderRequest(question, passages, titles, max_new_tokens, min_new_tokens)
+        dropping: dict[str, Any] = {"keep_encoder_tokens": keep_encoder_tokens, "keep_passages": keep_passages, "drop_after": drop_after}
+        request = ReaderRequest(question, passages, titles, max_new_tokens, min_new_tokens, **dropping)
         tensors = tensors_from_request(request, model=model)
 
         def open_again() -> Stream:

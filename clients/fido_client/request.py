@@ -1,7 +1,8 @@
 """A question and its passages -> Triton's input tensors. Only this module checks and encodes requests.
 
 In: a ReaderRequest. Out: `question: bytes[1]`, `passages: bytes[n]`, and if set `titles: bytes[n]`, `max_new_tokens: int32[1]`,
-`min_new_tokens: int32[1]`, `num_beams: int32[1]`, `num_answers: int32[1]`, `length_penalty: float32[1]`, `allowed_answers: bytes[n]`. It
+`min_new_tokens: int32[1]`, `num_beams: int32[1]`, `num_answers: int32[1]`, `length_penalty: float32[1]`, `allowed_answers: bytes[n]`,
+`keep_encoder_tokens: float32[1]`, `keep_passages: int32[1]`, `drop_after: int32[1]`. It
 does not check the server's limits (number and length of passages and allowed answers, number of tokens and beams): the server does.
 """
 
@@ -41,6 +42,9 @@ class ReaderRequest:
         num_answers: How many answers to send, at most num_beams, or as many as are allowed; None: one.
         length_penalty: Answers are ordered by log_prob / tokens ** length_penalty; None: the server's default, 1.
         allowed_answers: The answer is the most probable of these. With num_beams it is what a beam search finds among them.
+        keep_encoder_tokens: Share of the encoder tokens that are kept once `drop_after` tokens are generated, above 0; None: all.
+        keep_passages: Passages that are kept then; None: all.
+        drop_after: None: the server's default, 1. Not together with beams or allowed answers.
     """
 
     question: str
@@ -53,6 +57,9 @@ class ReaderRequest:
     num_answers: int | None = None
     length_penalty: float | None = None
     allowed_answers: Iterable[str] | None = None
+    keep_encoder_tokens: float | None = None
+    keep_passages: int | None = None
+    drop_after: int | None = None
 
 
 def request_from(item: ReaderRequest | Mapping[str, Any]) -> ReaderRequest:
@@ -93,6 +100,10 @@ def tensors_from_request(request: ReaderRequest, *, model: str | None = None) ->
     most, what = (beams["num_beams"], "num_beams") if beams["num_beams"] or allowed is None else (len(allowed), "the allowed answers")
     if beams["num_answers"] is not None and beams["num_answers"] > (most or 1):
         faults.append(f"num_answers: wanted at most {what} ({most}), got {beams['num_answers']}")
+    dropping = {name: _token_count(getattr(request, name), name, faults) for name in ("drop_after", "keep_passages")}
+    share = request.keep_encoder_tokens
+    if share is not None and (isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1):
+        faults.append(f"keep_encoder_tokens: wanted a share above 0 and at most 1, got {share!r}")
     penalty = request.length_penalty
     if penalty is not None and (isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not math.isfinite(penalty)):
         faults.append(f"length_penalty: wanted a number, got {penalty!r}")
@@ -103,9 +114,12 @@ def tensors_from_request(request: ReaderRequest, *, model: str | None = None) ->
     tensors = {"question": np.array([question], dtype=np.object_), "passages": np.array(texts, dtype=np.object_)}
     if titles is not None:
         tensors["titles"] = np.array(titles, dtype=np.object_)
-    tensors |= {name: np.array([value], dtype=np.int32) for name, value in {**limits, **beams}.items() if value is not None}
+    numbers = {**limits, **beams, **dropping}
+    tensors |= {name: np.array([value], dtype=np.int32) for name, value in numbers.items() if value is not None}
     if penalty is not None:
         tensors["length_penalty"] = np.array([penalty], dtype=np.float32)
+    if share is not None:
+        tensors["keep_encoder_tokens"] = np.array([share], dtype=np.float32)
     if allowed is not None:
         tensors["allowed_answers"] = np.array(allowed, dtype=np.object_)
     return tensors

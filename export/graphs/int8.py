@@ -159,7 +159,7 @@ def _store_weights_in_int8(graph: Any) -> None:
         place = {"MatMul": 1, "Gather": 0}.get(node.op_type)
         tensor = None if place is None else weights.pop(node.input[place], None)
         value = None if tensor is None else numpy_helper.to_array(tensor)
-        if value is None or value.ndim != 2 or value.dtype != np.float32:
+        if tensor is None or value is None or value.ndim != 2 or value.dtype != np.float32:
             continue
         axis = 1 if node.op_type == "MatMul" else 0
         scale = np.maximum(np.abs(value).max(axis=1 - axis, keepdims=True), np.finfo(np.float32).tiny) / INT8_LEVELS

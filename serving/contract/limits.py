@@ -12,7 +12,7 @@ from typing import Any
 
 # Names of the previous release: still read, no longer written.
 OLD_NAMES = {"max_in_hand": "max_in_flight"}
-MAY_BE_NONE = ("max_allowed_answers",)  # bounds that may be 0 besides those whose default is
+MAY_BE_NONE = ("max_allowed_answers", "token_elimination")  # bounds that may be 0 besides those whose default is
 
 
 class LimitsError(ValueError):
@@ -35,6 +35,7 @@ class Limits:
         max_allowed_answers: answers that a request may choose from. They are scored max_num_beams at a time. 0 = none, as where the engine
             has no beam search.
         max_allowed_answer_characters: characters of each.
+        token_elimination: 1 = a request may go on with a part of its encoder tokens; 0 = it may not, as where the engine cannot.
         slots: sequences that one reader process decodes together, each beam counted; further ones wait.
         kv_cache_bytes: bytes of keys and values per reader process. If the slots need more, fewer slots are used. 0 = no bound.
         max_in_flight: questions that a reader process has accepted and not yet answered, running ones included. It refuses further ones.
@@ -44,6 +45,8 @@ class Limits:
         encode_threads: questions that are tokenized and encoded at the same time.
         intra_op_threads: threads of one engine call on the CPU; 0 = one per core.
         answer_cache_bytes: bytes of whole answers that each reader process keeps for identical requests. 0 = none.
+        encoder_cache_bytes: bytes of encoder states that each reader process keeps, for passages that come again with their question.
+            0 = none; on a GPU none.
         log_text: 1 = the request log holds questions and answers; 0 = only sizes, times and outcomes.
     """
 
@@ -55,6 +58,7 @@ class Limits:
     max_num_beams: int = 10
     max_allowed_answers: int = 100
     max_allowed_answer_characters: int = 500
+    token_elimination: int = 1
     slots: int = 16
     kv_cache_bytes: int = 0
     max_in_flight: int = 512
@@ -64,6 +68,7 @@ class Limits:
     encode_threads: int = 8
     intra_op_threads: int = 0
     answer_cache_bytes: int = 0
+    encoder_cache_bytes: int = 0
     log_text: int = 0
 
     def __post_init__(self) -> None:

@@ -186,6 +186,9 @@ READER_TENSORS = GraphTensors(
         TensorSpec("num_answers", "int32", (1,), optional=True),
         TensorSpec("length_penalty", "float32", (1,), optional=True),
         TensorSpec("allowed_answers", "bytes", ("n_allowed_answers",), optional=True),
+        TensorSpec("drop_after", "int32", (1,), optional=True),
+        TensorSpec("keep_encoder_tokens", "float32", (1,), optional=True),
+        TensorSpec("keep_passages", "int32", (1,), optional=True),
     ),
     (
         TensorSpec("answer", "bytes", (1,)),

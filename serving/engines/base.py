@@ -58,10 +58,12 @@ class Decoder(Protocol):
     Attributes:
         slots: sequences that can be decoded together.
         has_beams: whether it is a BeamDecoder as well.
+        can_drop: whether it is a DroppingDecoder as well.
     """
 
     slots: int
     has_beams: bool
+    can_drop: bool
 
     def admit(self, slot: int, running: int, hidden: Any, encoder_positions: np.ndarray) -> None:
         """Compute a question's cross-attention keys and values into a slot.
@@ -93,6 +95,20 @@ class Decoder(Protocol):
 
         Raises:
             EngineError: if a slot cannot hold another token.
+        """
+        ...
+
+
+class DroppingDecoder(Decoder, Protocol):
+    """A decoder that can go on with a part of a question's encoder tokens. Its cross-attention is defined at every position."""
+
+    def keep(self, slot: int, running: int, kept: np.ndarray) -> None:
+        """Drop all encoder tokens of a slot but some; the memory of the others is free for other questions.
+
+        Args:
+            slot: of the question.
+            running: slots in use.
+            kept: int[at least 1], indices into the tokens that the slot has, in ascending order.
         """
         ...
 

@@ -139,7 +139,7 @@ class CpuDecoder:
     is unused. A subclass says what runs the graphs.
     """
 
-    has_beams = True
+    has_beams = can_drop = True
 
     session_type: ClassVar[type[Session]]
 
@@ -183,7 +183,14 @@ class CpuDecoder:
         self._rows[slot] = np.full(beams, NEW_ROW)
         self._ordered = 0
         self._encoder_lengths[slot] = length
-        rows = max(running, slot + 1)
+        self._fit_cross(max(running, slot + 1))
+        present = self._cross_kv.run({"encoder_hidden_states": hidden})
+        for cache, tokens in zip(self._cross, present, strict=True):
+            cache[slot, :, :length] = tokens
+        self._encoder_positions[slot, :length] = encoder_positions
+
+    def _fit_cross(self, rows: int) -> None:
+        """Make the cross-attention caches as long as the longest question in the first `rows` slots needs."""
         needed = cache_length(int(self._encoder_lengths[:rows].max()))
         held = self._cross[0].shape[2]
         if needed > held or needed * 2 <= held:
@@ -192,10 +199,15 @@ class CpuDecoder:
             kept = min(needed, held)
             positions[:rows, :kept] = self._encoder_positions[:rows, :kept]
             self._encoder_positions = positions
-        present = self._cross_kv.run({"encoder_hidden_states": hidden})
-        for cache, tokens in zip(self._cross, present, strict=True):
-            cache[slot, :, :length] = tokens
-        self._encoder_positions[slot, :length] = encoder_positions
+
+    def keep(self, slot: int, running: int, kept: np.ndarray) -> None:
+        """Move the kept tokens' keys and values to the front of their slot; arguments as DroppingDecoder.keep."""
+        count = len(kept)
+        for cache in self._cross:
+            cache[slot, :, :count] = cache[slot][:, kept]
+        self._encoder_positions[slot, :count] = self._encoder_positions[slot, kept]
+        self._encoder_lengths[slot] = count
+        self._fit_cross(running)
 
     def move(self, source: int, target: int) -> None:
         """Copy the cross-attention cache of slot `source` to slot `target`; the next step gathers the rows of self-attention."""

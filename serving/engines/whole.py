@@ -111,7 +111,7 @@ class WholeDecoder:
         EngineError: if an engine cannot run here, or the memory does not suffice.
     """
 
-    has_beams = False
+    has_beams = can_drop = False
 
     def __init__(self, directory: Path, manifest: Manifest, load: LoadEngine, slots: int, capacities: tuple[int, int]):
         sizes = self.sizes = manifest.sizes

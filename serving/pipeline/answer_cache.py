@@ -22,19 +22,19 @@ NOT_OF_THE_ANSWER = ("timeout_us", "id")  # fields of a request that change noth
 
 @dataclasses.dataclass(frozen=True)
 class CacheCounts:
-    """Requests looked up since the start, and what is kept now; the metrics read them."""
+    """Lookups since the start, and what is kept now; the metrics read them."""
 
     hits: int = 0
     misses: int = 0
     bytes: int = 0
-    answers: int = 0
+    entries: int = 0
 
 
-class AnswerCache:
-    """Kept answers. Safe to share between threads.
+class ByteCache:
+    """Contents by key, the least recently used ones leaving when the bytes are spent. Safe to share between threads.
 
     Args:
-        max_bytes: of all kept answers with their keys; 0 = nothing is kept, and nothing is looked up or counted.
+        max_bytes: of all that is kept, with keys; 0 = nothing is kept, and nothing is looked up or counted.
     """
 
     def __init__(self, max_bytes: int):
@@ -43,11 +43,8 @@ class AnswerCache:
         self._bytes = self._hits = self._misses = 0
         self._lock = threading.Lock()
 
-    def get(self, request: ReaderRequest) -> Any | None:
-        """A copy of what was put for the same request, or None."""
-        if not self._max_bytes:
-            return None
-        key = key_of(request)
+    def get(self, key: bytes) -> bytes | None:
+        """What was put under the key, or None."""
         with self._lock:
             content = self._kept.get(key)
             if content is None:
@@ -55,13 +52,10 @@ class AnswerCache:
                 return None
             self._hits += 1
             self._kept.move_to_end(key)
-        return pickle.loads(content)  # of our own making
+        return content
 
-    def put(self, request: ReaderRequest, answer: Any) -> None:
-        """Keep an answer, and let go of those used longest ago. One larger than all the cache may hold is not kept."""
-        if not self._max_bytes:
-            return
-        key, content = key_of(request), pickle.dumps(answer)
+    def put(self, key: bytes, content: bytes) -> None:
+        """Keep a content, and let go of those used longest ago. One larger than all the cache may hold is not kept."""
         if _size(key, content) > self._max_bytes:
             return
         with self._lock:
@@ -76,6 +70,34 @@ class AnswerCache:
         """A copy of the counts."""
         with self._lock:
             return CacheCounts(self._hits, self._misses, self._bytes, len(self._kept))
+
+
+class AnswerCache:
+    """Kept answers. Safe to share between threads.
+
+    Args:
+        max_bytes: as of ByteCache.
+    """
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes = max_bytes
+        self._kept = ByteCache(max_bytes)
+
+    def get(self, request: ReaderRequest) -> Any | None:
+        """A copy of what was put for the same request, or None."""
+        if not self._max_bytes:
+            return None
+        content = self._kept.get(key_of(request))
+        return None if content is None else pickle.loads(content)  # of our own making
+
+    def put(self, request: ReaderRequest, answer: Any) -> None:
+        """Keep an answer."""
+        if self._max_bytes:
+            self._kept.put(key_of(request), pickle.dumps(answer))
+
+    def counts(self) -> CacheCounts:
+        """A copy of the counts."""
+        return self._kept.counts()
 
 
 def key_of(request: ReaderRequest) -> bytes:

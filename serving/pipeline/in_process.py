@@ -13,6 +13,7 @@ from serving.contract.limits import Limits
 from serving.contract.manifest import TOKENIZER_FILE, Manifest
 from serving.engines.load import load_decoder, load_encoder, load_packer
 
+from .elimination import Elimination, EliminationOptions
 from .prompt import PromptEncoder
 from .request import checked_new_tokens
 from .scheduler import DecodeSequence, Scheduler
@@ -54,8 +55,12 @@ class InProcessReader:
         titles: Sequence[str] | None = None,
         max_new_tokens: int | None = None,
         min_new_tokens: int = 0,
+        elimination: EliminationOptions | None = None,
     ) -> Generated:
         """Answer one question; blocks until the answer is complete.
+
+        Args:
+            elimination: which encoder tokens are dropped on the way; None = none.
 
         Raises:
             RequestError: if max_new_tokens or min_new_tokens is outside the limits.
@@ -76,7 +81,9 @@ class InProcessReader:
             done.set()
 
         hidden = self.packer.pack(states, tokens.attention_mask)
-        self._scheduler.submit(DecodeSequence(hidden, tokens.encoder_positions, maximum, minimum, on_token, on_end))
+        lost = None if elimination is None else Elimination(elimination, tokens.attention_mask.sum(1))
+        rest = (tokens.encoder_positions, maximum, minimum, on_token, on_end)
+        self._scheduler.submit(DecodeSequence(hidden, *rest, elimination=lost))
         done.wait()
         if errors[0] is not None:
             raise errors[0]

@@ -15,6 +15,8 @@ import numpy as np
 from serving.contract.limits import Limits
 from serving.contract.tensors import READER_TENSORS
 
+from .elimination import EliminationOptions
+
 LIVENESS_ID = "liveness"  # request id of the launcher's probe (launcher/liveness.py); it is refused and counted nowhere
 # Environment variable with the path of a file: while it exists, a reader takes no new questions. The launcher makes it before the end.
 REFUSING_FILE_VARIABLE = "FIDO_REFUSING_FILE"
@@ -62,6 +64,7 @@ class ReaderRequest:
         id: "" = none.
         beams: of beam search; None = greedy, or all choices scored.
         choices: None = any answer.
+        elimination: None = all encoder tokens stay.
     """
 
     question: str
@@ -73,6 +76,7 @@ class ReaderRequest:
     id: str = ""
     beams: BeamOptions | None = None
     choices: Choices | None = None
+    elimination: EliminationOptions | None = None
 
 
 def read_request(
@@ -113,10 +117,11 @@ def read_request(
     maximum, minimum = _new_tokens(maximum, minimum, limits, faults)
     beams = _beams(tensors, limits, len(allowed), faults, streams=streams)
     choices = Choices(allowed, _number(tensors, "num_answers") or 1) if allowed else None
+    elimination = _elimination(tensors, limits, faults, has_beams=beams is not None or choices is not None)
     timeout_us, request_id = _timeout_and_id(parameters or {}, faults)
     if faults:
         raise RequestError.of(faults)
-    return ReaderRequest(question[0], passages, titles, maximum, minimum, timeout_us, request_id, beams, choices)
+    return ReaderRequest(question[0], passages, titles, maximum, minimum, timeout_us, request_id, beams, choices, elimination)
 
 
 def _texts(tensors: Mapping[str, np.ndarray | None], name: str, max_characters: int, faults: list[str]) -> list[str] | None:
@@ -229,6 +234,33 @@ def _beams(
     if (num_beams == 1 and not n_allowed) or len(faults) > found:
         return None
     return BeamOptions(num_beams, num_answers or 1, length_penalty)
+
+
+def _elimination(
+    tensors: Mapping[str, np.ndarray | None], limits: Limits, faults: list[str], *, has_beams: bool
+) -> EliminationOptions | None:
+    """None where all encoder tokens stay."""
+    array, passages, after = tensors.get("keep_encoder_tokens"), _number(tensors, "keep_passages"), _number(tensors, "drop_after")
+    share = 1.0 if array is None else float(array.reshape(-1)[0])
+    named = [name for name in ("drop_after", "keep_encoder_tokens", "keep_passages") if tensors.get(name) is not None]
+    if not named:
+        return None
+    found = len(faults)
+    if not limits.token_elimination:
+        faults.append(f"{named[0]}: wanted none, as this reader keeps all encoder tokens (its engine, or token_elimination is 0)")
+    elif has_beams:
+        faults.append(f"{named[0]}: wanted none beside num_beams and allowed_answers, which share one question's encoder tokens")
+    elif named == ["drop_after"]:
+        faults.append("drop_after: wanted keep_encoder_tokens or keep_passages with it")
+    if after is not None and not 1 <= after <= limits.max_new_tokens:
+        faults.append(f"drop_after: wanted 1 to {limits.max_new_tokens}, got {after}")
+    if not 0 < share <= 1:  # a NaN too
+        faults.append(f"keep_encoder_tokens: wanted a share above 0 and at most 1, got {share:g}")
+    if passages is not None and passages < 1:
+        faults.append(f"keep_passages: wanted at least 1, got {passages}")
+    if len(faults) > found or (share == 1 and passages is None):
+        return None
+    return EliminationOptions(after or 1, share, passages)
 
 
 def _number(tensors: Mapping[str, np.ndarray | None], name: str) -> int | None:

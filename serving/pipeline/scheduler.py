@@ -19,9 +19,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from serving.engines.base import BeamDecoder, Decoder
+from serving.engines.base import BeamDecoder, Decoder, DroppingDecoder
 
 from .beam_search import Hypothesis, Search
+from .elimination import Elimination
 
 EOS_FORBIDDEN = -1e9  # added to the end token's logit while a sequence must go on
 GREEDY_PARENT = np.zeros(1, np.intp)  # a greedy sequence goes on from itself
@@ -64,6 +65,7 @@ class DecodeSequence:
         cancel_reason: called between steps: None, or the error to end the sequence with.
         search: the search of the sequence; None = greedy.
         on_hypotheses: called once with the answers of the search, the best first.
+        elimination: says which encoder tokens are dropped on the way; None = none. Not together with a search.
     """
 
     hidden: np.ndarray | None
@@ -77,6 +79,7 @@ class DecodeSequence:
     on_admitted: Callable[[], None] = lambda: None
     search: Search | None = None
     on_hypotheses: Callable[[list[Hypothesis]], None] = lambda hypotheses: None
+    elimination: Elimination | None = None
     generated: int = 0
     last_token: int = 0
 
@@ -107,6 +110,7 @@ class SchedulerCounts:
     waiting: int = 0
     encoder_tokens: int = 0
     beams: int = 0
+    dropped_tokens: int = 0
 
 
 class Scheduler:
@@ -153,6 +157,8 @@ class Scheduler:
         """
         if sequence.search is not None and not self._decoder.has_beams:
             raise ValueError("num_beams: wanted 1, because this reader's engine decodes greedily, got beam search")
+        if sequence.elimination is not None and (sequence.search is not None or not self._decoder.can_drop):
+            raise ValueError("elimination: wanted none beside beam search and of an engine that cannot drop encoder tokens")
         if sequence.beams > self._decoder.slots:
             raise ValueError(f"num_beams: wanted at most {self._decoder.slots}, the decoder's slots, got {sequence.beams}")
         with self._changed:
@@ -306,11 +312,23 @@ class Scheduler:
                 sequence.last_token = token
                 sequence.generated += 1
                 sequence.on_token(token, log_prob)
+                is_whole = token == self._eos_token or sequence.generated >= sequence.max_new_tokens
+                if sequence.elimination is not None and not is_whole:
+                    self._eliminate(slot, sequence, attention[slot])
             except Exception as error:
                 self._release_slot(slot, error)
                 continue
-            if token == self._eos_token or sequence.generated >= sequence.max_new_tokens:
+            if is_whole:
                 self._release_slot(slot, None)
+
+    def _eliminate(self, slot: int, sequence: DecodeSequence, attention: np.ndarray) -> None:
+        """Drop the encoder tokens that the sequence goes on without."""
+        assert sequence.elimination is not None
+        kept = sequence.elimination.kept_after(attention[: len(sequence.encoder_positions)])
+        if kept is not None:
+            cast(DroppingDecoder, self._decoder).keep(slot, len(self._slots), kept)
+            self._counts.dropped_tokens += len(sequence.encoder_positions) - len(kept)
+            sequence.encoder_positions = sequence.encoder_positions[kept]
 
     def _release_slot(self, slot: int, error: Exception | None) -> None:
         sequence = self._slots[slot]

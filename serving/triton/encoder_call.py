@@ -13,6 +13,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from serving.engines.base import Packer
+from serving.pipeline.encoder_cache import EncoderStateCache
 from serving.pipeline.prompt import PASSAGES_PER_CHUNK, EncoderInput, PromptEncoder
 from serving.pipeline.request import ReaderRequest
 
@@ -27,10 +28,11 @@ class EncoderCall:
         prompt: of this reader.
         packer: of this reader.
         gpu: device whose memory the hidden states shall stay in; None for host memory.
+        cache: of states in host memory; None = every passage is encoded.
     """
 
-    def __init__(self, model: str, prompt: PromptEncoder, packer: Packer, gpu: int | None):
-        self._model, self._prompt, self._packer = model, prompt, packer
+    def __init__(self, model: str, prompt: PromptEncoder, packer: Packer, gpu: int | None, cache: EncoderStateCache | None = None):
+        self._model, self._prompt, self._packer, self._cache = model, prompt, packer, cache
         self._memory = {}
         if gpu is not None:
             self._memory = {"preferred_memory": pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_GPU, gpu)}
@@ -77,20 +79,25 @@ class EncoderCall:
         self._calls.shutdown()
 
     def _call(self, chunk: EncoderInput) -> Any:
-        """The valid hidden states of a chunk, packed."""
+        """The valid hidden states of a chunk, packed: those that are kept, and the others from the encoder model."""
+        if self._cache is None:
+            return self._encoded(chunk.input_ids, chunk.attention_mask)
+        return self._cache.encode(chunk.input_ids, chunk.attention_mask, self._encoded)
+
+    def _encoded(self, input_ids: np.ndarray, attention_mask: np.ndarray) -> Any:
         response = pb_utils.InferenceRequest(
             model_name=self._model,
             requested_output_names=["encoder_hidden_states"],
             inputs=[
-                pb_utils.Tensor("input_ids", chunk.input_ids),
-                pb_utils.Tensor("attention_mask", chunk.attention_mask),
+                pb_utils.Tensor("input_ids", input_ids),
+                pb_utils.Tensor("attention_mask", attention_mask),
             ],
             **self._memory,
         ).exec()
         if response.has_error():
             raise RuntimeError(f"{self._model}: {response.error().message()}")
         states = _array(pb_utils.get_output_tensor_by_name(response, "encoder_hidden_states"))
-        return self._packer.pack(states, chunk.attention_mask)  # a copy: the tensor's memory goes with the response
+        return self._packer.pack(states, attention_mask)  # a copy: the tensor's memory goes with the response
 
 
 def _array(tensor: Any) -> Any:

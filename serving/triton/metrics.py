@@ -28,6 +28,7 @@ GAUGES = {
     "reader_in_flight_questions": "Questions accepted and not yet answered",
     "reader_kv_cache_bytes": "Bytes of keys and values that running questions use",
     "reader_answer_cache_bytes": "Bytes of whole answers kept for identical requests",
+    "reader_encoder_cache_bytes": "Bytes of encoder states kept for passages that come again",
 }
 # The name of the release before, published beside the new one for this release.
 OLD_GAUGES = {"reader_in_flight_questions": "reader_in_hand_questions"}
@@ -38,6 +39,9 @@ COUNTERS = {
     "reader_first_token_seconds_total": "Seconds from arrival to first token, summed over answered questions",
     "reader_answer_cache_hits_total": "Requests whose answer was kept from an identical one",
     "reader_answer_cache_misses_total": "Requests that were looked up among the kept answers and not found",
+    "reader_encoder_cache_hits_total": "Passages whose encoder states were kept",
+    "reader_encoder_cache_misses_total": "Passages that were looked up among the kept encoder states and not found",
+    "reader_dropped_encoder_tokens_total": "Encoder tokens dropped by token elimination",
 }
 OUTCOME_COUNTER = ("reader_questions_total", "Questions by how they ended")
 # Triton's own request duration ends when `execute` returns, long before the answer. These are of answered questions.
@@ -100,6 +104,7 @@ class Metrics:
         in_flight: questions accepted and not yet answered.
         kv_bytes: bytes of keys and values at these counts.
         cache: counts of the kept answers.
+        encoder_cache: counts of the kept encoder states.
     """
 
     def __init__(
@@ -109,8 +114,10 @@ class Metrics:
         in_flight: Callable[[], int],
         kv_bytes: Callable[[SchedulerCounts], int],
         cache: Callable[[], CacheCounts] = CacheCounts,
+        encoder_cache: Callable[[], CacheCounts] = CacheCounts,
     ):
-        self._counts, self._in_flight, self._kv_bytes, self._cache = counts, in_flight, kv_bytes, cache
+        self._counts, self._in_flight, self._kv_bytes = counts, in_flight, kv_bytes
+        self._cache, self._encoder_cache = cache, encoder_cache
         self._labels = {"model": model}
         self._families: dict[str, Any] = {}  # a family must live as long as its metrics
         self._metrics: dict[str, Any] = {}
@@ -175,7 +182,7 @@ class Metrics:
                 return
 
     def _publish(self) -> None:
-        counts, cache = self._counts(), self._cache()
+        counts, cache, states = self._counts(), self._cache(), self._encoder_cache()
         with self._lock:
             totals = {outcome: float(total) for outcome, total in self._ended.items()}
             totals["reader_first_token_seconds_total"] = self._first_token_s
@@ -187,6 +194,9 @@ class Metrics:
             "reader_step_seconds_total": counts.step_s,
             "reader_answer_cache_hits_total": cache.hits,
             "reader_answer_cache_misses_total": cache.misses,
+            "reader_encoder_cache_hits_total": states.hits,
+            "reader_encoder_cache_misses_total": states.misses,
+            "reader_dropped_encoder_tokens_total": counts.dropped_tokens,
         }
         gauges: dict[str, float] = {
             "reader_active_slots": counts.beams,
@@ -194,6 +204,7 @@ class Metrics:
             "reader_in_flight_questions": self._in_flight(),
             "reader_kv_cache_bytes": self._kv_bytes(counts),
             "reader_answer_cache_bytes": cache.bytes,
+            "reader_encoder_cache_bytes": states.bytes,
         }
         gauges |= {old: gauges[name] for name, old in OLD_GAUGES.items()}
         for name, value in {**totals, **gauges}.items():

@@ -21,13 +21,15 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer
 
-from serving.contract.limits import Limits
+from serving.contract.limits import Limits, LimitsError
 from serving.contract.manifest import TOKENIZER_FILE, Manifest, ManifestError
 from serving.contract.tensors import READER_TENSORS
 from serving.engines.base import Decoder, is_fatal
 from serving.engines.load import cross_kv_bytes_per_element, kv_budget, load_decoder, load_packer
-from serving.pipeline.answer_cache import AnswerCache
+from serving.pipeline.answer_cache import AnswerCache, CacheCounts
 from serving.pipeline.beam_search import search_of
+from serving.pipeline.elimination import Elimination
+from serving.pipeline.encoder_cache import EncoderStateCache
 from serving.pipeline.prompt import PromptEncoder
 from serving.pipeline.request import LIVENESS_ID, REFUSING_FILE_VARIABLE, read_request
 from serving.pipeline.scheduler import CancelledError, DecodeSequence, QueueFullError, Scheduler, SchedulerCounts, SchedulerStoppedError
@@ -84,7 +86,9 @@ class ReaderModel:
         self._limits = _with_what_it_can(limits, decoder)
         self._eos_token, self._start_token = manifest.eos_token_id, manifest.decoder_start_token_id
         packer = load_packer(directory, manifest, device)
-        self._encoder = EncoderCall(f"{reader}_encoder", self._prompt, packer, device if manifest.on_gpu else None)
+        self._encoder_cache = _encoder_cache(limits, manifest)
+        on_device = device if manifest.on_gpu else None
+        self._encoder = EncoderCall(f"{reader}_encoder", self._prompt, packer, on_device, self._encoder_cache)
         memory = f", {decoder.memory}" if hasattr(decoder, "memory") else ""
         pb_utils.Logger.log_info(f"{self._name}: {manifest.engine} {manifest.precision}, {kv_budget(manifest, limits)}{memory}")
         self._scheduler = Scheduler(
@@ -107,7 +111,8 @@ class ReaderModel:
         self._answers = AnswerCache(limits.answer_cache_bytes)
         self._stop_relay = StopRelay(self._name, self._stop)
         threading.Thread(target=self._poll_cancellations, name="cancellations", daemon=True).start()
-        self._metrics = Metrics(self._name, self._scheduler.counts, lambda: len(self._in_flight), self._kv_bytes, self._answers.counts)
+        caches = (self._answers.counts, self._encoder_cache.counts if self._encoder_cache else CacheCounts)
+        self._metrics = Metrics(self._name, self._scheduler.counts, lambda: len(self._in_flight), self._kv_bytes, *caches)
 
     def execute(self, requests: list[Any]) -> None:
         """Accept requests; answers are sent later. A bad request gets its own error and no other is affected."""
@@ -203,6 +208,7 @@ class ReaderModel:
                 writer.request, writer.tokenized, writer.caller.cancel_reason, in_chunks=len(self._in_flight) == 1
             )
             writer.encoded()
+            options = writer.request.elimination
             self._scheduler.submit(
                 DecodeSequence(
                     hidden,
@@ -216,6 +222,7 @@ class ReaderModel:
                     on_admitted=writer.on_admitted,
                     search=search,
                     on_hypotheses=writer.on_hypotheses,
+                    elimination=None if options is None else Elimination(options, writer.passage_lengths),
                 )
             )
         except Exception as error:
@@ -273,10 +280,28 @@ class ReaderModel:
 
 
 def _with_what_it_can(limits: Limits, decoder: Decoder) -> Limits:
-    """The limits of requests: no more beams than slots, and neither beams nor choices of an engine that gives no logits."""
+    """The limits of requests: no more beams than slots, and nothing that the engine cannot do."""
+    if not decoder.can_drop:
+        limits = dataclasses.replace(limits, token_elimination=0)
     if decoder.has_beams:
         return dataclasses.replace(limits, max_num_beams=min(limits.max_num_beams, decoder.slots))
     return dataclasses.replace(limits, max_num_beams=1, max_allowed_answers=0)
+
+
+def _encoder_cache(limits: Limits, manifest: Manifest) -> EncoderStateCache | None:
+    """None where no states are kept.
+
+    Raises:
+        LimitsError: if states are to be kept that lie on a GPU, or that depend on the other passages of their call.
+    """
+    if not limits.encoder_cache_bytes:
+        return None
+    if manifest.on_gpu:
+        raise LimitsError(f"encoder_cache_bytes: wanted 0 on a GPU, in whose memory states stay, got {limits.encoder_cache_bytes}")
+    if (manifest.engine, manifest.precision) == ("onnxruntime", "int8"):
+        why = "which measures its ranges over all passages of a call"
+        raise LimitsError(f"encoder_cache_bytes: wanted 0 with ONNX Runtime's int8, {why}, got {limits.encoder_cache_bytes}")
+    return EncoderStateCache(limits.encoder_cache_bytes, manifest.sizes.d_model_encoder)
 
 
 def _require_same_weights(decoder: Manifest, encoder: Manifest, reader: str) -> None:

@@ -163,6 +163,11 @@ class ResponseWriter:
         """Note that the question has a slot."""
         self.times.admitted = time.monotonic()
 
+    @property
+    def passage_lengths(self) -> np.ndarray:
+        """int[n_passages], encoder tokens of each passage, once they are known."""
+        return self._passage_lengths
+
     def on_attribution(self, cross_attention: np.ndarray) -> None:
         """Score each passage by its share of the first token's cross-attention; the scores sum to 1.
 

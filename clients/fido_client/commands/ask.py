@@ -24,6 +24,7 @@ def ask(args: argparse.Namespace) -> int:
         passages = read_passages(args.passages)
         client = client_of(args, args.model)
     limits: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "min_new_tokens": args.min_new_tokens}
+    limits |= {name: getattr(args, name) for name in ("keep_encoder_tokens", "keep_passages", "drop_after")}
     beams = {"num_beams": args.num_beams, "num_answers": args.num_answers, "length_penalty": args.length_penalty}
     beams["allowed_answers"] = args.allowed_answers
     if args.stream and any(value is not None for value in beams.values()):

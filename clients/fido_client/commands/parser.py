@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--allowed-answers", nargs="+", metavar="TEXT", help="answer with the most probable of these (with --num-beams: found by beams)"
     )
+    one.add_argument(
+        "--keep-encoder-tokens", type=float, metavar="SHARE", help="go on with this share of the encoder tokens after --drop-after tokens"
+    )
+    one.add_argument("--keep-passages", type=_whole_number(1), metavar="N", help="go on with the N passages that weigh most")
+    one.add_argument("--drop-after", type=_whole_number(1), metavar="N", help="tokens of the answer before that (default: 1)")
     one.add_argument("--stream", action="store_true", help="print the answer while it is generated (by MODEL_stream)")
 
     evaluation = commands.add_parser(

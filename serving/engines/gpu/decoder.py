@@ -59,7 +59,7 @@ class GpuDecoder:
         EngineError: if the decoder is one graph, an engine or FP8 cannot run here, or the memory does not suffice.
     """
 
-    has_beams = False
+    has_beams = can_drop = False
 
     def __init__(self, directory: Path, manifest: Manifest, load: LoadEngine, slots: int, capacities: tuple[int, int]):
         sizes = self.sizes = manifest.sizes

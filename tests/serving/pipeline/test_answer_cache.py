@@ -23,6 +23,7 @@ from serving.contract.limits import Limits
 from serving.contract.manifest import Manifest
 from serving.launcher.server import TritonServer, models_of
 from serving.pipeline.answer_cache import ENTRY_BYTES, AnswerCache, key_of
+from serving.pipeline.elimination import EliminationOptions
 from serving.pipeline.prompt import PromptEncoder
 from serving.pipeline.request import BeamOptions, Choices
 from serving.pipeline.request import ReaderRequest as Checked
@@ -48,6 +49,9 @@ def test_requests_that_differ_in_anything_that_matters_have_keys_of_their_own():
         {"choices": Choices(["a", "b"], 1)},
         {"choices": Choices(["a", "b"], 2)},
         {"choices": Choices(["b", "a"], 1)},
+        {"elimination": EliminationOptions(1, 0.5)},
+        {"elimination": EliminationOptions(2, 0.5)},
+        {"elimination": EliminationOptions(1, 0.5, 3)},
     ]
     keys = {key_of(ASKED), *(key_of(dataclasses.replace(ASKED, **change)) for change in others)}
     assert len(keys) == len(others) + 1
@@ -86,7 +90,7 @@ def test_what_is_kept_is_what_was_put_and_the_least_recently_used_leave_first(ro
                 kept.move_to_end(number)
             hits, misses = hits + (found is not None), misses + (found is None and room > 0)
         counts = cache.counts()
-        assert (counts.answers, counts.bytes) == (len(kept), sum(size for _, size in kept.values()))
+        assert (counts.entries, counts.bytes) == (len(kept), sum(size for _, size in kept.values()))
         assert counts.bytes <= room and (counts.hits, counts.misses) == (hits, misses)
 
 
@@ -114,7 +118,7 @@ def test_threads_get_the_answer_of_their_own_request_or_none_while_others_push_i
     with ThreadPoolExecutor(8) as pool:
         hits = sum(pool.map(work, range(8)))
     counts = cache.counts()
-    assert 0 < counts.bytes <= 4 * (ENTRY + 120) and counts.answers < 6
+    assert 0 < counts.bytes <= 4 * (ENTRY + 120) and counts.entries < 6
     assert (counts.hits, counts.hits + counts.misses) == (hits, 8 * 1500) and 0 < hits < 8 * 1500
 
 

@@ -42,7 +42,7 @@ class FakeEngine:
 
     def __init__(self, slots: int):
         self.slots = slots
-        self.has_beams = False
+        self.has_beams = self.can_drop = False
         self.keys: list[int | None] = [None] * slots
         self.batches: list[int] = []
         self.gate: threading.Event | None = None  # no step before it is set

@@ -223,14 +223,23 @@ def test_a_reader_whose_engine_decodes_greedily_refuses_beams_and_choices_by_nam
     texts = {name: np.array([b"a", b"b"], np.object_) for name in ("passages", "allowed_answers")} | {
         "question": np.array([b"q"], np.object_)
     }
-    greedy = module._with_what_it_can(Limits(), types.SimpleNamespace(has_beams=False, slots=16))
+    greedy = module._with_what_it_can(Limits(), types.SimpleNamespace(has_beams=False, can_drop=False, slots=16))
     with pytest.raises(RequestError, match="allowed_answers: wanted none, as this reader cannot choose among them"):
         module.read_request(texts, greedy)
     del texts["allowed_answers"]
     with pytest.raises(RequestError, match="num_beams: wanted 1 to 1, got 2"):
         module.read_request({**texts, "num_beams": np.array([2], np.int32)}, greedy)
-    able = module._with_what_it_can(Limits(), types.SimpleNamespace(has_beams=True, slots=4))
+    able = module._with_what_it_can(Limits(), types.SimpleNamespace(has_beams=True, can_drop=True, slots=4))
     assert (able.max_num_beams, able.max_allowed_answers) == (4, Limits().max_allowed_answers)
+
+
+@pytest.mark.parametrize(("engine", "precision", "fault"), [("tensorrt", "float16", "on a GPU"), ("onnxruntime", "int8", "with ONNX Run")])
+def test_encoder_states_that_cannot_be_kept_are_refused_when_the_model_loads(load, engine, precision, fault):
+    module, sizes = load("reader_model"), types.SimpleNamespace(d_model_encoder=8)
+    manifest = types.SimpleNamespace(engine=engine, precision=precision, on_gpu=engine == "tensorrt", sizes=sizes)
+    assert module._encoder_cache(Limits(), manifest) is None
+    with pytest.raises(ValueError, match=f"encoder_cache_bytes: wanted 0 {fault}"):
+        module._encoder_cache(Limits(encoder_cache_bytes=9), manifest)
 
 
 def test_passage_scores_are_shares_of_the_attention(load):
