@@ -68,6 +68,12 @@ def test_a_pod_gets_one_gpu_memory_for_shm_and_no_rights():
     assert server["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
 
+def test_an_image_of_models_is_pulled_as_the_servers_is():
+    values = {"image": {"pullPolicy": "Never"}, "models": {"source": "image", "image": {"reference": "models:latest"}}}
+    pod = rendered(**values)["Deployment/qa"]["spec"]["template"]["spec"]
+    assert [each["imagePullPolicy"] for each in pod["initContainers"] + pod["containers"]] == ["Never", "Never"]
+
+
 def test_an_autoscaled_deployment_leaves_its_replicas_to_the_autoscaler():
     assert "replicas" not in rendered(autoscaling={"kind": "hpa"})["Deployment/qa"]["spec"]
     assert rendered()["Deployment/qa"]["spec"]["replicas"] == 2
