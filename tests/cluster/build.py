@@ -141,7 +141,8 @@ def kubernetes(log: Callable[[str], None]) -> Path:
         run(*apt, "source", "kubernetes")
         (source,) = (path for path in work.glob("kubernetes-*") if path.is_dir())
         (source / "version").write_text(_version_file())
-        env = {**os.environ, "HOME": str(work), "KUBE_GIT_VERSION_FILE": "version"}
+        # Its kubelet is linked dynamically unless told otherwise, and then all packages are compiled a second time, with cgo.
+        env = {**os.environ, "HOME": str(work), "KUBE_GIT_VERSION_FILE": "version", "KUBE_STATIC_OVERRIDES": "cmd/kubelet"}
         what = " ".join(f"cmd/{name}" for name in PROGRAMS)
         run("nice", "make", "-C", source, f"GOFLAGS=-p={os.cpu_count()}", "GOLDFLAGS=-w -s", f"WHAT={what}", env=env)
     programs.mkdir(parents=True, exist_ok=True)
