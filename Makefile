@@ -232,7 +232,7 @@ container-test: $(DEV) ## as root, with podman and debootstrap: build the plain 
 	$(PY) -m pytest -m container tests/deploy
 
 cluster-test: ENGINE := onnxruntime
-cluster-test: $(DEV) demo-readers ## as root on Debian 12: the chart on two Kubernetes nodes under load, 20 minutes, and 15 more the first time
+cluster-test: $(DEV) demo-readers ## as root on Debian 12: the chart on two Kubernetes nodes under load, 12 minutes; more the first time
 	$(PY) -m tests.cluster $(CLUSTER)
 
 gpu-check: $(EXPORT_READY) $(EVALUATE) $(CORPUS) ## on a GPU: does it serve? card, TensorRT, Triton, engines, parity, questions/s, on one screen

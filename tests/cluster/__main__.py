@@ -8,7 +8,6 @@ answered wrongly. A stream that a killed server has begun to answer counts as lo
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import re
@@ -56,7 +55,7 @@ def main() -> int:
         return 130
     print("\n".join(table(outcomes)))
     if arguments.out is not None:
-        rows = [dataclasses.asdict(outcome) for outcome in outcomes]
+        rows = [vars(outcome) for outcome in outcomes]
         arguments.out.write_text(json.dumps({"cores": os.cpu_count(), "load": os.getloadavg()[0], "scenarios": rows}, indent=1) + "\n")
     faults = [fault for outcome in outcomes for fault in faults_of(outcome)]
     for fault in faults:

@@ -272,14 +272,14 @@ def _kill(pid: int) -> None:
         pass  # it has ended with its parent
 
 
-# Scenario: what happens while clients ask, and what puts the cluster right afterwards. The last two go together.
+# Scenario: what happens while clients ask, and what puts the cluster right afterwards: two servers, one a node.
 SCENARIOS: dict[str, tuple[Callable[[Deployment], None], Callable[[Deployment], None] | None]] = {
     "rollout restart": (Deployment.rollout_restart, None),
     "node drain": (Deployment.drain, Deployment.uncordon),
     "pod kill": (Deployment.kill_pod, None),
     "model process kill": (Deployment.kill_model_process, None),
     "scale 2 to 4": (lambda deployment: deployment.scale(4), None),
-    "scale 4 to 2": (lambda deployment: deployment.scale(2), None),
+    "scale 4 to 2": (lambda deployment: deployment.scale(2), Deployment.rollout_restart),
     "node kill": (Deployment.kill_node, Deployment.revive_node),
 }
 KILLS = ("pod kill", "model process kill", "node kill")  # a server that is killed cuts its streams
