@@ -241,6 +241,10 @@ gpu-test: $(DEV) demo-readers $(CORPUS) ## on a GPU: engines, kernels, decoder a
 container-test: $(DEV) ## as root, with podman and debootstrap: build the plain container without a registry, run it, ask it, stop it
 	$(PY) -m pytest -m container tests/deploy
 
+cluster-test: ENGINE := onnxruntime
+cluster-test: $(DEV) demo-readers ## as root on Debian 12: the chart on two Kubernetes nodes under load, 12 minutes; more the first time
+	$(PY) -m tests.cluster $(CLUSTER)
+
 gpu-check: $(EXPORT_READY) $(EVALUATE) $(CORPUS) ## on a GPU: does it serve? card, TensorRT, Triton, engines, parity, questions/s, on one screen
 	@$(PY) -m perf.gpu.check --graphs $(GRAPHS)
 
@@ -256,4 +260,4 @@ clean: ## remove everything that was built, and the environment
 	rm -rf build $(VENV) .venv-offline .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find model_repository -mindepth 1 ! -name README.md -delete
 
-.PHONY: help setup export demo-readers serve status ask demo play evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation uptrain-demo test stress storm gpu-test gpu-check container-test mutants lint clean
+.PHONY: help setup export demo-readers serve status ask demo play evaluate bench bench-load perf report gpu-bench gpu-bench-large gpu-ablation uptrain-demo test stress storm gpu-test gpu-check container-test cluster-test mutants lint clean

@@ -1,6 +1,7 @@
 """Retries: what is sent again, how often, with which pauses, and that the deadline holds; over real gRPC, of both clients."""
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from fido_client import (
     ReaderUnavailable,
     RequestRefused,
 )
+from fido_client.connection import endpoint
 from fido_client.connection.retry import RetryPolicy
 from tests.clients.scripted_server import WHOLE, Refusal, ScriptedServer
 
@@ -238,6 +240,32 @@ def test_a_server_that_shuts_down_or_is_dead_is_passed_over(pair: tuple[Scripted
     draining.stop()
     for _ in range(4):
         assert reader.answer([draining.url, living.url], "q", ["p"], client={"retries": 1}).text == "Paris"
+
+
+def test_a_server_whose_machine_is_gone_is_left_before_the_time_out(server: ScriptedServer, reader: Any, monkeypatch: Any) -> None:
+    """Its connection stays open and no byte comes, as after a power cut."""
+    monkeypatch.setattr(endpoint, "_KEEPALIVE_MS", 300)
+    monkeypatch.setattr(endpoint, "_KEEPALIVE_TIMEOUT_MS", 300)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def greet() -> None:
+            while True:
+                try:
+                    connection, _ = listening.accept()
+                except OSError:
+                    return
+                connections.append(connection)
+                connection.sendall(b"\0\0\0\x04\0\0\0\0\0")  # an empty SETTINGS frame of HTTP/2, and never again anything
+
+        connections: list[socket.socket] = []
+        threading.Thread(target=greet, daemon=True).start()
+        urls = [f"127.0.0.1:{listening.getsockname()[1]}", server.url]
+        start_s = time.monotonic()
+        assert reader.answer(urls, "q", ["p"], client={"retries": 3, "timeout_s": 20.0}).text == "Paris"
+        assert connections and time.monotonic() - start_s < 10
+        listening.shutdown(socket.SHUT_RDWR)
+    for connection in connections:
+        connection.close()
 
 
 def test_grpc_asks_all_addresses_of_a_name(server: ScriptedServer) -> None:

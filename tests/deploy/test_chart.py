@@ -68,6 +68,22 @@ def test_a_pod_gets_one_gpu_memory_for_shm_and_no_rights():
     assert server["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
 
+def test_an_image_of_models_is_pulled_as_the_servers_is():
+    values = {"image": {"pullPolicy": "Never"}, "models": {"source": "image", "image": {"reference": "models:latest"}}}
+    pod = rendered(**values)["Deployment/qa"]["spec"]["template"]["spec"]
+    assert [each["imagePullPolicy"] for each in pod["initContainers"] + pod["containers"]] == ["Never", "Never"]
+    # cp -a sets the times of /models, which is root's, and fails: the init container is another user
+    assert pod["initContainers"][0]["command"] == ["cp", "-R", "/models/.", "/models/"]
+
+
+def test_every_port_names_its_protocol():
+    """Helm 4 applies on the server, where ports are told apart by number and protocol: Kubernetes 1.20 refuses a port without one."""
+    objects = rendered()
+    (server,) = objects["Deployment/qa"]["spec"]["template"]["spec"]["containers"]
+    ports = [port for name in ("Service/qa", "Service/qa-headless") for port in objects[name]["spec"]["ports"]] + server["ports"]
+    assert [port.get("protocol") for port in ports] == ["TCP"] * 9
+
+
 def test_an_autoscaled_deployment_leaves_its_replicas_to_the_autoscaler():
     assert "replicas" not in rendered(autoscaling={"kind": "hpa"})["Deployment/qa"]["spec"]
     assert rendered()["Deployment/qa"]["spec"]["replicas"] == 2

@@ -20,7 +20,6 @@ import types
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -29,6 +28,7 @@ from export.repository import repository_from_engines
 from serving.contract.limits import Limits
 from serving.launcher.endpoints import fetch, free_ports
 from serving.launcher.server import TritonServer, models_of
+from tests.cluster.build import IMAGE_TOOLS, Engine, check_tools, plain_image
 from tests.stress.asking import exchange
 from tests.stress.faults.processes import HTTP
 from tests.stress.mutants.http import request
@@ -90,55 +90,13 @@ def test_the_command_asks_dpkg(tmp_path: Path):
     assert failed.returncode == 1 and failed.stderr.startswith("error: CUDA_VERSION") and not failed.stdout
 
 
-TOOLS = ("podman", "buildah", "runc", "debootstrap")
-CONTAINERS_CONF = """
-[containers]
-default_ulimits = ["nofile=20000:20000", "nproc=30000:30000"]
-[engine]
-runtime = "runc"
-cgroup_manager = "cgroupfs"
-events_logger = "file"
-"""
-
-
-class Engine:
-    """podman and buildah with a storage of their own."""
-
-    def __init__(self, folder: Path):
-        self._place = ["--root", str(folder / "storage"), "--runroot", str(folder / "run")]
-        (folder / "containers.conf").write_text(CONTAINERS_CONF)
-        self._env = {**os.environ, "CONTAINERS_CONF": str(folder / "containers.conf")}
-
-    def __call__(self, tool: str, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run and return what was printed, both streams in one."""
-        command = [tool, *self._place, *map(str, arguments)]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "check": False, **options}
-        return subprocess.run(command, env=self._env, **options)
-
-
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """With the image `fido`, built from this tree on a Debian 12 made by debootstrap."""
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    if missing:
-        pytest.fail(
-            f"wanted {', '.join(TOOLS)}, {', '.join(missing)} not found: apt-get install --no-install-recommends {' '.join(missing)}"
-        )
+    check_tools(IMAGE_TOOLS)
     folder = tmp_path_factory.mktemp("containers")
-    engine, root = Engine(folder), folder / "debian"
-    mirror = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
-    subprocess.run(["debootstrap", "--variant=minbase", "bookworm", root, mirror], check=True, stdout=subprocess.DEVNULL)
-    # behind a proxy that signs anew, pip in the image needs the certificates that it has here
-    if (certificates := os.environ.get("PIP_CERT")) is not None:
-        shutil.copy(certificates, root / "etc" / "pip-ca.pem")
-        (root / "etc" / "pip.conf").write_text("[global]\ncert = /etc/pip-ca.pem\n")
-    with subprocess.Popen(["tar", "-C", root, "-c", "."], stdout=subprocess.PIPE) as tar:
-        imported = engine("podman", "import", "-", "localhost/debian:12", stdin=tar.stdout)
-    assert imported.returncode == 0, imported.stdout
-    shutil.rmtree(root)
-    build = ["build", "--isolation", "chroot", "--network", "host", "--target", "plain", "--build-arg", "PLAIN_IMAGE=localhost/debian:12"]
-    built = engine("buildah", *build, "-f", ROOT / "deploy/container/Dockerfile", "-t", "localhost/fido", ROOT)
-    assert built.returncode == 0, built.stdout[-3000:]
+    engine = Engine(folder)
+    plain_image(engine, folder)
     yield engine
     engine("podman", "rm", "--all", "--force")
     engine("podman", "rmi", "--all", "--force")

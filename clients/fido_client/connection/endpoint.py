@@ -17,6 +17,9 @@ import grpc
 _MAX_MESSAGE_BYTES = 2**31 - 1
 # gRPC's default grows to two minutes, too long for a caller that waits for a server to start
 _MAX_RECONNECT_BACKOFF_MS = 2000
+# A server whose machine is gone closes nothing: only a ping without a reply shows it, else each request waits for its time-out. Few pings
+# while nothing comes: a gRPC server may end a connection that pings often.
+_KEEPALIVE_MS, _KEEPALIVE_TIMEOUT_MS, _MAX_SILENT_PINGS = 15_000, 10_000, 2
 _LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -115,6 +118,10 @@ class Endpoint:
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_BACKOFF_MS),
+            ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+            ("grpc.http2.ping_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+            ("grpc.http2.max_pings_without_data", _MAX_SILENT_PINGS),
         ]
         if self.url.startswith("dns:"):
             args.append(("grpc.lb_policy_name", "round_robin"))  # else all requests go to the first address that the name has
