@@ -182,7 +182,7 @@ def test_metrics_go_on_after_an_exception_and_count_answers_by_time(load, monkey
         calls.append(1)
         if len(calls) == 1:
             raise RuntimeError("not now")
-        return types.SimpleNamespace(running=1, beams=2, waiting=1, tokens=30, steps=10, step_s=0.5, encoder_tokens=7)
+        return types.SimpleNamespace(running=1, beams=2, waiting=1, tokens=30, steps=10, step_s=0.5, encoder_tokens=7, dropped_tokens=3)
 
     metrics = module.Metrics("fid", counts, lambda: 4, lambda counts: 99)
     caller = types.SimpleNamespace(arrived_s=100.0)
