@@ -78,6 +78,13 @@ class Case:
             search |= {"num_beams": beams, "num_answers": 1}
         return dataclasses.replace(self, search=search, max_new_tokens=limits.max_new_tokens, min_new_tokens=0)
 
+    def with_elimination(self, rng: random.Random) -> Case:
+        """The same question, answered from a part of its encoder tokens after a few tokens."""
+        search: dict[str, Any] = {"drop_after": rng.randint(1, 3), "keep_encoder_tokens": rng.choice([0.1, 0.5, 0.9])}
+        if rng.random() < 0.5:
+            search["keep_passages"] = rng.randint(1, len(self.passages))
+        return dataclasses.replace(self, search=search)
+
     def lengthened(self, tokens: int) -> Case:
         """The same question, answered in exactly so many tokens."""
         return dataclasses.replace(self, max_new_tokens=tokens, min_new_tokens=tokens)

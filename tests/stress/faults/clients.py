@@ -134,7 +134,7 @@ def cancel_storm_streams(arena: Arena, tally: Tally) -> None:
 
 
 def mixed_kinds(arena: Arena, tally: Tally) -> None:
-    """Greedy answers, beams and choices at the same time, over gRPC and HTTP, streams beside them; a third is cancelled at any moment.
+    """Greedy answers, beams, choices and dropped tokens at the same time, over gRPC and HTTP, streams beside; a third is cancelled.
 
     No fault of one client: whoever shares a step with whoever leaves must be answered as alone.
     """
@@ -142,7 +142,7 @@ def mixed_kinds(arena: Arena, tally: Tally) -> None:
     for model in MODELS[::2]:
         limits = arena.limits[model]
         for case in arena.cases[model]:
-            made = [case.with_beams(rng, limits), *(case.with_choices(rng, limits) for _ in range(2))]
+            made = [case.with_beams(rng, limits), case.with_elimination(rng), *(case.with_choices(rng, limits) for _ in range(2))]
             for one in made:
                 from_server(arena, one, model)
             cases += [(one, model) for one in (case, *made)]
