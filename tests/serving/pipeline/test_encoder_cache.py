@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_states_stay_exact_under_eviction_and_from_many_threads():
     assert 0 < counts.bytes <= 2_000 and counts.hits > 0 and counts.misses > counts.entries
 
 
-LENGTH = {"max_new_tokens": 9, "min_new_tokens": 9}
+LENGTH: dict[str, Any] = {"max_new_tokens": 9, "min_new_tokens": 9}
 REPEATED = [ReaderRequest(f"w{i % 3} w7", [f"w{j} w{i % 3}" for j in range(i % 4 + 1)], **LENGTH) for i in range(24)]
 
 
