@@ -103,7 +103,7 @@ class DroppingDecoder(Decoder, Protocol):
     """A decoder that can go on with a part of a question's encoder tokens. Its cross-attention is defined at every position."""
 
     def keep(self, slot: int, running: int, kept: np.ndarray) -> None:
-        """Drop all encoder tokens of a slot but some; the memory of the others is free for other questions.
+        """Drop all encoder tokens of a slot but some. Slots are as long as the longest running question: all shrink once that has.
 
         Args:
             slot: of the question.

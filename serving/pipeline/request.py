@@ -241,7 +241,7 @@ def _elimination(
 ) -> EliminationOptions | None:
     """None where all encoder tokens stay."""
     array, passages, after = tensors.get("keep_encoder_tokens"), _number(tensors, "keep_passages"), _number(tensors, "drop_after")
-    share = 1.0 if array is None else float(array.reshape(-1)[0])
+    share = 1.0 if array is None else round(float(array.reshape(-1)[0]), 7)  # as it was written: 0.3 is 0.30000001 in float32
     named = [name for name in ("drop_after", "keep_encoder_tokens", "keep_passages") if tensors.get(name) is not None]
     if not named:
         return None

@@ -63,6 +63,8 @@ TESTS_OF_MODULES: dict[str, tuple[str, ...]] = {
     ),
     "serving/pipeline/answer_cache.py": ("tests/serving/pipeline/test_answer_cache.py",),
     "serving/pipeline/beam_search.py": ("tests/serving/pipeline/test_beam_search.py",),
+    "serving/pipeline/elimination.py": ("tests/serving/pipeline/test_elimination.py",),
+    "serving/pipeline/encoder_cache.py": ("tests/serving/pipeline/test_encoder_cache.py",),
     "serving/pipeline/in_process.py": ("tests/serving/pipeline/test_in_flight.py",),
     "serving/pipeline": ("tests/serving/pipeline/test_request.py", "tests/serving/pipeline/test_truncation.py"),
     "export/checkpoint": (

@@ -171,6 +171,7 @@ def test_served_answers_are_kept_and_equal_to_the_last_bit(engines, tmp_path):
                 pieces = "".join(piece.text for piece in stream)
                 last = stream.answer.token_log_probs
             assert pieces == stream.answer.text and len(last) == 30
+        deadline = time.monotonic() + 20
         while counters(server, "fido_stream")["hits_total"] < 1 and time.monotonic() < deadline:
             time.sleep(0.1)
         assert counters(server, "fido")["hits_total"] == 2 * len(QUESTIONS)

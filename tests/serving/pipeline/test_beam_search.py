@@ -159,7 +159,7 @@ def test_answers_scores_and_order_are_those_of_transformers(prepared, name, back
         sequences, scores = by_transformers(t5, reader.questions[which][0], end, most, num_beams, penalty)
         assert [list(hypothesis.tokens) for hypothesis in one.found] == sequences
         if num_beams > 1:
-            np.testing.assert_allclose([h.score for h in one.found], scores, atol=2e-4)
+            np.testing.assert_allclose([h.score for h in one.found], scores, rtol=1e-6, atol=2e-4)
         for hypothesis in one.found:
             assert hypothesis.log_prob == pytest.approx(sum(hypothesis.log_probs), abs=1e-4)
             ended_early += hypothesis.tokens[-1] == end and len(hypothesis.tokens) < most
@@ -193,7 +193,7 @@ def test_the_demo_reader_answers_as_transformers_does(tmp_path):
     for (hidden, _), one in zip(reader.questions, answered(reader, *[(i, 4, 1.0, 32) for i in range(len(reader.questions))]), strict=True):
         wanted, scores = by_transformers(t5, hidden, reader.eos, 32, 4, 1.0)
         assert [list(hypothesis.tokens) for hypothesis in one.found] == wanted
-        np.testing.assert_allclose([h.score for h in one.found], scores, atol=1e-4)
+        np.testing.assert_allclose([h.score for h in one.found], scores, rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -211,7 +211,7 @@ def test_readers_that_transformers_cannot_hold_answer_as_full_passes_without_a_c
             ended = search.advance(logits)
             texts = [[*texts[p], t] for p, t in zip(search.parents.tolist(), search.last_tokens.tolist(), strict=True)]
         assert [h.tokens for h in one.found] == [h.tokens for h in search.hypotheses()]
-        np.testing.assert_allclose([h.score for h in one.found], [h.score for h in search.hypotheses()], atol=2e-4)
+        np.testing.assert_allclose([h.score for h in one.found], [h.score for h in search.hypotheses()], rtol=1e-6, atol=2e-4)
 
 
 # answers that begin alike, that are the beginning of others, and that have nothing in common
