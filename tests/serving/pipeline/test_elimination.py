@@ -163,6 +163,26 @@ def test_answers_do_not_depend_on_who_else_is_in_flight(prepared, name, backend,
         np.testing.assert_allclose(one.log_probs, same.log_probs, atol=2e-4)
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("name", ["fido", "grouped", "released_fid"])
+def test_a_slot_that_keeps_some_tokens_is_one_that_was_given_these_alone(prepared, name, backend):
+    """For readers that transformers cannot hold: keys and values, and where the tokens stood, which the bias in cross-attention reads."""
+    decoder = prepared(name, backend).decoder
+    (hidden, positions), beside = (prepared(name, backend).questions[which] for which in (3, 2))
+    kept = np.arange(3, len(hidden), 4)
+
+    def log_probs(rows: np.ndarray) -> np.ndarray:
+        decoder.admit(0, 0, hidden[rows], positions[rows])
+        decoder.admit(1, 1, *beside)
+        if len(rows) > len(kept):
+            decoder.keep(0, 2, kept)
+        tokens = np.full(2, 7, np.int32)
+        return np.array([decoder.step(tokens, np.full(2, at, np.int32), np.zeros(2, np.float32))[1] for at in range(4)])
+
+    whole = np.arange(len(hidden))
+    np.testing.assert_allclose(log_probs(whole), log_probs(kept), atol=1e-4)
+
+
 def test_keeping_everything_is_the_same_to_the_bit_as_not_asking(prepared):
     reader = prepared("fido")
     for options in (EliminationOptions(2, 1.0), EliminationOptions(1, 1.0, 6)):
