@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tritonclient.grpc import InferResult
 
-from .errors import ReaderError
+from .errors import ReaderError, ReaderUnavailable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +101,14 @@ class StreamAssembler:
     """Assembles a decoupled model's responses into one StreamedAnswer, without gRPC.
 
     Every response carries a piece in `answer`. The last one, whose piece is often empty, also carries the totals `log_prob` and `tokens`. A
-    response without outputs (only the final flag) is ignored.
+    response without outputs (only the final flag) is ignored. After `restart` the same answer comes once more, from its start.
     """
 
     def __init__(self, model: str) -> None:
         self._model = model
-        self._texts: list[str] = []
+        self._text = ""  # of this attempt
+        self._given = ""  # of all pieces, of whichever attempt
+        self._responses = 0
         self._response_times_s: list[float] = []
         self._totals: Answer | None = None
 
@@ -115,43 +117,50 @@ class StreamAssembler:
         """Whether the totals arrived: an error after them does not matter, since the answer is complete."""
         return self._totals is not None
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether a response with outputs arrived: a part of the answer may have been shown."""
-        return bool(self._texts)
+    def restart(self) -> None:
+        """The question has been sent again: what comes next is the answer from its start."""
+        self._text, self._responses = "", 0
 
     def feed(self, result: InferResult, elapsed_s: float) -> StreamPiece | None:
-        """Add the next response, `elapsed_s` after the start; return its piece, or None if it has no text.
+        """Add the next response, `elapsed_s` after the start; return its piece without what was given before, or None if nothing is left.
 
         Raises:
-            ReaderError: If the response is not one of a streaming reader's.
+            ReaderError: If the response is not one of a streaming reader's, or the answer is another than the one that had begun.
         """
         names = {output.name for output in result.get_response().outputs}
         if not names or self.is_complete:
             return None
-        text = _text(result, self._model)
-        self._texts.append(text)
-        self._response_times_s.append(elapsed_s)
-        if "log_prob" in names:
-            self._totals = answer_from_result(result, model=self._model, latency_s=elapsed_s)
-        return StreamPiece(text, elapsed_s) if text else None
+        totals = answer_from_result(result, model=self._model, latency_s=elapsed_s) if "log_prob" in names else None
+        self._text += _text(result, self._model)
+        self._responses += 1
+        both = min(len(self._text), len(self._given))
+        if self._text[:both] != self._given[:both] or (totals is not None and both < len(self._given)):
+            raise ReaderError(
+                f"{self._model}: the connection broke after {self._given!r}, and the question, sent again, is answered {self._text!r}; "
+                "ask once more and drop what came, and check that all servers serve the same engines",
+                model=self._model,
+            )
+        piece, self._given, self._totals = self._text[both:], self._given + self._text[both:], totals
+        if self._responses > len(self._response_times_s):
+            self._response_times_s.append(elapsed_s)
+        return StreamPiece(piece, elapsed_s) if piece else None
 
     def finish(self) -> StreamedAnswer:
         """The complete answer.
 
         Raises:
-            ReaderError: If the stream ended before the totals arrived.
+            ReaderUnavailable: If the stream ended before the totals arrived, as where its server died: over HTTP that looks like an end.
         """
         if self._totals is None:
-            count = len(self._texts)
-            raise ReaderError(
-                f"{self._model}: the stream ended after {count} responses without log_prob and tokens, so the answer is incomplete; "
-                "check that it is a streaming reader (fid_stream, fido_stream), and the server's log",
+            raise ReaderUnavailable(
+                f"{self._model}: the stream ended after {self._responses} responses without log_prob and tokens, so the answer is "
+                "incomplete; check that the server lives, its log, and that the model is a streaming reader (fid_stream, fido_stream)",
                 model=self._model,
+                status="UNAVAILABLE",
             )
         times_s = self._response_times_s
         return StreamedAnswer(
-            **{**dataclasses.asdict(self._totals), "text": "".join(self._texts), "latency_s": times_s[-1]},
+            **{**dataclasses.asdict(self._totals), "text": self._given, "latency_s": times_s[-1]},
             time_to_first_token_s=times_s[0],
             inter_token_times_s=tuple(later - earlier for earlier, later in zip(times_s, times_s[1:])),
         )

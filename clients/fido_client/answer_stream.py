@@ -100,15 +100,16 @@ class AnswerStream(Iterator[StreamPiece]):
         self.close()
 
     def _ask_again(self, error: ReaderError) -> None:
-        """Send the question once more after a pause, or raise the error: where it stands, or a part of the answer has come."""
+        """Send the question once more after a pause, or raise the error. Of its answer, what has been given is skipped."""
         self._failures += 1
         remaining_s = self._start_s + self._deadline_s - time.perf_counter()
         pause_s = self._retry.pause_s(error, failures=self._failures, remaining_s=remaining_s)
-        if pause_s is None or self._again is None or self._assembler.has_begun:
+        if pause_s is None or self._again is None:
             raise error
         self._call.leave()
         time.sleep(pause_s)
         self._call = self._again()
+        self._assembler.restart()
 
     def _next_response(self) -> StreamPiece | None:
         try:

@@ -121,11 +121,12 @@ class AsyncAnswerStream(AsyncIterator[StreamPiece]):
         self._failures += 1
         remaining_s = self._start_s + self._deadline_s - time.perf_counter()
         pause_s = self._retry.pause_s(error, failures=self._failures, remaining_s=remaining_s)
-        if pause_s is None or self._assembler.has_begun:
+        if pause_s is None:
             raise error
         self._call.leave()
         await asyncio.sleep(pause_s)
         self._call, self._report = self._again()
+        self._assembler.restart()
 
     async def _next_response(self) -> StreamPiece | None:
         try:

@@ -91,7 +91,7 @@ class ReaderClient:
         timeout_s: Time-out in seconds of a request that sets none; math.inf for no limit.
         stream_model: The model that `stream` uses; None: `model` + "_stream".
         retries: How often a request is sent again while the server is not available, with a growing pause and within its time-out. A reader
-            is a pure function of the request, so this is safe. A streamed answer is retried until its first part has come.
+            is a pure function of the request, so this is safe. A stream goes on after what has come.
         ssl: Encrypt the connection.
         root_certificates: PEM file of trusted certificates; None: gRPC's default.
         private_key: PEM file of the client's key, for servers that require a client certificate.

@@ -162,25 +162,67 @@ def test_what_triton_says_while_it_ends_is_retried(server: ScriptedServer, reade
 
 
 @pytest.mark.parametrize("code", [None, grpc.StatusCode.UNAVAILABLE])
-def test_a_stream_is_retried_until_its_first_part_has_come(server: ScriptedServer, reader: Any, code: grpc.StatusCode | None) -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "pieces"),
+    [
+        ([], ["Pa", "ris"], ["Pa", "ris"]),
+        (["Pa"], ["Pa", "ris", " (FR)"], ["Pa", "ris", " (FR)"]),
+        (["Pa", "ris"], ["Paris", ""], ["Pa", "ris"]),
+        (["P"], ["Pari", "s"], ["P", "ari", "s"]),  # split elsewhere
+        (["Pari"], ["Pa", "ris"], ["Pari", "s"]),
+        ([""], ["", "Paris"], ["Paris"]),
+    ],
+)
+def test_a_stream_that_breaks_off_goes_on_after_what_has_come(
+    server: ScriptedServer, reader: Any, code: grpc.StatusCode | None, first: list[str], second: list[str], pieces: list[str]
+) -> None:
     attempts = []
 
     def script(received: Any, context: Any) -> Any:
         attempts.append(received.id)
-        if received.question == "late":
-            yield {"answer": "Pa"}
-        if received.question == "late" or len(attempts) < 3:
+        if len(attempts) < 3:
+            yield from ({"answer": text} for text in first)
             raise Refusal("the server is shutting down; ask again", code)
-        yield from ({"answer": "Pa"}, WHOLE | {"answer": "ris"})
+        yield from ({"answer": text} for text in second[:-1])
+        yield WHOLE | {"answer": second[-1]}
 
     server.on_stream = script
-    pieces, answer = reader.stream(server.url, "early", ["p"], client={"retries": 5})
-    assert [piece.text for piece in pieces] == ["Pa", "ris"] and answer.text == "Paris"
+    got, answer = reader.stream(server.url, "q", ["p"], client={"retries": 2})
+    assert [piece.text for piece in got] == pieces and answer.text == "".join(second) and answer.tokens == 3
     assert len(set(attempts)) == 3, "each attempt has an id of its own"
+    times_s = [answer.time_to_first_token_s, *answer.inter_token_times_s]
+    assert len(times_s) == max(len(first), len(second)) and min(times_s) >= 0 and sum(times_s) == pytest.approx(answer.latency_s)
     attempts.clear()
     with pytest.raises(ReaderUnavailable, match="shutting down"):
-        reader.stream(server.url, "late", ["p"], client={"retries": 5})
-    assert len(attempts) == 1
+        reader.stream(server.url, "q", ["p"], client={"retries": 1})
+    assert len(attempts) == 2
+
+
+def test_a_stream_that_ends_too_early_is_asked_again(server: ScriptedServer, reader: Any) -> None:
+    """Over HTTP the death of a server looks like this."""
+    server.on_stream = lambda received, context: iter([{"answer": "Pa"}, WHOLE | {"answer": "ris"}][: len(server.received)])
+    assert reader.stream(server.url, "q", ["p"], client={"retries": 1})[1].text == "Paris"
+    server.received.clear()
+    with pytest.raises(ReaderUnavailable, match="ended after 1 responses"):
+        reader.stream(server.url, "q", ["p"])
+
+
+@pytest.mark.parametrize("second", [["Ro", "me"], ["P"]], ids=["another", "shorter"])
+def test_a_stream_whose_second_answer_is_another_fails(server: ScriptedServer, reader: Any, second: list[str]) -> None:
+    attempts = []
+
+    def script(received: Any, context: Any) -> Any:
+        attempts.append(received.id)
+        if len(attempts) == 1:
+            yield {"answer": "Pa"}
+            raise Refusal("the server is shutting down; ask again", None)
+        yield from ({"answer": text} for text in second[:-1])
+        yield WHOLE | {"answer": second[-1]}
+
+    server.on_stream = script
+    with pytest.raises(ReaderError, match=f"broke after 'Pa', and the question, sent again, is answered '{second[0]}'"):
+        reader.stream(server.url, "q", ["p"], client={"retries": 5})
+    assert len(attempts) == 2
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 Needs root on Debian 12, or on a machine whose apt has its packages. The first run compiles Kubernetes (15 minutes on two cores) and builds
 the image of this project; both stay in ${XDG_CACHE_HOME:-~/.cache}/fido-cluster. Exit code 0 if no question was lost, answered twice or
-answered wrongly. A stream that a killed server has begun to answer counts as lost in the table, and does not fail the test.
+answered wrongly.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """When a failed request is sent again: exponential backoff with jitter. It sends nothing itself.
 
 A reader is a pure function of its request, so sending a request twice is safe. Only UNAVAILABLE is retried: the server is down, starts, is
-full, shuts down, or the connection broke. A streamed answer is retried until a part of it has been shown.
+full, shuts down, or the connection broke. A streamed answer that broke off goes on with the next attempt's text after what has been given.
 
 The retries of one client have a budget, so that they do not multiply the load of servers that have trouble. Beyond it a retry is not given
 up: it waits for its turn, if its deadline allows.

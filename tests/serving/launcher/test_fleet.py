@@ -151,11 +151,23 @@ def test_two_replicas_are_one_server(engines, tmp_path, front):
                 time.sleep(0.1)
                 counts = [int(count) for _, count in re.findall(sample, get(f"{metrics}/metrics")[1], re.M)]
             assert sum(counts) == 12 and len(counts) == 2 and all(counts), counts
-            os.kill(tritons[0], signal.SIGKILL)
+            long = {"min_new_tokens": 500, "max_new_tokens": 500}
+            whole = client.answer("w1", ["w2"], **long).text
+            with client.stream("w1", ["w2"], **long) as cut, over_http.stream("w1", ["w2"], **long) as cut_over_http:
+                begun = [next(cut).text, next(cut_over_http).text]
+                for triton in tritons:  # one serves the one stream, one the other
+                    os.kill(triton, signal.SIGKILL)
+                assert [cut.read_to_end().text, cut_over_http.read_to_end().text] == [whole, whole]
+                assert min(cut.answer.latency_s, cut_over_http.answer.latency_s) > 0.5, "no answer was whole before its server died"
+                assert all(whole.startswith(part) for part in begun)
+            while get(f"{metrics}/v2/health/ready")[1].count("true") < 2:
+                assert time.monotonic() < deadline + 60
+            tritons += [child for child in descendants(process.pid) if is_triton(child)]
+            os.kill(tritons[-1], signal.SIGKILL)
             assert client.answer("w1", ["w2"]).tokens > 0 and over_http.answer("w1", ["w2"]).tokens > 0
             seen = {get(f"{metrics}/v2/health/ready")}
             while get(f"{metrics}/v2/health/ready")[1].count("true") < 2 or len(seen) < 2:
-                assert time.monotonic() < deadline + 60
+                assert time.monotonic() < deadline + 120
                 seen.add(get(f"{metrics}/v2/health/ready"))
             assert {status for status, _ in seen} == {200}, "one server is enough"
         process.send_signal(signal.SIGTERM)
