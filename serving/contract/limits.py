@@ -43,7 +43,7 @@ class Limits:
         encoder_instances: encoder processes on a GPU: one prepares its call while another's runs.
         reader_instances: reader processes, each with its own slots: their Python code runs in parallel.
         encode_threads: questions that are tokenized and encoded at the same time.
-        intra_op_threads: threads of one engine call on the CPU; 0 = one per core.
+        intra_op_threads: threads of each engine on the CPU, which an encoder divides among two or four calls at a time; 0 = one per core.
         answer_cache_bytes: bytes of whole answers that each reader process keeps for identical requests. 0 = none.
         encoder_cache_bytes: bytes of encoder states that each reader process keeps, for passages that come again with their question.
             0 = none; on a GPU none.

@@ -6,7 +6,10 @@ enter and leave the slots is the scheduler's.
 
 from __future__ import annotations
 
+import collections
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -19,6 +22,8 @@ from serving.contract.tensors import GraphTensors, cross_kv_tensors, decoder_ste
 
 # Larger calls are not faster on a CPU: their activations no longer fit into its caches.
 MAX_TOKENS_PER_CALL = 4096
+# A question is not split into smaller calls than this for the sake of a free lane.
+MIN_TOKENS_PER_CALL = 256
 # Rows of at least this fraction of a call's longest row join the call; shorter ones go into another call, to compute little padding.
 MIN_LENGTH_FRACTION = 0.8
 NEW_ROW = -1  # a sequence that has no row of the self-attention caches yet
@@ -26,7 +31,7 @@ LOGITS = "logits"  # the output of decoder_step that beam search reads
 
 
 class Session(Protocol):
-    """One graph, loaded. Called from one thread at a time.
+    """One graph, loaded, on `lanes` that run at the same time and share its weights. A lane is called from one thread at a time.
 
     Attributes:
         cache_dtype: of cached keys and values; uint16 holds the bits of bfloat16.
@@ -34,10 +39,10 @@ class Session(Protocol):
 
     cache_dtype: np.dtype
 
-    def __init__(self, directory: Path, manifest: Manifest, name: str, tensors: GraphTensors, threads: int): ...
+    def __init__(self, directory: Path, manifest: Manifest, name: str, tensors: GraphTensors, threads: int, lanes: int = 1): ...
 
-    def run(self, inputs: Mapping[str, np.ndarray], *, logits: bool = False) -> list[np.ndarray]:
-        """All outputs, in the order of the tensor specs, valid until the next call. Contiguous inputs are not copied.
+    def run(self, inputs: Mapping[str, np.ndarray], *, logits: bool = False, lane: int = 0) -> list[np.ndarray]:
+        """All outputs, in the order of the tensor specs, valid until the lane's next call. Contiguous inputs are not copied.
 
         The last output of decoder_step is left out unless `logits` asks for it: only beam search reads it.
         """
@@ -45,7 +50,7 @@ class Session(Protocol):
 
 
 class OnnxSession:
-    """One graph on ONNX Runtime's CPU provider.
+    """One graph on ONNX Runtime's CPU provider. A call computes on its own thread, and on the session's others if a lane has several.
 
     Raises:
         ManifestError: if its file is not the manifest's.
@@ -54,10 +59,10 @@ class OnnxSession:
 
     cache_dtype = np.dtype(np.float32)
 
-    def __init__(self, directory: Path, manifest: Manifest, name: str, tensors: GraphTensors, threads: int):
+    def __init__(self, directory: Path, manifest: Manifest, name: str, tensors: GraphTensors, threads: int, lanes: int = 1):
         file = f"{name}.onnx"
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads if lanes == 1 else max(threads // lanes, 1)
         # several processes share the cores: a thread that spins while it waits slows another engine
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.disable_quant_qdq", "1")  # a step's int8 weights become fp32 once, not in every step
@@ -76,7 +81,7 @@ class OnnxSession:
         self._outputs = [spec.name for spec in tensors.outputs]
         self._without_logits = [name for name in self._outputs if name != LOGITS]
 
-    def run(self, inputs: Mapping[str, np.ndarray], *, logits: bool = False) -> list[np.ndarray]:
+    def run(self, inputs: Mapping[str, np.ndarray], *, logits: bool = False, lane: int = 0) -> list[np.ndarray]:
         """As Session.run."""
         return self._session.run(self._outputs if logits else self._without_logits, inputs)
 
@@ -89,28 +94,64 @@ def require_tensors(path: Path, tensors: GraphTensors, inputs: list[str], output
 
 
 class CpuEncoder:
-    """Encodes passages of any lengths; at most a fifth of a row that it computes is padding. A subclass says what runs the graph."""
+    """Encodes passages of any lengths; at most a fifth of a row that it computes is padding. A subclass says what runs the graph.
+
+    The passages of a question are independent, so several calls of the graph run at the same time, on a few threads each: threads that
+    share one call wait for each other at every operation.
+    """
 
     session_type: ClassVar[type[Session]]
 
     def __init__(self, directory: Path, manifest: Manifest, threads: int = 0):
+        threads = threads or len(os.sched_getaffinity(0))
         self.d_model = manifest.sizes.d_model_encoder
-        self._session = self.session_type(directory, manifest, "encoder", encoder_tensors(manifest.sizes), threads)
+        self._lanes = lanes_of(threads)
+        self._session = self.session_type(directory, manifest, "encoder", encoder_tensors(manifest.sizes), threads, self._lanes)
+        self._others = ThreadPoolExecutor(max(self._lanes - 1, 1), thread_name_prefix="encoder-lane")
 
     def encode(self, batch: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
         """Encode the passages of several questions at once; arguments and results as Encoder.encode, in float32."""
         outputs = [np.zeros((*ids.shape, self.d_model), np.float32) for ids, _ in batch]
         rows = [(int(length), q, r) for q, (_, mask) in enumerate(batch) for r, length in enumerate(mask.sum(1))]
-        for group in grouped_by_length(rows):
-            width = group[0][0]
-            ids = np.zeros((len(group), width), np.int32)
-            for row, (length, q, r) in zip(ids, group, strict=True):
-                row[:length] = batch[q][0][r, :length]
-            mask = (np.arange(width)[None, :] < np.array([length for length, _, _ in group])[:, None]).astype(np.int32)
-            (hidden,) = self._session.run({"input_ids": ids, "attention_mask": mask})
-            for states, (length, q, r) in zip(hidden, group, strict=True):
-                outputs[q][r, :length] = states[:length]
+        tokens_per_call = min(MAX_TOKENS_PER_CALL, max(MIN_TOKENS_PER_CALL, -(-sum(length for length, _, _ in rows) // self._lanes)))
+        groups = collections.deque(grouped_by_length(rows, tokens_per_call))
+
+        def run(lane: int) -> None:
+            while groups:
+                try:
+                    group = groups.popleft()
+                except IndexError:  # another lane took the last one
+                    return
+                self._encode_group(group, batch, outputs, lane)
+
+        others = [self._others.submit(run, lane) for lane in range(1, min(self._lanes, len(groups)))]
+        try:
+            run(0)
+        finally:
+            groups.clear()  # after an error nothing more is begun
+            errors = [other.exception() for other in others]
+        for error in errors:
+            if error is not None:
+                raise error
         return outputs
+
+    def _encode_group(
+        self, group: list[tuple[int, int, int]], batch: list[tuple[np.ndarray, np.ndarray]], outputs: list[np.ndarray], lane: int
+    ) -> None:
+        """One call of the graph; its rows of `outputs` are written."""
+        width = group[0][0]
+        ids = np.zeros((len(group), width), np.int32)
+        for row, (length, q, r) in zip(ids, group, strict=True):
+            row[:length] = batch[q][0][r, :length]
+        mask = (np.arange(width)[None, :] < np.array([length for length, _, _ in group])[:, None]).astype(np.int32)
+        (hidden,) = self._session.run({"input_ids": ids, "attention_mask": mask}, lane=lane)
+        for states, (length, q, r) in zip(hidden, group, strict=True):
+            outputs[q][r, :length] = states[:length]
+
+
+def lanes_of(threads: int) -> int:
+    """Calls of an encoder that run at the same time on so many threads: more than four leave a question of few passages alone with one."""
+    return 1 if threads < 2 else 2 if threads < 8 else 4
 
 
 def grouped_by_length(

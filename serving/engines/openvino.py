@@ -5,6 +5,7 @@ A graph is compiled once, for all shapes. Caches are shared with OpenVINO and ne
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class OpenVinoSession:
         EngineError: if OpenVINO cannot load it, its tensors are not `tensors`, or this CPU would emulate its precision.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, name: str, tensors: GraphTensors, threads: int):
+    def __init__(self, directory: Path, manifest: Manifest, name: str, tensors: GraphTensors, threads: int, lanes: int = 1):
         path = directory / manifest.engine_file(name)
         bf16 = manifest.has_bf16_caches
         if bf16:
@@ -39,6 +40,7 @@ class OpenVinoSession:
             "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": lanes,
             "ENABLE_CPU_PINNING": False,  # each process would pin its threads to the same cores
             "CPU_RUNTIME_CACHE_CAPACITY": KEPT_KERNELS,
         }
@@ -53,26 +55,34 @@ class OpenVinoSession:
             raise
         except Exception as error:  # openvino's exceptions have no common base class
             raise EngineError(f"{path}: OpenVINO cannot load it: {error}") from error
-        self._request = self._compiled.create_infer_request()
+        self._lanes = [_Lane(self._compiled.create_infer_request()) for _ in range(lanes)]
         self._ports = {name: (i, port.get_element_type()) for i, (name, port) in enumerate(zip(inputs, self._compiled.inputs, strict=True))}
         self._dtypes = {spec.name: self.cache_dtype if _is_cache(spec.name) else NUMPY_DTYPES[spec.dtype] for spec in tensors.inputs}
         self._outputs = [(i, _is_cache(name)) for i, name in enumerate(outputs)]
         self._has_logits = outputs[-1] == LOGITS
-        self._given: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # input -> the array it was given, and the one whose memory it reads
 
-    def run(self, inputs: Mapping[str, np.ndarray], *, logits: bool = False) -> list[np.ndarray]:
+    def run(self, inputs: Mapping[str, np.ndarray], *, logits: bool = False, lane: int = 0) -> list[np.ndarray]:
         """As Session.run. An array that is given again, whatever it holds by then, costs nothing: its memory is known."""
+        request, known = self._lanes[lane].request, self._lanes[lane].given
         for name, array in inputs.items():
-            given, read = self._given.get(name, (None, None))
+            given, read = known.get(name, (None, None))
             if given is not array or read is not array:
                 index, element_type = self._ports[name]
                 read = np.ascontiguousarray(array, self._dtypes[name])
-                self._request.set_input_tensor(index, ov.Tensor(read, read.shape, element_type))
-                self._given[name] = array, read
-        self._request.infer(share_outputs=True)
+                request.set_input_tensor(index, ov.Tensor(read, read.shape, element_type))
+                known[name] = array, read
+        request.infer(share_outputs=True)
         outputs = self._outputs if logits or not self._has_logits else self._outputs[:-1]
-        found = [(self._request.get_output_tensor(i).data, cache) for i, cache in outputs]
+        found = [(request.get_output_tensor(i).data, cache) for i, cache in outputs]
         return [data.view(self.cache_dtype) if cache else data for data, cache in found]  # NumPy has no bf16: its bits as uint16
+
+
+@dataclasses.dataclass
+class _Lane:
+    """One request at a time. `given`: input -> the array it was given, and the one whose memory it reads."""
+
+    request: ov.InferRequest
+    given: dict[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
 
 def _is_cache(name: str) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from export.compare import compare_stages
 from export.graphs.onnx_export import OPSET
 from export.manifest_writer import write_manifest
 from serving.contract.manifest import Manifest, ManifestError, sha256_of_file
+from serving.engines import cpu
 from serving.engines.cpu import CpuDecoder, CpuEncoder
 from serving.engines.load import cpu_engines
 from tests.conftest import CONFIGS, CPU_BACKENDS, WITHOUT_BF16, WITHOUT_OPENVINO, random_passages
@@ -146,6 +149,42 @@ def test_encoder_groups_passages_of_like_length_and_changes_nothing(engines, bac
         valid = mask[0].bool().numpy()
         np.testing.assert_allclose(hidden[valid], wanted.detach().reshape(*valid.shape, -1).numpy()[valid], atol=1e-5)
         assert not hidden[~valid].any()
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_calls_at_the_same_time_change_nothing_and_an_error_of_one_is_raised(engines, backend, monkeypatch):
+    checkpoint, directory = engines["fid"]
+    monkeypatch.setattr(cpu, "MIN_TOKENS_PER_CALL", 1)
+    monkeypatch.setattr(cpu, "lanes_of", lambda threads: 3)
+    encoder, _ = loaded(directory, backend, slots=1)
+    run, fails, inside, most = encoder._session.run, [], collections.Counter[int](), [0]
+
+    def watched(inputs, *, lane):
+        inside[lane] += 1
+        assert inside[lane] == 1, "a lane is called from one thread at a time"
+        most[0] = max(most[0], sum(inside.values()))
+        time.sleep(0.02)
+        try:
+            if lane in fails:
+                raise RuntimeError(f"lane {lane}")
+            return run(inputs, lane=lane)
+        finally:
+            inside[lane] -= 1
+
+    monkeypatch.setattr(encoder._session, "run", watched)
+    for seed, n_passages in enumerate((12, 1, 2)):
+        ids, mask = random_passages(n_passages, 20, seed)
+        question = ids[0].int().numpy(), mask[0].int().numpy()
+        for lane in (0, 2) if n_passages == 12 else ():
+            fails.append(lane)
+            with pytest.raises(RuntimeError, match=f"lane {lane}"):
+                encoder.encode([question])
+            fails.clear()
+        (hidden,) = encoder.encode([question])
+        wanted, _ = checkpoint.reader.encode(ids, mask)
+        valid = mask[0].bool().numpy()
+        np.testing.assert_allclose(hidden[valid], wanted.detach().reshape(*valid.shape, -1).numpy()[valid], atol=1e-5)
+    assert most == [3]
 
 
 @WITHOUT_BF16
