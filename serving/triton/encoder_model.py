@@ -1,4 +1,4 @@
-"""The Triton model of an encoder: passages of several questions, joined by Triton's dynamic batcher, in one engine call."""
+"""The Triton model of an encoder: passages of a question, or of several that Triton's dynamic batcher joined, in one engine call."""
 
 from __future__ import annotations
 

@@ -56,6 +56,9 @@ def test_a_reader_takes_and_answers_what_the_readme_documents():
         "keep_encoder_tokens": ("TYPE_FP32", ["1"], True),
         "keep_passages": ("TYPE_INT32", ["1"], True),
         "drop_after": ("TYPE_INT32", ["1"], True),
+        "keep_encoder_tokens": ("TYPE_FP32", ["1"], True),
+        "keep_passages": ("TYPE_INT32", ["1"], True),
+        "drop_after": ("TYPE_INT32", ["1"], True),
     }
     assert {o["name"]: (o["data_type"], o["dims"]) for o in config["output"]} == {
         "answer": ("TYPE_STRING", ["1"]),
@@ -79,7 +82,10 @@ def test_stream_configuration_differs_in_name_and_policy_only():
 def test_largest_question_fits_in_one_encoder_batch(engines):
     sizes = Manifest.load(engines["fid"][1]).sizes
     config = parsed(render_config(encoder_config("fid", sizes, Limits(max_passages=77))))
-    assert config["max_batch_size"] == 77 and config["dynamic_batching"] == {}
+    assert config["max_batch_size"] == 77 and "dynamic_batching" not in config
+    config = parsed(render_config(encoder_config("fid", sizes, Limits(max_passages=77, encoder_batch=90))))
+    assert config["max_batch_size"] == 90 and config["dynamic_batching"] == {}
+    assert parsed(render_config(encoder_config("fid", sizes, Limits(), on_gpu=True)))["dynamic_batching"] == {}
     assert config["output"] == [{"name": "encoder_hidden_states", "data_type": "TYPE_FP32", "dims": ["-1", "12"]}]
 
 
@@ -299,7 +305,7 @@ def test_a_crash_at_any_step_leaves_the_former_reader_or_the_new_one_or_none(eng
 def test_processes_and_batches_follow_the_limits_and_the_machine(engines) -> None:
     sizes = Manifest.load(engines["fid"][1]).sizes
     limits = Limits(max_passages=40, encoder_batch=120, encoder_instances=2, reader_instances=3, intra_op_threads=5)
-    for on_gpu, group, batch in ((False, ("KIND_CPU", 1, None), 40), (True, ("KIND_GPU", 2, [0]), 120)):
+    for on_gpu, group, batch in ((False, ("KIND_CPU", 1, None), 120), (True, ("KIND_GPU", 2, [0]), 120)):
         encoder = parsed(render_config(encoder_config("fid", sizes, limits, on_gpu=on_gpu)))
         (instances,) = encoder["instance_group"]
         assert (instances["kind"], instances["count"], instances.get("gpus")) == group and encoder["max_batch_size"] == batch
