@@ -39,8 +39,8 @@ class Limits:
         slots: sequences that one reader process decodes together, each beam counted; further ones wait.
         kv_cache_bytes: bytes of keys and values per reader process. If the slots need more, fewer slots are used. 0 = no bound.
         max_in_flight: questions that a reader process has accepted and not yet answered, running ones included. It refuses further ones.
-        encoder_batch: passages per encoder call on a GPU; max_passages if that is larger. On the CPU 0 = a call holds one question, which is
-            best unless there are many cores and questions of few passages.
+        encoder_batch: passages per encoder call on a GPU; max_passages if that is larger. On the CPU 0 = a call holds one question: best
+            unless there are many cores and questions of few passages.
         encoder_instances: encoder processes on a GPU: one prepares its call while another's runs.
         reader_instances: reader processes, each with its own slots: their Python code runs in parallel.
         encode_threads: questions that are tokenized and encoded at the same time.

@@ -56,9 +56,6 @@ def test_a_reader_takes_and_answers_what_the_readme_documents():
         "keep_encoder_tokens": ("TYPE_FP32", ["1"], True),
         "keep_passages": ("TYPE_INT32", ["1"], True),
         "drop_after": ("TYPE_INT32", ["1"], True),
-        "keep_encoder_tokens": ("TYPE_FP32", ["1"], True),
-        "keep_passages": ("TYPE_INT32", ["1"], True),
-        "drop_after": ("TYPE_INT32", ["1"], True),
     }
     assert {o["name"]: (o["data_type"], o["dims"]) for o in config["output"]} == {
         "answer": ("TYPE_STRING", ["1"]),
