@@ -75,7 +75,8 @@ def compare_stages(checkpoint: Checkpoint, engines: Path) -> list[OutputError]:
         found += module_against_transformers(checkpoint, allowed)
     found += graphs_against_module(checkpoint.reader, allowed)
     for name, (_, tensors_of) in GRAPHS.items():
-        run, tensors = RUNS[manifest.engine](engines / manifest.engine_file(name)), tensors_of(engine_sizes(checkpoint.reader.config))
+        (run,) = RUNS[manifest.engine](engines / manifest.engine_file(name))
+        tensors = tensors_of(engine_sizes(checkpoint.reader.config))
         found += engine_against_graph(
             checkpoint.reader, name, tensors, run, "onnx" if manifest.engine == "onnxruntime" else "openvino", allowed
         )

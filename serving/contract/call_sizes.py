@@ -1,4 +1,7 @@
-"""How large one engine call on a GPU is: batch buckets of a step, encoder calls, tiles of attention. Arithmetic only."""
+"""How large one engine call on a GPU is: batch buckets of a step, encoder calls, tiles of attention. Encoder calls at a time on a CPU.
+
+Arithmetic only.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,14 @@ def batch_buckets(slots: int) -> tuple[int, ...]:
 def bucket_of(rows: int, buckets: Sequence[int]) -> int:
     """The smallest bucket that holds `rows`."""
     return next(bucket for bucket in buckets if bucket >= rows)
+
+
+def lanes_of(threads: int) -> int:
+    """Calls of an encoder on the CPU that run at the same time on so many threads.
+
+    More than four would leave a question of few passages alone with one of many threads.
+    """
+    return 1 if threads < 2 else 2 if threads < 8 else 4
 
 
 def encoder_batch(limits: Limits) -> int:

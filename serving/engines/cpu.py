@@ -16,6 +16,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 import onnxruntime as ort
 
+from serving.contract.call_sizes import lanes_of
 from serving.contract.kv_memory import MIN_SELF_LENGTH, cache_length, self_cache_length
 from serving.contract.manifest import EngineError, Manifest, ManifestError
 from serving.contract.tensors import GraphTensors, cross_kv_tensors, decoder_step_tensors, encoder_tensors
@@ -147,11 +148,6 @@ class CpuEncoder:
         (hidden,) = self._session.run({"input_ids": ids, "attention_mask": mask}, lane=lane)
         for states, (length, q, r) in zip(hidden, group, strict=True):
             outputs[q][r, :length] = states[:length]
-
-
-def lanes_of(threads: int) -> int:
-    """Calls of an encoder that run at the same time on so many threads: more than four leave a question of few passages alone with one."""
-    return 1 if threads < 2 else 2 if threads < 8 else 4
 
 
 def grouped_by_length(

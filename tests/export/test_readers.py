@@ -293,10 +293,21 @@ def test_the_faster_engine_is_kept_with_its_times(tmp_path, monkeypatch, onnxrun
 
 
 @WITHOUT_OPENVINO
-def test_both_engines_are_timed_on_the_exported_graphs(engines):
+def test_both_engines_are_timed_on_the_exported_graphs(engines, monkeypatch):
     _, directory = engines["released_fid"]
-    times = graphs.question_ms(directory, Manifest.load(directory))
-    assert {*times} == {"onnxruntime", "openvino"} and min(times.values()) > 0
+    for cores in (1, 2, 8):
+        monkeypatch.setattr(graphs.os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+        times = graphs.question_ms(directory, Manifest.load(directory), graphs.RUNS)
+        assert {*times} == {"onnxruntime", "openvino"} and min(times.values()) > 0
+
+
+@pytest.mark.parametrize("bf16_ms", [50.0, 200.0])
+def test_bf16_that_is_slower_than_fp32_here_is_warned_of(tmp_path, monkeypatch, capsys, bf16_ms):
+    monkeypatch.setattr(graphs, "question_ms", lambda directory, manifest, ways: dict(zip(ways, (100.0, bf16_ms), strict=True)))
+    monkeypatch.setattr(graphs.importlib.metadata, "version", lambda _: "1.0")
+    made = graphs.for_openvino(tmp_path / "nq", write_engines(tmp_path / "nq"), "bfloat16")
+    assert made.precision == "bfloat16" and made.provenance["precision_ms"] == {"float32": 100.0, "bfloat16": bf16_ms}
+    assert ("bf16 is slower than fp32" in capsys.readouterr().err) == (bf16_ms > 100)
 
 
 @WITHOUT_OPENVINO

@@ -26,7 +26,7 @@ from tests.stress.faults import files as file_faults
 from tests.stress.faults import processes as process_faults
 
 from .arena import Arena, ArenaError, run_fault
-from .questions import READERS, corpus_cases, limits_of, word_cases
+from .questions import READERS, corpus_cases, keep_encoder_states, limits_of, word_cases
 from .tally import Tally, growths, last_line, notes, table
 
 PASS_MINUTES = 10.0
@@ -38,6 +38,8 @@ WARM_UP_SCALE = 1.5
 TRIMMED_S = 6.0  # after a burst, its heap has been given back (serving/launcher/preload/heap_trim.c)
 CASES = 6  # of each reader
 LONG_TOKENS = 96  # of the long ones
+# FiDO keeps encoder states, of about as many passages as two questions have, so that they also go; FiD keeps none.
+CACHE_BYTES = 3 << 20
 CORPUS = PROJECT / "build/corpus/heldout.jsonl"
 
 Fault = Callable[[Arena, Tally], None]
@@ -74,6 +76,7 @@ def make_arena(repository: Path, scratch: Path, seed: int, scale: float, *, word
     """An arena on a copy of the repository, with reference questions but no server yet."""
     copy = scratch / "repository"
     shutil.copytree(repository, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    keep_encoder_states(copy, "fido", CACHE_BYTES)
     limits = {reader: limits_of(copy, reader) for reader in READERS}
     cases = {}
     for reader, bounds in limits.items():

@@ -96,6 +96,15 @@ def limits_of(repository: Path, reader: str) -> Limits:
     return Limits.from_parameters({key: {"string_value": value.string_value} for key, value in config.parameters.items()})
 
 
+def keep_encoder_states(repository: Path, reader: str, n_bytes: int) -> None:
+    """Have a served reader, and its stream, keep encoder states."""
+    for model in (reader, f"{reader}_stream"):
+        file = repository / model / "config.pbtxt"
+        config = text_format.Parse(file.read_text(encoding="utf-8"), ModelConfig())
+        config.parameters["encoder_cache_bytes"].string_value = str(n_bytes)
+        file.write_text(text_format.MessageToString(config), encoding="utf-8")
+
+
 def word_cases(reader: str, limits: Limits, seed: int, count: int) -> list[Case]:
     """Questions in the words of the tests' tiny tokenizer."""
     rng = random.Random(f"{reader} {seed}")
