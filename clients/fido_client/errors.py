@@ -38,8 +38,10 @@ class ReaderUnavailable(ReaderError):  # noqa: N818
 
 
 # NOT_FOUND means an unknown model in Triton: changing the question does not help.
-# What Triton and the readers say, under other statuses or inside a stream without one, while a server starts, is full or shuts down.
+# What Triton and the readers say, under other statuses or inside a stream without one, while a server starts, is full or shuts down, or has
+# lost a model's process, which ends it and has it brought back.
 _TEMPORARY = (
+    "is not healthy",  # Stub process 'fido_encoder_0_0' is not healthy.
     "has no available versions",
     "has stopped accepting new inference requests",
     "Server not ready",
@@ -83,7 +85,8 @@ def error_from_exception(exception: Exception, *, model: str, url: str, timeout_
 def status_and_message(exception: Exception) -> tuple[str | None, str]:
     """The gRPC status and the server's message; the status is None for most errors inside a stream, which Triton sends without one.
 
-    The status is UNAVAILABLE wherever the message says that the server starts, is full or shuts down: Triton has no one status for that.
+    The status is UNAVAILABLE wherever the message says that the server starts, is full, shuts down or is broken: Triton has no one status
+    for that.
     """
     if isinstance(exception, grpc.RpcError):
         status, message = exception.code().name, exception.details() or ""

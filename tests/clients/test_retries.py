@@ -150,6 +150,7 @@ def test_beyond_the_budget_a_retry_waits_for_its_turn_or_fails_by_its_deadline()
     [
         (grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'fido' has no available versions"),
         (grpc.StatusCode.INTERNAL, "Failed for execute the inference request. Server not ready"),
+        (grpc.StatusCode.INTERNAL, "fido_encoder: Stub process 'fido_encoder_0_0' is not healthy."),
         (grpc.StatusCode.UNAVAILABLE, "the server is shutting down; ask again"),
     ],
 )
