@@ -202,7 +202,7 @@ class Deployment:
     def uncordon(self) -> None:
         """Take pods on the drained node again, and spread them."""
         self.cluster.kubectl("uncordon", NODES[1])
-        self.rollout_restart()
+        self.spread()
 
     def kill_pod(self) -> None:
         """Kill all processes of one server at once; the kubelet starts its container again."""
@@ -235,15 +235,31 @@ class Deployment:
 
     def kill_node(self) -> None:
         """Cut a node's power: nothing of it answers, not even with a refusal."""
+        gone = self._names_on(NODES[1])
+        if len(gone) != 1:
+            raise BuildError(f"wanted one server on {NODES[1]}, got {len(gone)}: nothing to lose there, or all")
         self.cluster.kill_node(NODES[1])
-        gone = {pod["metadata"]["name"] for pod in self.cluster.items("pods") if pod["spec"].get("nodeName") == NODES[1]}
         self.wait_for(2, other_than=gone)
 
     def revive_node(self) -> None:
         """Start the killed node, and spread the pods."""
         self.cluster.start_node(NODES[1])
         self._wait_until(lambda: self.cluster.ready_nodes() == set(NODES), "both nodes")
-        self.rollout_restart()
+        self.spread()
+
+    def spread(self) -> None:
+        """Have one server on each node: the scheduler prefers that, and a rollout may still end otherwise."""
+        self.wait_for(2)
+        for empty, full in (NODES, NODES[::-1]):
+            if not self._names_on(empty):
+                moved = self._names_on(full).pop()
+                self.cluster.kubectl("cordon", full)
+                self.cluster.kubectl("delete", "pod", moved)
+                self.wait_for(2, other_than=[moved])
+                self.cluster.kubectl("uncordon", full)
+
+    def _names_on(self, node: str) -> set[str]:
+        return {pod["metadata"]["name"] for pod in self.ready_pods() if pod["spec"].get("nodeName") == node}
 
     def scale(self, count: int) -> None:
         """Have so many servers."""
@@ -274,12 +290,12 @@ def _kill(pid: int) -> None:
 
 # Scenario: what happens while clients ask, and what puts the cluster right afterwards: two servers, one a node.
 SCENARIOS: dict[str, tuple[Callable[[Deployment], None], Callable[[Deployment], None] | None]] = {
-    "rollout restart": (Deployment.rollout_restart, None),
+    "rollout restart": (Deployment.rollout_restart, Deployment.spread),
     "node drain": (Deployment.drain, Deployment.uncordon),
     "pod kill": (Deployment.kill_pod, None),
     "model process kill": (Deployment.kill_model_process, None),
     "scale 2 to 4": (lambda deployment: deployment.scale(4), None),
-    "scale 4 to 2": (lambda deployment: deployment.scale(2), Deployment.rollout_restart),
+    "scale 4 to 2": (lambda deployment: deployment.scale(2), Deployment.spread),
     "node kill": (Deployment.kill_node, Deployment.revive_node),
 }
 
