@@ -31,7 +31,7 @@ from serving.pipeline.beam_search import search_of
 from serving.pipeline.elimination import Elimination
 from serving.pipeline.encoder_cache import EncoderStateCache
 from serving.pipeline.prompt import PromptEncoder
-from serving.pipeline.request import LIVENESS_ID, REFUSING_FILE_VARIABLE, read_request
+from serving.pipeline.request import LIVENESS_ID, REFUSING_FILE_VARIABLE, RequestError, read_request
 from serving.pipeline.scheduler import CancelledError, DecodeSequence, QueueFullError, Scheduler, SchedulerCounts, SchedulerStoppedError
 
 from .encoder_call import EncoderCall
@@ -179,7 +179,7 @@ class ReaderModel:
         for spec in READER_TENSORS.inputs:
             tensor = pb_utils.get_input_tensor_by_name(request, spec.name)
             arrays[spec.name] = None if tensor is None else tensor.as_numpy()
-        checked = read_request(arrays, self._limits, json.loads(request.parameters() or "{}"), streams=self._streams)
+        checked = read_request(arrays, self._limits, _parameters_of(request), streams=self._streams)
         if self._refusing_file and os.path.exists(self._refusing_file):
             raise SchedulerStoppedError(SHUTTING_DOWN)
         if len(self._in_flight) >= self._limits.max_in_flight:
@@ -277,6 +277,18 @@ class ReaderModel:
         # Engines and their memory go now: at the process's end a GPU's library may be gone before what needs it.
         del self._encoder, self._scheduler
         gc.collect()
+
+
+def _parameters_of(request: Any) -> dict[str, Any]:
+    """A request's parameters: over HTTP, the fields of its body that are no inputs.
+
+    Raises:
+        RequestError: if one is not UTF-8, which Triton does not look at.
+    """
+    try:
+        return dict(json.loads(request.parameters() or "{}"))
+    except ValueError as error:
+        raise RequestError(f"parameters: wanted names and values in UTF-8, got {error}") from error
 
 
 def _with_what_it_can(limits: Limits, decoder: Decoder) -> Limits:

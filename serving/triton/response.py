@@ -17,6 +17,8 @@ from serving.pipeline.prompt import IncrementalDetokenizer, PromptEncoder, Promp
 from serving.pipeline.request import ReaderRequest, RequestError
 from serving.pipeline.scheduler import CancelledError, DeadlineExceededError, SchedulerError
 
+from .stop import id_of
+
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 OUTCOMES = ("answered", "refused", "cancelled", "failed")
 
@@ -25,12 +27,12 @@ class Caller:
     """The client's side of a request: its id, its time limit, and whether it still wants the answer.
 
     Args:
-        request: Triton's. HTTP generate puts the id among its parameters.
+        request: Triton's.
         sender: of its responses.
     """
 
     def __init__(self, request: Any, sender: Any):
-        self.id = request.request_id() or _id_among(request.parameters())
+        self.id = id_of(request)
         self.sender = sender
         self.arrived_s = time.monotonic()
         self._timeout_s = request.timeout() / 1e6  # 0 = none
@@ -356,14 +358,6 @@ class StreamWriter(ResponseWriter):
 
     def _send_error(self, error: Exception) -> None:
         end_stream_with_error(self.caller, error, self._end_later)
-
-
-def _id_among(parameters: str) -> str:
-    """The id among a request's parameters, as JSON; empty if there is none. read_request refuses one that is no text."""
-    if '"id"' not in (parameters or ""):
-        return ""
-    found = json.loads(parameters).get("id")
-    return found if isinstance(found, str) else ""
 
 
 def _text(text: str) -> np.ndarray:

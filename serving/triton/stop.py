@@ -12,17 +12,34 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 STOP_PREFIX = "stop:"
 MIN_ID_CHARACTERS = 16  # shorter ids are counters and names, which others can guess and several requests can share
 # A stop may overtake the request that it names.
 REMEMBERED_S, MAX_REMEMBERED = 10.0, 4096
+
+
+def id_of(request: Any) -> str:
+    """A request's id, which HTTP generate puts among its parameters; empty if there is none, or it is no text.
+
+    Args:
+        request: Triton's. What else is wrong with its parameters is found when they are read.
+    """
+    try:
+        if (request_id := request.request_id()) or '"id"' not in (request.parameters() or ""):
+            return str(request_id)
+        found = json.loads(request.parameters()).get("id")
+    except ValueError:  # a name or a value that is not UTF-8, which HTTP generate passes on
+        return ""
+    return found if isinstance(found, str) else ""
 
 
 def stopped_id(request_id: str) -> str | None:

@@ -94,7 +94,7 @@ class Request:
         request_id: str = "",
         timeout_us: int = 0,
         outputs: list[str] | None = None,
-        parameters: str = "{}",
+        parameters: str | bytes = "{}",
     ):
         self._parameters = parameters
         self.tensors, self._id, self._timeout_us, self._outputs = tensors, request_id, timeout_us, outputs or []
@@ -104,7 +104,7 @@ class Request:
         return self._id
 
     def parameters(self) -> str:
-        return self._parameters
+        return self._parameters if isinstance(self._parameters, str) else self._parameters.decode()  # as pybind11 decodes it
 
     def timeout(self) -> int:
         return self._timeout_us

@@ -262,6 +262,23 @@ def test_a_timeout_counts_from_the_protocol_or_from_the_parameters(load, protoco
     assert str(caller.cancel_reason()).startswith("the request's timeout of 0.001 ms passed")
 
 
+@pytest.mark.parametrize(
+    ("protocol", "parameters", "wanted"),
+    [
+        ("a", '{"id": "b"}', "a"),
+        ("", '{"id": "b"}', "b"),
+        ("", '{"id": 5}', ""),
+        ("", "", ""),
+        ("", b'{"id": "b", "\xff": 1}', ""),
+        ("", b'{"id": "\xff"}', ""),
+    ],
+)
+def test_a_request_has_an_id_whatever_its_parameters_hold(load, protocol, parameters, wanted):
+    response = load("response")
+    request = Request({}, protocol, parameters=parameters)
+    assert response.Caller(request, request.sender).id == wanted
+
+
 def test_a_reader_with_model_warmup_says_where_to_put_it(load):
     module = load("reader_model")
     config = '{"model_warmup": [{"name": "zeros", "batch_size": 1}]}'

@@ -149,6 +149,18 @@ def test_bad_requests_are_told_what_is_wrong_and_harm_no_other(server, cases, ch
         case.check(beside.result())
 
 
+@pytest.mark.parametrize("path", ["fido/generate", "fid_stream/generate_stream"])
+def test_a_field_of_http_that_is_not_utf8_is_refused(server, path):
+    """Triton passes it on as a parameter; without an answer the client would wait for ever."""
+    body = b'{"question": "w1", "passages": ["w2"], "max_\xffnew_tokens": 3}'
+    try:
+        with urllib.request.urlopen(f"{server.http_url}/v2/models/{path}", body, timeout=20) as response:
+            said = response.read()
+    except urllib.error.HTTPError as error:
+        said = error.read()
+    assert b"parameters: wanted names and values in UTF-8, got " in said
+
+
 def test_http_generate_takes_the_same_names(server, cases):
     case = cases["fido"][1]
     body = {"question": case.question, "passages": case.passages, "titles": case.titles}
