@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 # The shell becomes the server, so that the server has the process id that Popen returns. $1 is how many seconds the server may drain,
-# $2 the path that its shared memory regions start with, $3 its scratch folder: the guard removes both if the launcher was killed.
+# $2 the path that its shared memory regions start with, $3 its scratch folder: the guard removes both if the launcher was killed. $4 is how
+# many KiB of memory of its own it may take, 0 for no bound.
 # Standard input is the pipe; the guard keeps it as descriptor 3. The guard is in the server's process group, and that keeps the number of
 # the group from being used again. SIGPIPE is ignored: the server goes on when nobody reads its log.
 GUARD = """
@@ -33,7 +34,8 @@ trap '' PIPE
     kill -s KILL -- -$$
 ) >/dev/null 2>&1 &
 exec 3<&-
-shift 3
+[ "$4" = 0 ] || ulimit -d "$4" 2>/dev/null || :
+shift 4
 exec "$@"
 """
 GUARD_NAME = "fido-guard"
@@ -52,6 +54,7 @@ class GuardedProcess:
         drain_timeout_s: how long the process may take to end if this process is killed.
         shm_prefix: path that the names of its shared memory regions start with, removed if this process is killed; "" for none.
         scratch: folder that is removed then; "" for none.
+        most_memory_bytes: that the process, and each of its children, may take for itself (RLIMIT_DATA); 0 for no bound.
     """
 
     def __init__(
@@ -64,13 +67,15 @@ class GuardedProcess:
         drain_timeout_s: float,
         shm_prefix: str = "",
         scratch: str = "",
+        most_memory_bytes: int = 0,
     ):
         guard_fd, self._lifeline_fd = os.pipe()
         variables = ["env", *(f"{name}={value}" for name, value in preload.items())] if preload else []
+        guard = [str(max(1, round(drain_timeout_s))), shm_prefix, scratch, str(most_memory_bytes // 1024)]
         try:
             # A session of its own: Ctrl-C at the terminal reaches the launcher alone, which decides how the server ends.
             self.popen = subprocess.Popen(
-                ["/bin/sh", "-c", GUARD, GUARD_NAME, str(max(1, round(drain_timeout_s))), shm_prefix, scratch, *variables, *command],
+                ["/bin/sh", "-c", GUARD, GUARD_NAME, *guard, *variables, *command],
                 stdin=guard_fd,
                 stdout=output_fd,
                 stderr=output_fd,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -199,6 +200,9 @@ class TritonServer:
                 self._drain_timeout_s + 10,
                 str(SHM / self.shm_prefix),
                 str(scratch),
+                # Triton 2.51 takes the memory of any shape that a client names before it looks at the data. Where the kernel grants memory
+                # that it does not have (vm.overcommit_memory = 1), it would fill the machine; so it ends, and is brought back.
+                0 if on_gpu(chosen) else memory_bound_bytes(),
             )
         finally:
             self._pump.close_write_end()
@@ -306,6 +310,11 @@ class TritonServer:
             self._workspace.remove_regions()
         if self._pump is not None:
             self._pump.join()
+
+
+def memory_bound_bytes() -> int:
+    """What a process of a server on the CPU may take: twice this machine's memory, since stacks and heaps are not used whole."""
+    return max(2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 16 << 30)
 
 
 def on_gpu(repository: Path) -> bool:

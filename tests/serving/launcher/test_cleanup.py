@@ -194,6 +194,15 @@ def test_what_does_not_end_in_time_is_killed_with_its_children(tmp_path):
     assert not is_running(server.popen.pid) and ends_within(int(children.read_text()), 2)
 
 
+@pytest.mark.parametrize(("bound", "said"), [(0, "unlimited"), (5 << 30, str(5 << 20))])
+def test_a_server_takes_no_more_memory_than_its_bound(tmp_path, bound, said):
+    result = tmp_path / "result"
+    server = GuardedProcess(["sh", "-c", f"ulimit -d > {result}"], dict(os.environ), {}, 1, (), 5, most_memory_bytes=bound)
+    server.popen.wait(10)
+    server.end(1)
+    assert result.read_text().strip() == said
+
+
 def test_a_server_whose_log_nobody_reads_goes_on(tmp_path):
     read_fd, write_fd = os.pipe()
     os.close(read_fd)
