@@ -109,6 +109,11 @@ class CpuEncoder:
         self._lanes = lanes_of(threads)
         self._session = self.session_type(directory, manifest, "encoder", encoder_tensors(manifest.sizes), threads, self._lanes)
         self._others = ThreadPoolExecutor(max(self._lanes - 1, 1), thread_name_prefix="encoder-lane")
+        # Each lane once on this thread: OpenVINO's binding sets itself up at its first call, and two first calls at once wait for each
+        # other for ever (one holds Python's lock, the other that of the setting up).
+        one_token = np.ones((1, 1), np.int32)
+        for lane in range(self._lanes):
+            self._session.run({"input_ids": one_token, "attention_mask": one_token}, lane=lane)
 
     def encode(self, batch: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
         """Encode the passages of several questions at once; arguments and results as Encoder.encode, in float32."""

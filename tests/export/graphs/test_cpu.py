@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -185,6 +186,22 @@ def test_calls_at_the_same_time_change_nothing_and_an_error_of_one_is_raised(eng
         valid = mask[0].bool().numpy()
         np.testing.assert_allclose(hidden[valid], wanted.detach().reshape(*valid.shape, -1).numpy()[valid], atol=1e-5)
     assert most == [3]
+
+
+def test_every_lane_is_called_first_by_the_thread_that_loads_the_encoder(engines, monkeypatch):
+    """Two first calls of OpenVINO's binding at once wait for each other for ever: one export in six hung."""
+    _, directory = engines["fid"]
+    called = []
+
+    class Watched(cpu.OnnxSession):
+        def run(self, inputs, *, logits=False, lane=0):
+            called.append((lane, threading.current_thread()))
+            return super().run(inputs, logits=logits, lane=lane)
+
+    monkeypatch.setattr(cpu, "lanes_of", lambda threads: 3)
+    monkeypatch.setattr(cpu.OnnxEncoder, "session_type", Watched)
+    loaded(directory, "onnxruntime", slots=1)
+    assert called == [(lane, threading.current_thread()) for lane in range(3)]
 
 
 @WITHOUT_BF16
