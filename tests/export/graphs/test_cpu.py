@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -159,13 +158,16 @@ def test_calls_at_the_same_time_change_nothing_and_an_error_of_one_is_raised(eng
     monkeypatch.setattr(cpu, "lanes_of", lambda threads: 3)
     encoder, _ = loaded(directory, backend, slots=1)
     run, fails, inside, most = encoder._session.run, [], collections.Counter[int](), [0]
+    together, begun = threading.Barrier(3, timeout=30), set[int]()  # no lane ends its first call before all have begun theirs
 
     def watched(inputs, *, lane):
         inside[lane] += 1
         assert inside[lane] == 1, "a lane is called from one thread at a time"
         most[0] = max(most[0], sum(inside.values()))
-        time.sleep(0.02)
         try:
+            if n_passages == 12 and lane not in begun:
+                begun.add(lane)
+                together.wait()
             if lane in fails:
                 raise RuntimeError(f"lane {lane}")
             return run(inputs, lane=lane)
@@ -178,9 +180,11 @@ def test_calls_at_the_same_time_change_nothing_and_an_error_of_one_is_raised(eng
         question = ids[0].int().numpy(), mask[0].int().numpy()
         for lane in (0, 2) if n_passages == 12 else ():
             fails.append(lane)
+            begun.clear()
             with pytest.raises(RuntimeError, match=f"lane {lane}"):
                 encoder.encode([question])
             fails.clear()
+        begun.clear()
         (hidden,) = encoder.encode([question])
         wanted, _ = checkpoint.reader.encode(ids, mask)
         valid = mask[0].bool().numpy()
